@@ -1,0 +1,185 @@
+"""ShapesQA: small synthetic clips whose questions need small, often short-lived evidence.
+
+A clip is a pure function of `(seed, split, index, config)`. Its world is a list of `Thing`s on a 3 x 3 grid of cells
+(one thing a cell; a moving thing owns a whole row or column), so nothing ever overlaps. Time is planned in *ticks*,
+the frames that a uniform sampler with `num_sampled` frames sees: a 5-minute clip is as answerable as a 4-second one,
+and writing clips with a larger `num_sampled` makes evidence that sparser sampling misses.
+
+Six families of questions; every answer is drawn first, uniformly and apart from the words of the question, and the
+scene is built around it, so guessing without the video stays at chance:
+
+    colour      a shape that occurs once, among others          existence   yes/no; "no" recombines two things seen
+    order       two things, one after the other                 direction   one moving thing, re-entering at the edge
+    count       1 to 4 things of one shape, always visible      flash       a white-cored disc on exactly one tick
+
+Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from stts.data.datasets import Example, Message, Sample
+from stts.data.shapes_draw import COLOURS, Thing, background, draw, frame_noise, noise_bank
+from stts.data.shapes_scene import COUNTS, DIRECTIONS, PLURALS, Question, Scene, ShapesConfig, sampled_indices
+
+__all__ = ["Clip", "Question", "ShapesConfig", "ShapesFrames", "Thing", "make_clip", "sampled_indices", "vocabulary"]
+
+SPLITS = ("train", "val", "test", "long")  # the position is part of the seed: append only
+QUESTIONS_PER_CLIP = 3  # four would not fit: count 4 + pair 2 + lane 3 already fill the nine cells
+
+
+def vocabulary() -> list[str]:
+    """Every word that a question or an answer may use, sorted."""
+    words = {*COLOURS, *PLURALS, *PLURALS.values(), *DIRECTIONS, *COUNTS, "yes", "no", "first", "last"}
+    return sorted(
+        words.union(
+            ("what", "colour", "is", "the", "?"),
+            ("is", "there", "a", "?"),
+            ("which", "colour", "appeared", "?"),
+            ("which", "way", "does", "the", "move", "?"),
+            ("how", "many", "are", "there", "?"),
+            ("which", "colour", "flashed", "?"),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Clip:
+    seed: int
+    split: str
+    index: int
+    config: ShapesConfig
+    num_frames: int
+    things: tuple[Thing, ...]
+    questions: tuple[Question, ...]
+
+    @property
+    def uid(self) -> str:
+        return f"{self.split}-{self.index:06d}"
+
+    @cached_property
+    def _pixels(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+        """Still picture with everything that never changes (H, W, 3), and the bank of frame noise."""
+        size = self.config.frame_size
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLITS.index(self.split), self.index, 1]))
+        still = background(size, rng)[None]
+        for thing in self.things:
+            if self._is_still(thing):
+                draw(still, thing, np.zeros(1, np.int64))
+        return still[0].astype(np.int16), noise_bank(size, rng)
+
+    def _is_still(self, thing: Thing) -> bool:
+        return thing.start == 0 and thing.stop == self.num_frames and not any(thing.velocity)
+
+    def render(self, frame_indices: NDArray[np.integer]) -> NDArray[np.uint8]:
+        """Draws only the native frames asked for: (T,) indices in [0, num_frames) -> (T, H, W, 3) uint8.
+
+        A frame does not depend on which others are asked for. Raises ValueError for an index outside the clip."""
+        index_T = np.asarray(frame_indices, dtype=np.int64)
+        if index_T.ndim != 1 or (index_T.size and not 0 <= index_T.min() <= index_T.max() < self.num_frames):
+            raise ValueError(f"frame_indices must be 1-D and in [0, {self.num_frames}) for clip {self.uid}")
+        still, bank = self._pixels
+        frames = np.repeat(still[None], len(index_T), axis=0)
+        for thing in self.things:
+            if not self._is_still(thing):
+                draw(frames, thing, index_T)
+        frames += frame_noise(bank, self.config.frame_size, index_T)
+        return frames.clip(0, 255).astype(np.uint8)
+
+
+def make_clip(seed: int, split: str, index: int, config: ShapesConfig, focus: str | None = None) -> Clip:
+    """Plans clip `index` of a split; nothing is drawn before `Clip.render`.
+
+    `focus` names a family that the first question must come from (for weighted training); None: any order, as in
+    written files. Raises ValueError for an unknown split, a negative seed or index, or a focus not in the config."""
+    if split not in SPLITS or seed < 0 or index < 0:
+        raise ValueError(f"split={split!r}, seed={seed}, index={index}: split is one of {SPLITS}, the others are >= 0")
+    if focus is not None and focus not in config.families:
+        raise ValueError(f"focus={focus!r} is not in families={config.families}; add it there")
+    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
+    families = [str(family) for family in rng.permutation(list(config.families)) if family != focus]
+    families = ([focus] if focus else []) + families
+    del families[QUESTIONS_PER_CLIP:]
+    shortest, longest = (30.0, 300.0) if split == "long" else (4.0, 8.0)
+    num_frames = int(rng.integers(int(np.ceil(shortest * config.fps)), int(longest * config.fps) + 1))
+
+    scene = Scene(config, rng, num_frames)
+    questions: dict[str, Question] = {}
+    if "direction" in families:
+        questions["direction"] = scene.direction()
+    if "order" in families or "existence" in families:
+        questions |= scene.pair()
+    if "count" in families:
+        questions["count"] = scene.count()
+    if "colour" in families:
+        questions["colour"] = scene.colour_of()
+    if "flash" in families:
+        questions["flash"] = scene.flash()
+    if "count" in families or "colour" in families:
+        scene.bystanders()
+    return Clip(
+        seed, split, index, config, num_frames, tuple(scene.things), tuple(questions[family] for family in families)
+    )
+
+
+class ShapesFrames(Dataset[Example]):
+    """ShapesQA drawn on the fly, one question per clip: item i holds the first question of clip i.
+
+    `families` narrows the questions *and* the scenes (`families=("direction",)`: one moving thing and nothing else);
+    without `weights` item i shows what `write_shapes` would write for clip i under the same config. `weights` draws
+    the family of each item with these relative weights; the others remain in the scene as distraction."""
+
+    def __init__(
+        self,
+        split: str,
+        num_clips: int,
+        seed: int,
+        config: ShapesConfig,
+        families: Sequence[str] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config = config if families is None else replace(config, families=tuple(families))
+        self.split, self.num_clips, self.seed = split, num_clips, seed
+        self._shares: NDArray[np.float64] | None = None
+        if weights is not None:
+            shares = np.array([float(weights.get(family, 0.0)) for family in self.config.families])
+            if set(weights) - set(self.config.families) or (shares < 0).any() or shares.sum() <= 0:
+                raise ValueError(
+                    f"weights={dict(weights)} must be >= 0, not all 0, for names in families={self.config.families}"
+                )
+            self._shares = shares / shares.sum()
+        if num_clips < 1:
+            raise ValueError(f"num_clips={num_clips} must be at least 1")
+        make_clip(seed, split, 0, self.config)  # a wrong split or seed fails here, not in a loader's worker
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.num_clips:
+            raise IndexError(f"item {index} is outside [0, {self.num_clips})")
+        clip = make_clip(self.seed, self.split, index, self.config, self._focus(index))
+        frame_index_T = sampled_indices(clip.num_frames, self.config.num_sampled)
+        question = clip.questions[0]
+        sample = Sample(
+            uid=f"{clip.uid}-{question.family}",
+            messages=(Message("user", f"<video>\n{question.text}"), Message("assistant", question.answer)),
+            meta={
+                "family": question.family,
+                "options": question.options,
+                "duration": clip.num_frames / self.config.fps,
+            },
+        )
+        return Example(sample, clip.render(frame_index_T), frame_index_T / self.config.fps)
+
+    def _focus(self, index: int) -> str | None:
+        if self._shares is None:
+            return None
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLITS.index(self.split), index, 2]))
+        return str(rng.choice(list(self.config.families), p=self._shares))

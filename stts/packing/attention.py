@@ -1,0 +1,175 @@
+"""The one attention function for packed rows; the kernel is chosen here and nowhere else.
+
+flash-attn varlen where installed, else torch's own varlen kernel (both CUDA, fp16/bf16), else SDPA: sequences of equal
+length as a plain batch, others padded, or one by one where padding would waste more than it saves.
+
+Shape suffixes: S = tokens of the row, H = query heads, J = key/value heads, E = head width, B = sequences, M = longest.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.packing.segments import Segments
+
+_MAX_PAD_FACTOR = 2.0  # padded area / real area above which sequences are attended one by one
+
+
+def packed_attention(
+    q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, segments: Segments, *, scale: float, causal: bool = False
+) -> Tensor:
+    """Softmax attention inside each sequence of a packed row, with an optional bias per key.
+
+    q (S, H, E), k and v (S, J, E) with H a multiple of J; returns (S, H, E). Gradients flow to q, k, v and
+    `segments.key_bias`. Raises ValueError when the row and the boundaries do not fit together."""
+    if q_SHE.dim() != 3 or q_SHE.shape[0] != k_SJE.shape[0] or k_SJE.shape != v_SJE.shape:
+        raise ValueError(
+            f"expected q (S, H, E) and k, v (S, J, E), got {tuple(q_SHE.shape)}, {tuple(k_SJE.shape)}, "
+            f"{tuple(v_SJE.shape)}"
+        )
+    if q_SHE.shape[1] % k_SJE.shape[1]:
+        raise ValueError(f"{q_SHE.shape[1]} query heads cannot share {k_SJE.shape[1]} key heads evenly")
+    if segments.key_bias is not None and segments.key_bias.shape != q_SHE.shape[:1]:
+        raise ValueError(f"key_bias has shape {tuple(segments.key_bias.shape)}, expected ({q_SHE.shape[0]},)")
+    if q_SHE.shape[0] == 0:
+        return q_SHE
+    kernel = _cuda_kernel() if q_SHE.is_cuda and q_SHE.dtype in (torch.float16, torch.bfloat16) else None
+    if kernel is not None:
+        return _on_flash(kernel, q_SHE, k_SJE, v_SJE, segments, scale, causal)
+    return _on_sdpa(q_SHE, k_SJE, v_SJE, segments, scale, causal)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, bool], Tensor]
+
+
+@functools.cache
+def _cuda_kernel() -> Kernel | None:
+    """The fastest variable-length kernel present, or None."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        def flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, causal: bool) -> Tensor:
+            out: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=causal)
+            return out
+
+        return flash
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters  # causality was renamed between torch 2.11 and 2.13
+    shares_heads = "enable_gqa" in names
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, causal: bool) -> Tensor:
+        options = {"scale": scale, **({"enable_gqa": True} if shares_heads and q.shape[1] != k.shape[1] else {})}
+        options |= {"window_size": (-1, 0 if causal else -1)} if "window_size" in names else {"is_causal": causal}
+        if not shares_heads and q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out: Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        return out
+
+    return varlen
+
+
+def _on_flash(
+    kernel: Kernel, q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, segments: Segments, scale: float, causal: bool
+) -> Tensor:
+    width = q_SHE.shape[-1]
+    if segments.key_bias is not None:
+        q_SHE, k_SJE, v_SJE = with_bias_channels(q_SHE, k_SJE, v_SJE, segments.key_bias, scale)
+    out = kernel(
+        q_SHE.contiguous(),
+        k_SJE.contiguous(),
+        v_SJE.contiguous(),
+        segments.cu_seqlens,
+        segments.max_seqlen,
+        scale,
+        causal,
+    )
+    return out[..., :width]
+
+
+def with_bias_channels(
+    q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, bias_S: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold a per-key bias b into extra channels, so that a kernel without masks adds it to every logit.
+
+        q' = [q, 1, 1, 0..],  k' = [k, hi(b / scale), lo(b / scale), 0..]   =>   scale * <q', k'> = scale * <q, k> + b
+
+    The value is split in a high and a low half of the working dtype, since 8 bits of mantissa (bf16) would round b in
+    [-2, 0] by up to 0.4 %. Width is padded to a multiple of 8; v gets zeros, so the extra outputs are zero."""
+    wanted = bias_S.float() / scale
+    high = wanted.to(k_SJE.dtype)
+    low = (wanted - high.float()).to(k_SJE.dtype)
+    width = q_SHE.shape[-1]
+    extra = (width + 2 + 7) // 8 * 8 - width
+    ones_E = q_SHE.new_zeros(extra)
+    ones_E[:2] = 1
+    bias_SE = torch.stack([high, low], -1)[:, None]
+    q = torch.cat([q_SHE, ones_E.expand(*q_SHE.shape[:2], extra)], -1)
+    k = torch.cat([k_SJE, F.pad(bias_SE, (0, extra - 2)).expand(*k_SJE.shape[:2], extra)], -1)
+    return q, k, F.pad(v_SJE, (0, extra))
+
+
+# --- SDPA ------------------------------------------------------------------------------------------------------------
+
+
+def _on_sdpa(q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, segments: Segments, scale: float, causal: bool) -> Tensor:
+    lengths = segments.lengths.tolist()
+    present = [length for length in lengths if length]
+    if sum(present) != q_SHE.shape[0]:
+        raise ValueError(f"segments end at {sum(present)}, but the row has {q_SHE.shape[0]} tokens")
+    shares_heads = q_SHE.shape[1] != k_SJE.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=shares_heads)
+    bias_S = None if segments.key_bias is None else segments.key_bias.to(q_SHE.dtype)
+    longest = max(present)
+
+    if min(present) == longest:  # a plain batch: no mask, no copies beyond the views
+        q, k, v = (x.unflatten(0, (len(present), longest)).transpose(1, 2) for x in (q_SHE, k_SJE, v_SJE))
+        mask = None if bias_S is None else _biased(bias_S.view(len(present), 1, 1, longest), longest, causal)
+        return attend(q, k, v, attn_mask=mask, is_causal=causal and mask is None).transpose(1, 2).flatten(0, 1)
+
+    if len(present) * longest**2 > _MAX_PAD_FACTOR * sum(length**2 for length in present) and longest > 64:
+        parts = [x.split(present) for x in (q_SHE, k_SJE, v_SJE)]
+        biases = [None] * len(present) if bias_S is None else list(bias_S.split(present))
+        outs = []
+        for q, k, v, bias in zip(*parts, biases, strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            mask = None if bias is None else _biased(bias[None, None, None], len(bias), causal)
+            outs.append(attend(q, k, v, attn_mask=mask, is_causal=causal and mask is None)[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    length_B = torch.tensor(present, device=q_SHE.device)
+    valid_BM = torch.arange(longest, device=q_SHE.device) < length_B[:, None]
+    rows = valid_BM.flatten().nonzero().squeeze(1)
+
+    def padded(x_S: Tensor) -> Tensor:
+        full = x_S.new_zeros(len(present) * longest, *x_S.shape[1:]).index_copy(0, rows, x_S)
+        return full.unflatten(0, (len(present), longest))
+
+    q, k, v = (padded(x).transpose(1, 2) for x in (q_SHE, k_SJE, v_SJE))
+    if causal and bias_S is None:  # padding lies behind every real query, so causality alone hides it
+        out = attend(q, k, v, is_causal=True)
+    else:
+        mask = torch.zeros_like(valid_BM, dtype=q_SHE.dtype).masked_fill(~valid_BM, float("-inf"))[:, None, None]
+        if bias_S is not None:
+            mask = mask + padded(bias_S)[:, None, None]
+        out = attend(q, k, v, attn_mask=_biased(mask, longest, causal))
+    return out.transpose(1, 2).flatten(0, 1)[rows]
+
+
+def _biased(bias_B11M: Tensor, length: int, causal: bool) -> Tensor:
+    """The key bias as an SDPA mask; SDPA refuses a mask beside `is_causal`, so causality is written into it."""
+    if not causal:
+        return bias_B11M
+    future = torch.ones(length, length, dtype=torch.bool, device=bias_B11M.device).triu(1)
+    return bias_B11M.masked_fill(future, float("-inf"))

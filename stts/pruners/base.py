@@ -1,0 +1,111 @@
+"""What a pruner is: stages, each with one site, called once per forward pass with all videos of the batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+
+Positions = Literal["original", "compact"]
+Newlines = Literal["all", "kept_rows", "every_row", "after_frame", "none"]
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One decision at one site. Members are read-only properties, so frozen dataclasses and nn.Modules both fit."""
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What the adapter must collect first; attention maps are dear, so ask only for what is used."""
+        ...
+
+    @property
+    def count_known(self) -> bool:
+        """True: the count is the planned one, known before the forward pass, so rows can be packed by length."""
+        ...
+
+    @property
+    def positions(self) -> Positions: ...
+    @property
+    def newlines(self) -> Newlines: ...
+    def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]: ...
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """The method's own cost for one video (1 multiply-add = 2), 0 for sorting."""
+        ...
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """One or more stages in the order they act. Most methods: `stages = (self,)`; `none` has none."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostInfo:
+    """What the host model offers; read from its config by the family's adapter, never hard-coded."""
+
+    family: str
+    vit_width: int
+    vit_mlp: int
+    vit_heads: int
+    vit_depth: int
+    """Blocks actually executed."""
+    lowest_tap: int
+    """Lowest ViT block whose output is used downstream (feature layers, deepstack)."""
+    llm_width: int
+    llm_layers: int
+    patches_per_group: int
+    mrope: bool = False
+    probe_head: bool = False
+    text_tower: bool = False
+
+
+class PerVideo:
+    """A frozen method that treats every video on its own: implement `prune`, declare `site`, done."""
+
+    site: ClassVar[Site] = Site("pre_llm")
+    signals: ClassVar[frozenset[Signal]] = frozenset()
+    count_known: ClassVar[bool] = True
+    positions: ClassVar[Positions] = "compact"
+    newlines: ClassVar[Newlines] = "all"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (self,)
+
+    @abstractmethod
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        """Decide for one video; must not write to its tensors."""
+
+    def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        return [self.prune(video, budget) for video, budget in zip(videos, budgets, strict=True)]
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        return 0
+
+
+def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:
+    """Keep the `num_kept` highest-scoring groups, in their original order.
+
+    Order matters: positions are gathered with `index_K`, so an unsorted index would hand the LLM a shuffled video.
+    Ties go to the earlier group, on every device."""
+    num_groups = video.num_groups
+    if scores_G.shape != (num_groups,):
+        raise ValueError(
+            f"expected one score per group, shape ({num_groups},) for {video.grid}, got {tuple(scores_G.shape)}; "
+            "reduce over heads and queries before scoring"
+        )
+    if not 1 <= num_kept <= num_groups:
+        raise ValueError(f"num_kept={num_kept} is outside [1, {num_groups}]; see budget.plan")
+    ranked_G = torch.sort(scores_G, descending=True, stable=True).indices
+    return Kept(index_K=ranked_G[:num_kept].sort().values, scores_G=scores_G)

@@ -1,0 +1,149 @@
+"""What passes between rooms: one video's tokens at one site, the budget, and what survives.
+
+Shape suffixes:  N = units present (patches inside the ViT, tokens after it),  G = groups: what the LLM counts as one
+token (G == N outside the ViT),  W = units per group,  K = kept groups,  T = temporal cells,  D = width,  C = width of a
+frame feature,  L = text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+SiteKind = Literal["vit", "pre_llm", "llm"]
+Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row"]
+"""What a stage may ask the adapter to collect: `attn` mean-query attention per group, `probe` attention of the tower's
+pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in an aligned
+space, `last_row` the LLM attention of the last prompt token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Cells of one video, frame-major: cell (t, y, x) has number (t * h + y) * w + x."""
+
+    t: int
+    h: int
+    w: int
+
+    def __post_init__(self) -> None:
+        if min(self.t, self.h, self.w) < 1:
+            raise ValueError(f"grid {(self.t, self.h, self.w)} must be at least 1 in every direction (t, h, w)")
+
+    @property
+    def per_frame(self) -> int:
+        """Cells of one frame, h * w."""
+        return self.h * self.w
+
+    @property
+    def num_groups(self) -> int:
+        """Cells of the whole video, t * h * w."""
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """The question, for stages that match video tokens with text."""
+
+    x_LD: Tensor
+    """(L, D) question tokens in the space of `VideoTokens.x_ND`, or of an aligned text tower."""
+    pooled_D: Tensor | None = None
+    """(D,) one vector for the whole question, where the text tower gives one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkPenalty:
+    """How strongly each group acts as an attention sink (SToP, arXiv:2604.20937); read only inside `pruners/ops.py`."""
+
+    penalty_G: Tensor
+    """(G,) fp32 in [0, 1]; 0 = no sink."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a stage sees tokens, and when its drop takes effect."""
+
+    kind: SiteKind
+    layer: int | None = None
+    """vit: decide on the output of this block (-1: patch embeddings); llm: before this layer; pre_llm: unused."""
+    drop_after: int | None = None
+    """vit only: the last block that still runs on everything."""
+    share: float | None = None
+    """llm: fraction kept of what is present (HoliTom, Tango: 0.5); None: `budget.plan` solves one common share."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("vit", "pre_llm", "llm"):
+            raise ValueError(f"site kind {self.kind!r} is unknown; expected 'vit', 'pre_llm' or 'llm'")
+        if self.kind == "vit":
+            if self.layer is None or self.drop_after is None:
+                raise ValueError("a vit site needs `layer` (decide on its output) and `drop_after` (last full block)")
+            if self.drop_after < max(self.layer, 0):
+                raise ValueError(f"drop_after={self.drop_after} comes before the decision at block {self.layer}")
+        if self.kind == "llm" and self.layer is None:
+            raise ValueError("an llm site needs `layer`: tokens are dropped before this layer")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be in (0, 1]: the fraction kept of what is present")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one stage may keep of one video; made by `budget.plan` only."""
+
+    num_kept: int
+    """Groups this stage should return."""
+    retention_ratio: float
+    """The stage's own ratio, unrounded: methods that round per frame or segment need it."""
+    exact: bool = False
+    """True: `ops.fit_count` trims or fills to `num_kept`; False: the release's own count, which is then measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoTokens:
+    """One video at one site. A stage reads only what it declared in `signals`."""
+
+    x_ND: Tensor
+    """vit: patches; pre_llm: connector outputs; llm: hidden states."""
+    grid: Grid
+    """(t, h, w) of groups."""
+    cell_G: Tensor
+    """int64 grid cell of each group still present, increasing."""
+    group_GW: Tensor | None = None
+    """int64 rows of `x_ND` that form each group, -1 = outside the grid."""
+    timestamps_T: Tensor | None = None
+    """float64 seconds."""
+    salience_G: Tensor | None = None
+    """fp32: mean-query, probe or last-row attention, as asked."""
+    keys_GD: Tensor | None = None
+    frame_TC: Tensor | None = None
+    """One global feature per frame."""
+    text: TextTokens | None = None
+    uid: str = ""
+    """Seeds `random`; equal uids share one question."""
+    sink: SinkPenalty | None = None
+    """Set by SToP, read only inside ops."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups present (fewer than `grid.num_groups` after an earlier stage)."""
+        return len(self.cell_G)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a stage decided for one video."""
+
+    index_K: Tensor
+    """int64 rows of the G axis, unique, increasing (compat="official" may keep the release's order)."""
+    x_KD: Tensor | None = None
+    """Rewritten (merged) features; None: the adapter gathers at the drop."""
+    attention_bias_N: Tensor | None = None
+    """Key bias for blocks layer + 1 .. drop_after: a gradient path to the scores."""
+    gate_G: Tensor | None = None
+    """Straight-through factor, multiplied in where the drop happens."""
+    scores_G: Tensor | None = None
+    """For reports; higher = kept."""
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    """Empty unless the stage learns. A loss of the whole call rides on the first video only, so summing is safe."""
