@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import stts._compat  # noqa: F401  (must run before the first transformers import)
 
+if TYPE_CHECKING:
+    from stts.models.pruning import Pruning, pruning
+
 __version__ = "0.1.0"
+__all__ = ["Pruning", "pruning"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model side on first use, so that a pruner can be read and tested without transformers."""
+    if name in __all__:
+        from stts.models import pruning as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module 'stts' has no attribute {name!r}")

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from stts.pruners.base import HostInfo, Pruner
 from stts.pruners.novelty import Novelty
 from stts.pruners.simple import Dense, Random, Uniform
 
-PRUNERS: dict[str, Callable[[HostInfo], Pruner]] = {
+PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the options of the method
     "none": lambda host: Dense(),
-    "random": lambda host: Random(),
+    "random": lambda host, **options: Random(**options),
     "uniform": lambda host: Uniform(),
     "novelty": lambda host: Novelty(),
 }
 
 
-def make_pruner(name: str, host: HostInfo) -> Pruner:
-    """A pruner for this host by registry name, or your own by dotted path `package.module:Class` (called without
-    arguments). ValueError for a name that is neither."""
+def make_pruner(name: str, host: HostInfo, **options: Any) -> Pruner:
+    """A pruner for this host by registry name, or your own by dotted path `package.module:Class`, called with `options`.
+
+    ValueError for a name that is neither, and for an option the method does not have."""
     if name in PRUNERS:
-        return PRUNERS[name](host)
+        try:
+            return PRUNERS[name](host, **options)
+        except TypeError as error:
+            raise ValueError(f"pruner {name!r} does not take the options {sorted(options)}: {error}") from error
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(f"unknown pruner {name!r}; known: {', '.join(PRUNERS)}; your own: 'package.module:Class'")
     try:
-        made = getattr(importlib.import_module(module_name), attribute)()
+        made = getattr(importlib.import_module(module_name), attribute)(**options)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"pruner {name!r} could not be loaded ({error}); expected an importable 'module:Class'"

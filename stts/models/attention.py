@@ -1,0 +1,68 @@
+"""Let stock modules attend inside packed rows: one attention function, registered beside the stock ones.
+
+Modules that drop unknown keyword arguments (SigLIP, Molmo2) still hand over `attention_mask` untouched, so `Segments`
+ride there. Everything else falls through to the implementation the model was loaded with.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stts.packing.attention import packed_attention
+from stts.packing.segments import Segments
+
+_PREFIX = "packed_or_"
+
+
+def switch_on(config: Any) -> str:
+    """Let modules with this config accept `Segments`; returns the implementation to hand to `switch_off`."""
+    original: str = config._attn_implementation or "eager"
+    if is_on(config):
+        raise ValueError("this model is already inside a pruning context; leave that one first")
+    name = _PREFIX + original
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention_or(original))
+        if original in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    config._attn_implementation = name
+    return original
+
+
+def switch_off(config: Any, original: str) -> None:
+    """Undo `switch_on`."""
+    config._attn_implementation = original
+
+
+def is_on(config: Any) -> bool:
+    """Whether modules with this config accept `Segments` now."""
+    return str(config._attn_implementation).startswith(_PREFIX)
+
+
+def _attention_or(original: str) -> Any:
+    def attention(
+        module: nn.Module, q_BHSE: Tensor, k_BJSE: Tensor, v_BJSE: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(attention_mask, Segments):
+            stock = (
+                sys.modules[type(module).__module__].eager_attention_forward  # eager lives in the family's own file
+                if original == "eager"
+                else ALL_ATTENTION_FUNCTIONS[original]
+            )
+            result: tuple[Tensor, Tensor | None] = stock(module, q_BHSE, k_BJSE, v_BJSE, attention_mask, **kwargs)
+            return result
+        if kwargs.get("dropout"):
+            raise ValueError(f"attention dropout {kwargs['dropout']} is not supported in packed rows; set it to 0")
+        if q_BHSE.shape[0] != 1:
+            raise ValueError(f"packed rows have batch size 1, got {q_BHSE.shape[0]}")
+        q, k, v = (x[0].transpose(0, 1) for x in (q_BHSE, k_BJSE, v_BJSE))
+        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        causal = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
+        return packed_attention(q, k, v, attention_mask, scale=scale, causal=causal)[None], None
+
+    return attention

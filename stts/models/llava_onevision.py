@@ -1,0 +1,203 @@
+"""LLaVA-OneVision on stock transformers classes: SigLIP tower, per-patch projector, bilinear pooling, Qwen2.
+
+Groups are cells of the pooled grid. Bilinear resizing of a side of n patches to ceil(n / 2) cells reads at most two
+patches per cell and direction; for odd n neighbouring cells in the middle share a patch (27 -> 14: patch 13 belongs to
+cells 6 and 7), so groups overlap and a patch lives as long as any kept cell needs it.
+
+Shape suffixes: F = tiles and frames, N = patches of a frame, P = cells of a frame, W = 4 patches per cell, S = patches
+left in all frames, D = tower width, d = LLM width, K = kept cells of a video.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+from stts.models.base import Connected, Visual
+from stts.models.vit import TowerOutput
+from stts.pruners.base import HostInfo
+from stts.tokens import Grid
+
+
+@functools.cache
+def pooling_cells(side: int) -> tuple[Tensor, Tensor]:
+    """Patches and weights of every pooled cell of a `side` x `side` patch grid: int64 (P, W) with -1, fp32 (P, W).
+
+    Read off the stock operator itself (bilinear resize of unit impulses), so it holds for any side."""
+    cells = -(-side // 2)
+    impulses = torch.eye(side * side).view(side * side, 1, side, side)
+    weight_PN = F.interpolate(impulses, size=(cells, cells), mode="bilinear").flatten(1).T
+    weight_PW, patch_PW = weight_PN.sort(dim=1, descending=True, stable=True)
+    weight_PW, patch_PW = weight_PW[:, :4], patch_PW[:, :4]
+    order_PW = torch.where(weight_PW > 0, patch_PW, side * side).argsort(dim=1)  # patches of a cell in reading order
+    weight_PW, patch_PW = weight_PW.gather(1, order_PW), patch_PW.gather(1, order_PW)
+    return torch.where(weight_PW > 0, patch_PW, -1), weight_PW
+
+
+class LlavaOnevision:
+    """Adapter of `LlavaOnevisionForConditionalGeneration`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.vision_feature_select_strategy != "full":
+            raise ValueError(
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} is not supported: a SigLIP "
+                "tower has no class token to drop; set it to 'full'"
+            )
+        self.model = model
+        self.config = config
+        self.inner: Any = model.model
+        self.language_model: nn.Module = self.inner.language_model
+        self.configs = (config.vision_config, config.text_config)
+        self.side = config.vision_config.image_size // config.vision_config.patch_size
+
+    @property
+    def host(self) -> HostInfo:
+        vision, text = self.config.vision_config, self.config.text_config
+        return HostInfo(
+            family="llava_onevision",
+            vit_width=vision.hidden_size,
+            vit_mlp=vision.intermediate_size,
+            vit_heads=vision.num_attention_heads,
+            vit_depth=vision.num_hidden_layers,
+            lowest_tap=min(self.taps()),
+            llm_width=text.hidden_size,
+            llm_layers=text.num_hidden_layers,
+            patches_per_group=4,
+        )
+
+    def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
+        images, videos = kwargs.pop("pixel_values", None), kwargs.pop("pixel_values_videos", None)
+        sizes, counts = kwargs.pop("image_sizes", None), kwargs.pop("batch_num_images", None)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):  # filled in from the config upstream
+            value = kwargs.pop(name, None)
+            if value is not None and value != getattr(self.config, name):
+                raise ValueError(f"{name}={value!r} as a call argument is not supported while pruning; set the config")
+        kwargs.pop("image_sizes_videos", None)
+        kwargs.pop("vision_aspect_ratio", None)
+        if kwargs.get("mm_encoder_outputs") is not None:
+            raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
+        if images is None and videos is None:
+            return None
+        parts: list[Tensor] = []
+        tiles: list[int] = []
+        if images is not None:
+            alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts for _ in range(int(n))]
+            tiles = [self._num_tiles(size) if tiled else 1 for size, tiled in zip(sizes, alone, strict=True)]
+            parts += [x[:n] for x, n in zip(images, tiles, strict=True)] if images.dim() == 5 else [images]
+        clips = [] if videos is None else list(videos)
+        parts += clips
+        return Visual(
+            torch.cat(parts), sum(tiles), tuple(len(clip) for clip in clips), {"sizes": sizes, "tiles": tiles}
+        )
+
+    def _num_tiles(self, size: Any) -> int:
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        return int(image_size_to_num_patches(size, pinpoints, side))
+
+    def blank_frame(self) -> Tensor:
+        weight = self.inner.image_newline
+        size = self.config.vision_config.image_size
+        return weight.new_zeros(1, self.config.vision_config.num_channels, size, size)
+
+    def grid(self, num_frames: int) -> Grid:
+        cells = -(-self.side // 2)
+        return Grid(num_frames, cells, cells)
+
+    def groups(self) -> Tensor:
+        return pooling_cells(self.side)[0].to(self.inner.image_newline.device)
+
+    def embed_patches(self, pixels_FCHW: Tensor) -> Tensor:
+        x_FND: Tensor = self.inner.vision_tower.embeddings(pixels_FCHW)
+        return x_FND
+
+    def blocks(self) -> Sequence[Callable[[Tensor, Any], Tensor]]:
+        return list(self.inner.vision_tower.encoder.layers)
+
+    def taps(self) -> tuple[int, ...]:
+        depth = self.config.vision_config.num_hidden_layers
+        layers = self.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i - 1
+        return tuple((layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers)
+
+    def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
+        y_Sd = self.inner.multi_modal_projector(torch.cat(tower.taps, dim=-1))
+        num_patches = self.side**2
+        split = visual.num_tiles * num_patches
+        images: tuple[Tensor, ...] = ()
+        if visual.num_tiles:
+            tiles = y_Sd[:split].unflatten(0, (visual.num_tiles, num_patches)).split(visual.image_args["tiles"])
+            packed, _ = self.inner.pack_image_features(
+                tiles, visual.image_args["sizes"], image_newline=self.inner.image_newline
+            )
+            images = tuple(packed)
+        if not visual.frames_per_video:
+            return Connected(images, ())
+        if tower.row_S is None:
+            pooled = self.inner.apply_pooling(y_Sd[split:].unflatten(0, (-1, num_patches)))
+            chunks = [clip.flatten(0, 1) for clip in pooled.split(visual.frames_per_video)]
+            return Connected(
+                images, tuple(x if cell is None else x[cell] for x, cell in zip(chunks, cells, strict=True))
+            )
+        return Connected(images, self._pool_survivors(y_Sd, tower.row_S, visual, cells))
+
+    def _pool_survivors(
+        self, y_Sd: Tensor, row_S: Tensor, visual: Visual, cells: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """Bilinear pooling of the kept cells, as a gather of at most four surviving patches each."""
+        patch_PW, weight_PW = (x.to(y_Sd.device) for x in pooling_cells(self.side))
+        num_patches, num_cells = self.side**2, len(patch_PW)
+        total = (visual.num_tiles + sum(visual.frames_per_video)) * num_patches
+        place = torch.zeros(total, dtype=torch.long, device=y_Sd.device)
+        place[row_S] = torch.arange(len(row_S), device=y_Sd.device)
+        first_frame, wanted = visual.num_tiles, []
+        for frames, cell_K in zip(visual.frames_per_video, cells, strict=True):
+            cell_K = torch.arange(frames * num_cells, device=y_Sd.device) if cell_K is None else cell_K
+            wanted.append(cell_K + first_frame * num_cells)
+            first_frame += frames
+        cell = torch.cat(wanted)
+        patch_KW = patch_PW[cell % num_cells]
+        flat_KW = (cell // num_cells)[:, None] * num_patches + patch_KW.clamp_min(0)
+        weight_KW = weight_PW[cell % num_cells].to(y_Sd.dtype)
+        x_Kd = (y_Sd[place[flat_KW]] * weight_KW[..., None]).sum(1)
+        return x_Kd.split([len(part) for part in wanted])
+
+    def merge(
+        self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
+    ) -> Tensor:
+        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (input_ids is None) == (x_BLd is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if x_BLd is None:
+            x_BLd = self.inner.get_input_embeddings()(input_ids)
+        image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
+        newline = self.inner.image_newline[None]
+        rows, flags = [newline[:0]], [video_BL.new_zeros(0)]
+        for x_Kd, index_K, frames in zip(connected.videos, kept, visual.frames_per_video, strict=True):
+            num_groups = self.grid(frames).num_groups
+            keep = torch.ones(num_groups + 1, dtype=torch.bool, device=x_BLd.device)  # the newline is never dropped
+            if index_K is not None:
+                keep[:num_groups] = False
+                keep[index_K] = True
+                x_Kd = x_Kd.new_zeros(num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
+            rows += [x_Kd, newline]
+            flags.append(keep)
+        for kind, mask_BL, parts in (("image", image_BL, [newline[:0], *connected.images]), ("video", video_BL, rows)):
+            features = torch.cat(parts).to(x_BLd)
+            places = int(mask_BL.sum())
+            if places != len(features):
+                raise ValueError(
+                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {len(features)}; "
+                    "build both with the same processor call and do not truncate the prompt"
+                )
+            x_BLd = x_BLd.masked_scatter(mask_BL[..., None], features)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_BLd
+        return torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))

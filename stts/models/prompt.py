@@ -1,0 +1,170 @@
+"""Shorten the prompt: the language model sees survivors only, everyone around it sees stock shapes.
+
+Two hooks on the language model. Before: gather the kept tokens of every row, at prefill; shorten mask and renumber
+positions, at prefill and at every decode step. After: scatter hidden states back to full length, zeros at dropped
+places, so that `labels`, `logits_to_keep` and output shapes stay stock.
+
+Without a cache (training) all rows become one packed row with explicit boundaries, so nothing is padded and nothing is
+inferred from position gaps. With a cache (generate) rows stay rows, padded like the prompt was.
+
+Shape suffixes: B = rows, L = full prompt length, M = longest shortened row, S = kept tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stts.packing.segments import Segments
+from stts.pruners.base import Positions
+
+
+@dataclass
+class _Prefill:
+    """What decode steps need to know about the prompt they continue."""
+
+    cache: weakref.ref[Any]
+    index_BM: Tensor
+    valid_BM: Tensor
+    full_length: int
+    next_position_B: Tensor
+    """Position of the first generated token."""
+
+
+class Prompt:
+    """State of the hooks on one language model."""
+
+    def __init__(self, positions: Positions) -> None:
+        self.positions = positions
+        self.num_tokens = 0
+        """Real tokens the language model saw in the last prefill."""
+        self.num_slots = 0
+        """Slots it computed, padding included."""
+        self._keep_BL: Tensor | None = None
+        self.pending = False
+        """True between `expect` and the call it announces."""
+        self._restore: tuple[Tensor, tuple[int, int]] | None = None
+        self._valid_BM: Tensor | None = None
+        self._prefill: _Prefill | None = None
+
+    def expect(self, keep_BL: Tensor | None) -> None:
+        """Announce the next call: False where a placeholder was dropped; None: keep everything, but still pack."""
+        self._keep_BL, self.pending = keep_BL, True
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the language model."""
+        if args or "inputs_embeds" not in kwargs:
+            raise ValueError(
+                "the language model was not called with inputs_embeds by keyword; this transformers version is outside "
+                "the tested range (>= 5.17, < 6)"
+            )
+        self._restore = None
+        cache = kwargs.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        if self.pending:
+            self.pending = False
+            if seen:
+                raise ValueError(
+                    "a prompt with video was fed to a cache that already holds tokens; pruning needs one prefill of the "
+                    "whole prompt: start a new cache, and switch off chunked prefill and assisted decoding"
+                )
+            return args, self._shorten(module, kwargs)
+        prefill = self._prefill
+        if seen and prefill is not None and prefill.cache() is cache:
+            return args, self._decode(prefill, kwargs, seen)
+        return args, kwargs
+
+    def after(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook of the language model."""
+        if self._restore is None:
+            return output
+        index_S, (rows, length) = self._restore
+        self._restore = None
+
+        def full(x: Tensor) -> Tensor:
+            flat = x.new_zeros(rows * length, x.shape[-1])
+            return flat.index_copy(0, index_S, self._select(x)).view(rows, length, -1)
+
+        output.last_hidden_state = full(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(full(x) for x in output.hidden_states)
+        return output
+
+    def _shorten(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        x_BLD, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        rows, length = x_BLD.shape[:2]
+        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
+            raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
+        real_BL = torch.ones(rows, length, dtype=torch.bool, device=x_BLD.device) if mask is None else mask.bool()
+        keep_BL = real_BL if self._keep_BL is None else real_BL & self._keep_BL
+        positions_BL = kwargs.get("position_ids")
+        if positions_BL is None:
+            positions_BL = torch.arange(length, device=x_BLD.device).expand(rows, length)
+        positions_BL = positions_BL.expand(rows, length)
+        count_B = keep_BL.sum(1)
+        next_B = positions_BL[:, -1] + 1
+        if self.positions == "compact":
+            positions_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
+            next_B = count_B
+        cacheless = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
+        if cacheless:
+            index_S = keep_BL.flatten().nonzero().squeeze(1)
+            segments = Segments.from_lengths(count_B, length)
+            self._note(index_S, None, (rows, length), len(index_S), len(index_S))
+            kinds = set(getattr(module.config, "layer_types", None) or ["full_attention"])
+            if kinds != {"full_attention"}:
+                raise ValueError(f"packed rows need full attention in every LLM layer, got {sorted(kinds)}")
+            return kwargs | {
+                "inputs_embeds": x_BLD.flatten(0, 1)[index_S][None],
+                "position_ids": positions_BL.flatten()[index_S][None],
+                "attention_mask": dict.fromkeys(kinds, segments),
+            }
+        longest = int(count_B.max())
+        index_BM, valid_BM = _pad_rows(keep_BL, count_B, longest, left=bool(real_BL[:, -1].all()))
+        flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
+        self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(count_B.sum()), rows * longest)
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            self._prefill = _Prefill(weakref.ref(cache), index_BM, valid_BM, length, next_B)
+        return kwargs | {
+            "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
+            "position_ids": positions_BL.gather(1, index_BM),
+            "attention_mask": valid_BM.to(torch.long),
+        }
+
+    def _decode(self, prefill: _Prefill, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
+        new = kwargs["inputs_embeds"].shape[1]
+        if new != 1:
+            raise ValueError(
+                f"{new} tokens were fed to a pruned cache at once; continuing it with a new turn is not supported "
+                "(start again from the whole conversation), nor are assisted decoding and chunked prefill"
+            )
+        rows, shortened = prefill.valid_BM.shape
+        step = seen - shortened
+        mask = kwargs.get("attention_mask")
+        tail = prefill.valid_BM.new_ones(rows, step + 1) if mask is None else mask[:, prefill.full_length :].bool()
+        return kwargs | {
+            "position_ids": (prefill.next_position_B + step)[:, None],
+            "attention_mask": torch.cat([prefill.valid_BM, tail], 1).to(torch.long),
+        }
+
+    def _note(self, index_S: Tensor, valid_BM: Tensor | None, shape: tuple[int, int], tokens: int, slots: int) -> None:
+        self._restore = (index_S, shape)
+        self._valid_BM = valid_BM
+        self.num_tokens, self.num_slots = tokens, slots
+
+    def _select(self, x: Tensor) -> Tensor:
+        return x[0] if self._valid_BM is None else x[self._valid_BM]
+
+
+def _pad_rows(keep_BL: Tensor, count_B: Tensor, longest: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Columns of the kept tokens of every row, (B, M) int64, and which of them are real, (B, M) bool."""
+    order_BL = torch.sort(keep_BL.to(torch.uint8), dim=1, descending=not left, stable=True).indices
+    index_BM = order_BL[:, -longest:] if left else order_BL[:, :longest]
+    slot_M = torch.arange(longest, device=keep_BL.device)
+    valid_BM = slot_M >= longest - count_B[:, None] if left else slot_M < count_B[:, None]
+    return index_BM, valid_BM
