@@ -55,6 +55,11 @@ class Adapter(Protocol):
         """Sub-configs whose attention implementation carries `Segments` (tower and language model)."""
         ...
 
+    @property
+    def visual_args(self) -> tuple[str, ...]:
+        """Names of the visual arguments of a forward call."""
+        ...
+
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
         """Remove the visual arguments from a forward call; None when there are none."""
         ...

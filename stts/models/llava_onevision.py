@@ -44,6 +44,8 @@ def pooling_cells(side: int) -> tuple[Tensor, Tensor]:
 class LlavaOnevision:
     """Adapter of `LlavaOnevisionForConditionalGeneration`."""
 
+    visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
+
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
         if config.vision_feature_select_strategy != "full":
@@ -74,13 +76,11 @@ class LlavaOnevision:
         )
 
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
-        images, videos = kwargs.pop("pixel_values", None), kwargs.pop("pixel_values_videos", None)
-        sizes, counts = kwargs.pop("image_sizes", None), kwargs.pop("batch_num_images", None)
+        images, sizes, videos, _, counts = (kwargs.pop(name, None) for name in self.visual_args)
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):  # filled in from the config upstream
             value = kwargs.pop(name, None)
             if value is not None and value != getattr(self.config, name):
                 raise ValueError(f"{name}={value!r} as a call argument is not supported while pruning; set the config")
-        kwargs.pop("image_sizes_videos", None)
         kwargs.pop("vision_aspect_ratio", None)
         if kwargs.get("mm_encoder_outputs") is not None:
             raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from stts.packing.segments import Segments
 from stts.pruners.base import Positions
@@ -110,8 +111,10 @@ class Prompt:
         if self.positions == "compact":
             positions_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
             next_B = count_B
-        cacheless = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is False
-        if cacheless:
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is None and (module.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)  # the stock default, made here to know it
+        if cache is None:
             index_S = keep_BL.flatten().nonzero().squeeze(1)
             segments = Segments.from_lengths(count_B, length)
             self._note(index_S, None, (rows, length), len(index_S), len(index_S))
@@ -127,9 +130,7 @@ class Prompt:
         index_BM, valid_BM = _pad_rows(keep_BL, count_B, longest, left=bool(real_BL[:, -1].all()))
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
         self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(count_B.sum()), rows * longest)
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            self._prefill = _Prefill(weakref.ref(cache), index_BM, valid_BM, length, next_B)
+        self._prefill = _Prefill(weakref.ref(cache), index_BM, valid_BM, length, next_B)
         return kwargs | {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
             "position_ids": positions_BL.gather(1, index_BM),

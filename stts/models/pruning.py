@@ -92,6 +92,7 @@ class Pruning:
             raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
         self._prompt = Prompt(positions or declared)
         self._names: tuple[Sequence[str], Sequence[Tensor | None] | None] | None = None
+        self._expand = 1
         self._handles: list[Any] = []
         self._originals: list[str] = []
         self.retention_ratio = retention_ratio
@@ -135,6 +136,10 @@ class Pruning:
             llm.register_forward_pre_hook(self._before_llm, with_kwargs=True),
             llm.register_forward_hook(self._prompt.after, with_kwargs=True),
         ]
+        # generate would encode the video before the forward pass, and copy it per beam; both stay with us
+        self._stock_expand = self.model._expand_inputs_for_generation
+        self.model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
+        self.model.__dict__["_expand_inputs_for_generation"] = self._expand_rows
         return self
 
     def detach(self) -> None:
@@ -143,7 +148,16 @@ class Pruning:
             handle.remove()
         for config, original in zip(self.adapter.configs, self._originals, strict=False):
             switch_off(config, original)
+        for name in ("_supports_mm_encoder_outputs", "_expand_inputs_for_generation"):
+            self.model.__dict__.pop(name, None)
         self._handles, self._originals = [], []
+
+    def _expand_rows(self, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Repeat text rows for beams and samples, not the visual input: it is encoded once, its features are repeated."""
+        visual = {name: kwargs.pop(name) for name in self.adapter.visual_args if name in kwargs}
+        self._expand = expand_size
+        input_ids, rest = self._stock_expand(expand_size=expand_size, **kwargs)
+        return input_ids, rest | visual
 
     def __enter__(self) -> Pruning:
         return self.attach()
@@ -161,6 +175,10 @@ class Pruning:
         given = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         if not given and (not learning or (cache is not None and cache.get_seq_length())):
             return None
+        expand, self._expand = self._expand, 1
+        for name in ("input_ids", "inputs_embeds"):
+            if expand > 1 and kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][::expand]
         before = dict(kwargs)
         visual = self.adapter.take_visual(kwargs) or Visual(self.adapter.blank_frame()[:0], 0, (), {})
         grids = [self.adapter.grid(frames) for frames in visual.frames_per_video]
@@ -170,8 +188,11 @@ class Pruning:
         if whole and not learning:  # dense is sacred: the stock code runs, untouched
             everything = [torch.arange(grid.num_groups) for grid in grids]
             self.last = Report(grids, everything, [None] * len(grids))
-            return args, before
-        return args, self._visual_pass(kwargs, visual, grids, budgets, uids, times, blank=learning and not grids)
+            if expand == 1:
+                return args, before
+        return args, self._visual_pass(
+            kwargs, visual, grids, budgets, uids, times, blank=learning and not grids, expand=expand
+        )
 
     def _before_llm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefill = self._prompt.pending
@@ -190,6 +211,7 @@ class Pruning:
         times: Sequence[Tensor | None],
         *,
         blank: bool,
+        expand: int,
     ) -> dict[str, Any]:
         """Tower, connector and stages once each, whatever the batch holds.
 
@@ -245,6 +267,9 @@ class Pruning:
         keep_BL = self.adapter.merge(kwargs, shown, visual, cells[:num_videos])
         if blank:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * features[0].sum()
+        if expand > 1:
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(expand, 0)
+            keep_BL = keep_BL.repeat_interleave(expand, 0)
         self._prompt.expect(keep_BL)
         report.grids = grids[:num_videos]
         report.scores = report.scores[:num_videos]
@@ -303,10 +328,9 @@ class Pruning:
         self._names = None
         if num_videos == 0:
             return [], []
-        if num_videos % len(uids) or len(times) != len(uids):
+        if num_videos != len(uids) or len(times) != len(uids):
             raise ValueError(f"describe() named {len(uids)} videos ({len(times)} times), the pass has {num_videos}")
-        repeats = num_videos // len(uids)  # generate repeats every row for beams and several samples
-        return [uid for uid in uids for _ in range(repeats)], [time for time in times for _ in range(repeats)]
+        return uids, times
 
 
 def pruning(model: PreTrainedModel, pruner: str | Pruner, **settings: Any) -> Pruning:

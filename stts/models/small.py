@@ -47,12 +47,12 @@ class SmallVlmConfig:
     vit_width: int = 64
     vit_blocks: int = 6
     vit_heads: int = 4
-    vit_mlp: int = 192
-    llm_width: int = 128
+    vit_mlp: int = 128
+    llm_width: int = 96
     llm_layers: int = 8
     llm_heads: int = 4
     llm_kv_heads: int = 2
-    llm_mlp: int = 256
+    llm_mlp: int = 192
     seed: int = 0
 
     def __post_init__(self) -> None:

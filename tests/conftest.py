@@ -1,0 +1,61 @@
+"""Shared fixtures: a tiny stock LLaVA-OneVision and prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stts  # noqa: F401  (before transformers)
+from stts.models.load import load_vlm
+from stts.models.small import write_small_vlm
+
+TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_mlp": 48, "llm_layers": 3}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained folder; 7 x 7 patches, so that pooled cells overlap."""
+    return write_small_vlm(tmp_path_factory.mktemp("vlm") / "tiny", image_size=56, **TINY)
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> tuple[Any, Any]:
+    """A fresh model in eval mode and its processor."""
+    return load_vlm(tiny_folder)
+
+
+def make_inputs(processor: Any, rows: Sequence[str], *, num_frames: int = 4, padding_side: str = "right") -> Any:
+    """Processor outputs for rows such as "v what colour is the circle ?", the first letters saying which media.
+
+    v = a video, i = an image, nothing = text only; contents are random but the same for the same place in the list."""
+    rng = np.random.default_rng(0)
+    side = processor.video_processor.size["height"]
+    texts, videos, images = [], [], []
+    for row in rows:
+        media, _, question = row.partition(" ")
+        content: list[dict[str, Any]] = []
+        for letter in media.replace("-", ""):
+            content.append({"type": {"v": "video", "i": "image"}[letter]})
+            if letter == "v":
+                videos.append(rng.integers(0, 255, (num_frames, side, side, 3), dtype=np.uint8))
+            else:
+                images.append(rng.integers(0, 255, (side, side * 2, 3), dtype=np.uint8))
+        content.append({"type": "text", "text": question})
+        message = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+    options: dict[str, Any] = {"videos": videos, "do_sample_frames": False} if videos else {}
+    options |= {"images": images} if images else {}
+    return processor(text=texts, padding=True, padding_side=padding_side, return_tensors="pt", **options)
+
+
+def answer_labels(inputs: Any, num_answers: int = 2) -> torch.Tensor:
+    """Labels on the last `num_answers` real tokens of every row of right-padded inputs."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    place = torch.arange(ids.shape[1])
+    end = mask.sum(1, keepdim=True)
+    return torch.where((place < end) & (place >= end - num_answers), ids, -100)

@@ -1,0 +1,324 @@
+"""The laws of an adapter, on a tiny random model of the real class, with overlapping pooling windows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import stts
+from stts.models.llava_onevision import pooling_cells
+from tests.conftest import answer_labels, make_inputs
+
+ROWS = ["v what colour is the circle ?", "- how many squares are there ?", "i which colour ?", "v is there a cross ?"]
+NAMES = ["uniform", "random", "novelty"]
+
+
+def grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_pooling_cells_are_the_stock_bilinear_resize() -> None:
+    for side, overlapping in ((6, False), (7, True), (27, True)):
+        patch_PW, weight_PW = pooling_cells(side)
+        cells = -(-side // 2)
+        x = torch.randn(side * side, 5, generator=torch.Generator().manual_seed(0))
+        ours = (x[patch_PW.clamp_min(0)] * weight_PW[..., None]).sum(1)
+        image = x.T.reshape(1, 5, side, side)
+        stock = torch.nn.functional.interpolate(image, size=(cells, cells), mode="bilinear")
+        torch.testing.assert_close(ours, stock.flatten(2)[0].T, atol=1e-6, rtol=0)
+        uses = torch.bincount(patch_PW[patch_PW >= 0], minlength=side * side)
+        assert (uses >= 1).all() and (uses.max() > 1) == overlapping
+    assert set(pooling_cells(27)[0][6 * 14].tolist()) & set(pooling_cells(27)[0][7 * 14].tolist()), "row 13 is shared"
+
+
+def test_dense_training_path_matches_stock_logits_and_gradients(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    labels = answer_labels(inputs)
+    stock = model(**inputs, labels=labels)
+    stock.loss.backward()
+    expected = grads(model)
+    model.zero_grad()
+    model.train()  # no dropout in these configs; training mode takes our own path even for `none`
+    with stts.pruning(model, "none", retention_ratio=1.0):
+        ours = model(**inputs, labels=labels, use_cache=False)
+        ours.loss.backward()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours.logits[real], stock.logits[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.loss, stock.loss, atol=1e-5, rtol=1e-5)
+    got = grads(model)
+    assert expected.keys() <= got.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["none", *NAMES, "stts", "random-vit"])
+def test_dense_is_sacred_and_detaching_restores_every_bit(tiny: Any, name: str) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    before = copy.deepcopy(model.state_dict())
+    config = model.config.to_dict()
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with stts.pruning(model, name, retention_ratio=1.0) as pruned:
+            assert torch.equal(model(**inputs).logits, stock), "at retention 1.0 the stock code runs"
+            assert pruned.last is not None and pruned.last.retention_measured == 1.0
+        with stts.pruning(model, name, retention_ratio=0.5) as pruned:
+            changed = model(**inputs).logits
+        assert torch.equal(changed, stock) == (name == "none")
+        assert torch.equal(model(**inputs).logits, stock)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert not [hook for hook in hooks if getattr(hook, "__module__", "").startswith("stts")]
+
+
+def test_entering_twice_and_errors_inside_leave_the_model_clean(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    with stts.pruning(model, "uniform"), pytest.raises(ValueError, match="already inside"):
+        stts.pruning(model, "random").attach()
+    with pytest.raises(RuntimeError, match="boom"), stts.pruning(model, "uniform"):
+        raise RuntimeError("boom")
+    with stts.pruning(model, "uniform"), pytest.raises(ValueError, match="placeholders"):
+        model(**{**inputs, "input_ids": inputs["input_ids"][:, :-20], "attention_mask": None})
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("name", ["uniform", "novelty", "stts", "random-vit"])
+def test_generate_equals_recomputation_without_cache(tiny: Any, name: str, positions: str) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS, padding_side="left")
+    steps = 4
+    with stts.pruning(model, name, retention_ratio=0.4, positions=positions), torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        length = inputs["input_ids"].shape[1]
+        for step in range(steps):
+            ids = out.sequences[:, : length + step]
+            mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), step, dtype=torch.long)], 1)
+            again = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, use_cache=False)
+            torch.testing.assert_close(again.logits[:, -1], out.logits[step], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("random", 0.4), ("stts", 0.4), ("uniform", 1.0), ("none", 1.0)])
+def test_beams_and_samples_encode_once_and_equal_rows_by_hand(tiny: Any, name: str, ratio: float) -> None:
+    model, processor = tiny
+    rows = ["vv which is red ?", *ROWS[1:3]]
+    inputs = make_inputs(processor, rows, padding_side="left")
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with torch.no_grad():
+        stock = model.generate(**inputs, num_beams=3, **steps)
+        frames: list[int] = []
+        model.model.vision_tower.embeddings.register_forward_hook(lambda m, args, out: frames.append(len(out)))
+        with stts.pruning(model, name, retention_ratio=ratio) as pruned:
+            pruned.describe(["a", "b"])
+            beams = model.generate(**inputs, num_beams=3, **steps)
+            assert frames == [2 * 4 + 3], "two videos of four frames and three tiles, once, not per beam"
+            pruned.describe(["a", "b"])
+            model.generate(**inputs, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+            for number, (row, uids) in enumerate(zip(rows[:1], (["a", "b"],), strict=True)):
+                pruned.describe(uids)
+                alone = model.generate(**make_inputs(processor, [row]), num_beams=3, **steps)
+                assert torch.equal(alone[0, -3:], beams[number, -3:]), "beams of one row do not feel the others"
+        assert ratio < 1 or torch.equal(beams, stock)
+
+
+def test_embedding_callers(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    with stts.pruning(model, "uniform", retention_ratio=0.4), torch.no_grad():
+        by_ids = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+        torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, by_ids)
+
+
+def test_a_pruned_cache_is_not_continued(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    with stts.pruning(model, "uniform"), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="new turn"):
+            model(input_ids=inputs["input_ids"][:, :5], past_key_values=cache)
+        with pytest.raises(ValueError, match="start a new cache"):
+            model(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "stts", "random-vit", "easy", "heuristic"])
+def test_packed_equals_one_by_one_outputs_and_gradients(tiny: Any, name: str) -> None:
+    model, processor = tiny
+    model.train()
+    rows = [ROWS[0], ROWS[3], "v which colour appeared first ?"]
+    inputs = make_inputs(processor, rows)
+    labels = answer_labels(inputs)
+    with stts.pruning(model, name, retention_ratio=0.4) as pruned:
+        pruned.describe(["a", "b", "c"])
+        together = model(**inputs, use_cache=False)
+        assert pruned.last is not None
+        assert pruned.last.num_kept == [round(0.4 * 64)] * 3 or name in ("stts", "random-vit", "easy", "heuristic")
+        assert pruned.last.llm_tokens == pruned.last.llm_padded, "a packed row has no padding"
+        total = sum_losses(together.logits, labels)
+        total.backward()
+        expected = grads(model)
+        model.zero_grad()
+        for number in range(3):
+            alone = {key: value[number : number + 1] for key, value in inputs.items()}
+            pruned.describe(["abc"[number]])
+            logits = model(**alone, use_cache=False).logits
+            real = inputs["attention_mask"][number].bool()
+            torch.testing.assert_close(logits[0][real], together.logits[number][real], atol=1e-5, rtol=1e-5)
+            sum_losses(logits, labels[number : number + 1]).backward()
+    for key, gradient in grads(model).items():
+        torch.testing.assert_close(gradient, expected[key], atol=2e-5, rtol=1e-3, msg=key)
+
+
+def sum_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padding_side_and_batch_do_not_matter(tiny: Any, padding_side: str) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS, padding_side=padding_side)
+    alone = make_inputs(processor, ROWS[:1])
+    with stts.pruning(model, "novelty", retention_ratio=0.3), torch.no_grad():
+        for use_cache in (True, False):
+            batch = model(**inputs, use_cache=use_cache).logits[0][inputs["attention_mask"][0].bool()]
+            torch.testing.assert_close(batch, model(**alone).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_original_positions_equal_the_masked_dense_run(tiny: Any, use_cache: bool) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    with stts.pruning(model, "uniform", retention_ratio=0.4, positions="original") as pruned, torch.no_grad():
+        ours = model(**inputs, use_cache=use_cache).logits[0]
+        assert pruned.last is not None
+        [kept] = pruned.last.index
+    video = (inputs["input_ids"][0] == model.config.video_token_id).nonzero().squeeze(1)
+    keep = torch.ones(ours.shape[0], dtype=torch.bool)
+    keep[video[:-1]] = False
+    keep[video[kept]] = True
+    blocked = ~torch.ones(len(keep), len(keep), dtype=torch.bool).tril() | ~keep
+    mask = torch.zeros(blocked.shape).masked_fill(blocked, torch.finfo(torch.float32).min)[None, None]
+    with torch.no_grad():
+        dense = model(**{**inputs, "attention_mask": mask}).logits[0]
+    torch.testing.assert_close(ours[keep], dense[keep], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stts", "random-vit"])
+def test_in_vit_pruning_equals_the_masked_dense_tower(tiny: Any, name: str) -> None:
+    """Same tower, keys of dropped patches masked behind the drop, pooled by the stock operator."""
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    with stts.pruning(model, name, retention_ratio=0.4) as pruned, torch.no_grad():
+        if pruned.module is not None:
+            pruned.module.eval()
+        seen: list[torch.Tensor] = []
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(**inputs, use_cache=False)
+        hook.remove()
+        stage, report = pruned.pruner.stages[0], pruned.last
+        assert report is not None and report.kept_patches is not None
+        [kept] = report.index
+        layers, drop_after = model.model.vision_tower.encoder.layers, stage.site.drop_after
+        assert drop_after is not None
+        frames, cells = 4, 16
+        patch_PW, _ = pooling_cells(7)
+        needed = torch.zeros(frames, 49, dtype=torch.bool)
+        for cell in kept.tolist():
+            needed[cell // cells, patch_PW[cell % cells][patch_PW[cell % cells] >= 0]] = True
+        assert report.kept_patches == [needed.sum(1).tolist()]
+        block_bias = None
+        x = model.model.vision_tower.embeddings(inputs["pixel_values_videos"][0])
+        for number, layer in enumerate(layers):
+            if number > drop_after:
+                block_bias = torch.zeros(needed.shape).masked_fill(~needed, float("-inf"))[:, None, None]
+                block_bias = block_bias.masked_fill(~needed.any(1)[:, None, None, None], 0)  # an emptied frame
+            x = layer(x, block_bias)
+            if number == stage.site.layer and name == "stts":
+                from stts.models.pruning import _windows
+                from stts.tokens import Budget, Grid, VideoTokens
+
+                grid = Grid(frames, 4, 4)
+                video = VideoTokens(x.flatten(0, 1), grid, torch.arange(64), _windows(patch_PW, frames, 49))
+                [decided] = stage([video], [Budget(len(kept), 0.4, True)])
+                assert torch.equal(decided.index_K, kept) and decided.attention_bias_N is not None
+                block_bias = decided.attention_bias_N.view(frames, 1, 1, 49)
+        pooled = model.model.apply_pooling(model.model.multi_modal_projector(x)).flatten(0, 1)[kept]
+    video_rows = seen[-1][0]
+    first = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
+    torch.testing.assert_close(video_rows[first : first + len(kept)], pooled, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2], ROWS[2:3]], ids=["mixed", "video", "text", "image"])
+def test_tower_connector_and_scorer_run_once_whatever_the_batch_holds(tiny: Any, rows: list[str]) -> None:
+    model, processor = tiny
+    model.train()
+    inputs = make_inputs(processor, rows)
+    with stts.pruning(model, "stts", retention_ratio=0.4) as pruned:
+        assert pruned.module is not None
+        calls: dict[str, int] = {}
+        watched = {
+            "embeddings": model.model.vision_tower.embeddings,
+            "block": model.model.vision_tower.encoder.layers[0],
+            "connector": model.model.multi_modal_projector,
+            "scorer": pruned.module,
+        }
+        for label, module in watched.items():
+            module.register_forward_hook(lambda *_, label=label: calls.update({label: calls.get(label, 0) + 1}))
+        out = model(**inputs, labels=answer_labels(inputs), use_cache=False)
+        assert calls == dict.fromkeys(watched, 1)
+        assert pruned.last is not None
+        (out.loss + sum(pruned.last.losses.values())).backward()
+        for module in (pruned.module, model.model.vision_tower.encoder, model.model.multi_modal_projector):
+            for key, parameter in module.named_parameters():
+                assert parameter.grad is not None, f"{key}: missing, not zero: collectives would hang"
+        if "v" not in rows[0] and len(rows) == 1:
+            assert all(p.grad is not None and not p.grad.any() for p in pruned.module.parameters())
+
+
+def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) -> None:
+    model, processor = tiny
+    model.train()
+    inputs = make_inputs(processor, ROWS[:1])
+
+    def scorer_gradient(**options: Any) -> float:
+        torch.manual_seed(0)
+        with stts.pruning(model, "stts", retention_ratio=0.4, **options) as pruned:
+            assert pruned.module is not None
+            model(**inputs, labels=answer_labels(inputs), use_cache=False).loss.backward()
+            return sum(float(p.grad.abs().sum()) for p in pruned.module.parameters() if p.grad is not None)
+
+    assert scorer_gradient() > 0
+    from stts.models import pruning as machinery
+
+    original = machinery.Drop
+    try:  # cut the one path and the gradient is gone
+        machinery.Drop = lambda keep, bias, gate: original(keep, None if bias is None else bias.detach(), gate)  # type: ignore
+        assert scorer_gradient() == 0
+        assert scorer_gradient(straight_through=True) > 0, "the option opens a second path"
+    finally:
+        machinery.Drop = original
+
+
+def test_bad_settings_name_the_fix(tiny: Any) -> None:
+    model, _ = tiny
+    for ratio in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="fraction kept"):
+            stts.pruning(model, "uniform", retention_ratio=ratio)
+    with pytest.raises(ValueError, match="known: none"):
+        stts.pruning(model, "unifrom")
+    with pytest.raises(ValueError, match="compact"):
+        stts.pruning(model, "uniform", positions="orignal")
+    with pytest.raises(ValueError, match="prune_block=3 or lower"):
+        stts.pruning(model, "stts", prune_block=5)
