@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,11 @@ def _cuda_kernel() -> Kernel | None:
             return out
 
         return flash
+    return _torch_varlen()
+
+
+def _torch_varlen() -> Kernel | None:
+    """torch's own flash kernel, or None where torch has none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -70,12 +76,13 @@ def _cuda_kernel() -> Kernel | None:
     shares_heads = "enable_gqa" in names
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, causal: bool) -> Tensor:
-        options = {"scale": scale, **({"enable_gqa": True} if shares_heads and q.shape[1] != k.shape[1] else {})}
+        options: dict[str, Any] = {"scale": scale}
+        if shares_heads and q.shape[1] != k.shape[1]:
+            options["enable_gqa"] = True
         options |= {"window_size": (-1, 0 if causal else -1)} if "window_size" in names else {"is_causal": causal}
         if not shares_heads and q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out: Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-        return out
+        return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, **options))  # a pair only with return_aux
 
     return varlen
 
@@ -86,6 +93,8 @@ def _on_flash(
     width = q_SHE.shape[-1]
     if segments.key_bias is not None:
         q_SHE, k_SJE, v_SJE = with_bias_channels(q_SHE, k_SJE, v_SJE, segments.key_bias, scale)
+    elif width % 8:  # torch's varlen kernel leaves this padding to its caller
+        q_SHE, k_SJE, v_SJE = (F.pad(x, (0, -width % 8)) for x in (q_SHE, k_SJE, v_SJE))
     out = kernel(
         q_SHE.contiguous(),
         k_SJE.contiguous(),
@@ -134,13 +143,13 @@ def _on_sdpa(q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, segments: Segments, sc
     longest = max(present)
 
     if min(present) == longest:  # a plain batch: no mask, no copies beyond the views
-        q, k, v = (x.unflatten(0, (len(present), longest)).transpose(1, 2) for x in (q_SHE, k_SJE, v_SJE))
+        q, k, v = (torch.unflatten(x, 0, (len(present), longest)).transpose(1, 2) for x in (q_SHE, k_SJE, v_SJE))
         mask = None if bias_S is None else _biased(bias_S.view(len(present), 1, 1, longest), longest, causal)
         return attend(q, k, v, attn_mask=mask, is_causal=causal and mask is None).transpose(1, 2).flatten(0, 1)
 
     if len(present) * longest**2 > _MAX_PAD_FACTOR * sum(length**2 for length in present) and longest > 64:
-        parts = [x.split(present) for x in (q_SHE, k_SJE, v_SJE)]
-        biases = [None] * len(present) if bias_S is None else list(bias_S.split(present))
+        parts = [torch.split(x, present) for x in (q_SHE, k_SJE, v_SJE)]
+        biases = [None] * len(present) if bias_S is None else list(torch.split(bias_S, present))
         outs = []
         for q, k, v, bias in zip(*parts, biases, strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -154,7 +163,7 @@ def _on_sdpa(q_SHE: Tensor, k_SJE: Tensor, v_SJE: Tensor, segments: Segments, sc
 
     def padded(x_S: Tensor) -> Tensor:
         full = x_S.new_zeros(len(present) * longest, *x_S.shape[1:]).index_copy(0, rows, x_S)
-        return full.unflatten(0, (len(present), longest))
+        return torch.unflatten(full, 0, (len(present), longest))
 
     q, k, v = (padded(x).transpose(1, 2) for x in (q_SHE, k_SJE, v_SJE))
     if causal and bias_S is None:  # padding lies behind every real query, so causality alone hides it

@@ -6,15 +6,23 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from stts.pruners.base import HostInfo, Pruner
+from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
 from stts.pruners.simple import Dense, Random, Uniform
+from stts.pruners.stts import STTS
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the options of the method
     "none": lambda host: Dense(),
     "random": lambda host, **options: Random(**options),
     "uniform": lambda host: Uniform(),
     "novelty": lambda host: Novelty(),
+    "stts": STTS.for_host,
+    "random-vit": RandomVit.for_host,
+    "easy": Easy.for_host,
+    "heuristic": Heuristic.for_host,
 }
 
 
@@ -39,3 +47,20 @@ def make_pruner(name: str, host: HostInfo, **options: Any) -> Pruner:
     if not isinstance(made, Pruner):
         raise ValueError(f"{name!r} made a {type(made).__name__} without `stages`; see stts.pruners.base.Pruner")
     return made
+
+
+def describe_pruners() -> str:
+    """A plain-text table: name, sites, learned or frozen, positions, and what the method keeps."""
+    host = HostInfo(
+        family="-", vit_width=8, vit_mlp=8, vit_heads=1, vit_depth=27, lowest_tap=26, llm_width=8, llm_layers=28,
+        patches_per_group=4,
+    )  # fmt: skip
+    rows = [("name", "site", "learns", "positions", "keeps")]
+    for name in PRUNERS:
+        pruner = make_pruner(name, host)
+        sites = " + ".join(stage.site.kind for stage in pruner.stages) or "-"
+        positions = pruner.stages[0].positions if pruner.stages else "-"
+        learns = "yes" if isinstance(pruner, nn.Module) else "no"
+        rows.append((name, sites, learns, positions, (type(pruner).__doc__ or "").split("\n")[0]))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in rows)

@@ -1,0 +1,128 @@
+"""The one-way order of the rooms, read from the import statements. Imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# A room imports from itself and from rooms to its left. `stts` is the facade `stts/__init__.py`.
+LIBRARY = ["tokens", "budget", "packing", "data", "metrics", "pruners", "models", "stts", "eval", "report"]
+ORDER = [*LIBRARY, "train", "cli"]
+FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
+# Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
+SHARED = {
+    "pruners": {"base", "ops", "scorer", "simple", "temporal"},
+    "models": {"base", "vit", "attention", "prompt", "positions"},
+}
+DOORS = {"pruners": {"__init__", "registry", "chain"}, "models": {"__init__", "load", "pruning", "small"}}
+
+
+def imported_modules(path: Path, package: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """(line, dotted name in parts) of every import; `from a import b` gives a.b, which may be a name inside a."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = above + (node.module.split(".") if node.module else [])
+            yield from ((node.lineno, [*base, alias.name]) for alias in node.names)
+
+
+def room_of(module: list[str]) -> str | None:
+    """The room of one of our modules, None for other libraries and for `stts._compat` and `stts.__version__`."""
+    if module[0] in ("stts_train", "train"):
+        return "train"
+    if module[0] != "stts":
+        return None
+    if len(module) == 1 or module[1] not in ORDER:
+        return None if len(module) > 1 and module[1].startswith("_") and module[1] != "__init__" else "stts"
+    return module[1]
+
+
+def offences(root: Path) -> list[str]:
+    """`path:line: reason` for every import in stts/ and train/ that breaks a rule."""
+    found = []
+    for path in sorted([*root.glob("stts/**/*.py"), *root.glob("train/**/*.py")]):
+        here = list(path.relative_to(root).with_suffix("").parts)
+        room = room_of(here)
+        for line, module in imported_modules(path, here[:-1]):
+            reason = offence(here, room, module, room_of(module))
+            if reason:
+                found.append(f"{path.relative_to(root).as_posix()}:{line}: {reason}")
+    return found
+
+
+def offence(here: list[str], room: str | None, module: list[str], target: str | None) -> str | None:
+    if here[0] == "stts" and module[0] in FORBIDDEN_IN_LIBRARY:
+        return f"the library must run without {module[0]}; move this to train/"
+    if target is None:
+        return None
+    if room is None or ORDER.index(target) > ORDER.index(room):
+        return f"{room or here[-1]} imports {'.'.join(module)}, but {target} lies to its right"
+    alone = room == target and room in SHARED and len(module) > 2
+    if alone and here[2] not in DOORS[room] and module[2] not in {here[2], *SHARED[room]}:
+        return f"{here[2]} imports its neighbour {'.'.join(module)}; move what they share to {sorted(SHARED[room])}"
+    return None
+
+
+def test_imports_go_one_way() -> None:
+    found = offences(REPOSITORY)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_every_room_is_in_the_order() -> None:
+    rooms = {path.stem if path.suffix else path.name for path in (REPOSITORY / "stts").iterdir()}
+    assert {room for room in rooms if not room.startswith(("_", "."))} <= set(ORDER)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "reason"),
+    [
+        ("stts/tokens.py", "from stts.packing.segments import Segments", "packing lies to its right"),
+        ("stts/packing/pack.py", "import stts.models.vit", "models lies to its right"),
+        ("stts/packing/pack.py", "from stts import data", "data lies to its right"),
+        ("stts/packing/pack.py", "from ..pruners import base", "pruners lies to its right"),
+        ("stts/data/video.py", "def late():\n    from stts.eval import compare", "eval lies to its right"),
+        ("stts/models/vit.py", "from stts import pruning", "stts lies to its right"),
+        ("stts/eval/compare.py", "import stts_train.module", "train lies to its right"),
+        ("stts/_compat.py", "import stts.tokens", "tokens lies to its right"),
+        ("stts/cli.py", "def fit():\n    import lightning.pytorch", "without lightning"),
+        ("stts/eval/compare.py", "import wandb", "without wandb"),
+        ("stts/pruners/tango.py", "from stts.pruners.visionzip import VisionZip", "imports its neighbour"),
+        ("stts/pruners/ops.py", "from .novelty import Novelty", "imports its neighbour"),
+        ("stts/models/qwen3_vl.py", "from stts.models import molmo2", "imports its neighbour"),
+    ],
+)
+def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, code: str, reason: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text("# one line above\n" + code + "\n")
+    [found] = offences(tmp_path)
+    assert found.startswith(f"{file}:{2 + code.count(chr(10))}: ") and reason in found
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("stts/budget.py", "from stts.tokens import Grid"),
+        ("stts/packing/pack.py", "import stts._compat\nimport torch\nfrom stts.packing import segments"),
+        ("stts/models/load.py", "from stts import __version__\nfrom stts.models.molmo2 import Molmo2"),
+        ("stts/__init__.py", "import stts._compat\nfrom stts.models.pruning import pruning"),
+        ("stts/eval/compare.py", "import stts\nfrom stts import pruning"),
+        ("stts/pruners/registry.py", "from stts.pruners.chain import Chain\nfrom stts.pruners import novelty"),
+        ("stts/pruners/stts.py", "from .scorer import Scorer\nfrom stts.pruners.temporal import temporal_loss"),
+        ("stts/models/molmo2.py", "from stts.models.base import Host\nfrom stts.pruners.base import Pruner"),
+        ("stts/cli.py", "def fit():\n    from stts_train.cli import main"),
+        ("train/module.py", "import lightning\nimport stts\nfrom stts_train.callbacks import Progress"),
+    ],
+)
+def test_a_right_import_is_let_through(tmp_path: Path, file: str, code: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(code + "\n")
+    assert offences(tmp_path) == []
