@@ -19,11 +19,12 @@ def _compare(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    if argv[:1] != ["shapes"]:
-        raise ValueError(f"stts data {' '.join(argv[:1])}: unknown data set; there is one: `stts data shapes --out DIR`")
-    from stts.data.shapes_files import main as shapes
+    from jsonargparse import auto_cli
 
-    return int(shapes(argv[1:]) or 0)
+    from stts.data.shapes_files import shapes
+
+    print(f"wrote {auto_cli({'shapes': shapes}, args=argv, as_positional=False)}")
+    return 0
 
 
 def _init(argv: list[str]) -> int:
@@ -31,7 +32,7 @@ def _init(argv: list[str]) -> int:
 
     from stts.models.small import write_small_vlm
 
-    print(auto_cli(write_small_vlm, args=argv))
+    print(f"wrote {auto_cli(write_small_vlm, args=argv, as_positional=False)}")
     return 0
 
 

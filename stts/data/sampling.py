@@ -51,16 +51,21 @@ class Timeline:
         found = np.searchsorted(self.timestamps_N, np.asarray(times_s, np.float64) + _TIME_SLACK_S, side="right") - 1
         return np.maximum(found, 0).astype(np.int64)
 
-    def at_nominal(self, number: npt.ArrayLike) -> Indices:
-        """Frame `i` of a constant-rate file, or the frame shown at `i / native_fps` when the rate varies.
+    @property
+    def is_constant(self) -> bool:
+        """Whether no frame is more than half a frame off the even grid of `native_fps`.
 
-        A rate counts as constant while no frame is more than half a frame off the even grid: containers that
-        store milliseconds (Matroska) round their times, and must not change which frame is chosen."""
+        Half a frame, because containers that store milliseconds (Matroska) round their times, and that must not
+        change which frame is chosen."""
+        even_N = self.timestamps_N[0] + np.arange(self.num_frames) / self.native_fps
+        return bool(np.abs(self.timestamps_N - even_N).max() * self.native_fps <= 0.5)
+
+    def at_nominal(self, number: npt.ArrayLike) -> Indices:
+        """Frame `i` of a constant-rate file, or the frame shown at `i / native_fps` when the rate varies."""
         wanted = np.asarray(number, np.int64)
-        offset_N = (self.timestamps_N - self.timestamps_N[0]) * self.native_fps - np.arange(self.num_frames)
-        if np.abs(offset_N).max() > 0.5:
-            return self.shown_at(wanted / self.native_fps)
-        return np.minimum(wanted, self.num_frames - 1)
+        if self.is_constant:
+            return np.minimum(wanted, self.num_frames - 1)
+        return self.shown_at(wanted / self.native_fps)
 
 
 def uniform_inclusive(timeline: Timeline, num_frames: int) -> Indices:
@@ -73,7 +78,7 @@ def fps_then_uniform(timeline: Timeline, num_frames: int, target_fps: float = 1.
 
     The LLaVA-Video loader's `force` option always takes the second road: ask for `uniform_inclusive` then."""
     step = max(1, round(timeline.native_fps / target_fps))
-    nominal = math.ceil(max(timeline.num_frames, timeline.duration_s * timeline.native_fps - 0.5))
+    nominal = timeline.num_frames if timeline.is_constant else math.ceil(timeline.duration_s * timeline.native_fps)
     chosen_T = timeline.at_nominal(np.arange(0, nominal, step))
     return chosen_T if len(chosen_T) <= num_frames else uniform_inclusive(timeline, num_frames)
 
@@ -86,10 +91,11 @@ def interior(timeline: Timeline, num_frames: int) -> Indices:
 
 
 def bins_left(timeline: Timeline, num_frames: int) -> Indices:
-    """The left edge of K equal bins, K = min(num_frames, whole seconds of video, but at least one)."""
+    """The left edge of K bins of a whole number of frames, K = min(num_frames, whole seconds, but at least 1)."""
     num_bins = max(1, min(num_frames, int(timeline.duration_s + _TIME_SLACK_S)))
-    width = int(timeline.duration_s * timeline.native_fps + 1e-3) / num_bins  # slack: 2.4 s * 25 is a little under 60
-    return timeline.at_nominal([int(width * i) for i in range(num_bins)])
+    # Slack, because a product such as 1.1 s * 30 may fall a hair under the whole number it stands for.
+    width = int(int(timeline.duration_s * timeline.native_fps + 1e-3) / num_bins)
+    return timeline.at_nominal(np.arange(num_bins) * width)
 
 
 def time_last(timeline: Timeline, num_frames: int, cap_fps: float = 2.0) -> Indices:
@@ -132,7 +138,8 @@ def choose_frames(
         raise ValueError(f"max_fps={max_fps} must be a positive number; leave it out (None) for no limit")
     first, seen = (0, timeline) if clip is None else _cut(timeline, clip)
     rule = SAMPLERS[sampler]
-    count = int(num_frames)
+    # A span never exceeds the duration, so more than duration * max_fps + 1 frames are always too many.
+    count = int(num_frames if max_fps is None else min(num_frames, 1 + seen.duration_s * max_fps + _TIME_SLACK_S))
     chosen_T = rule(seen, count)
     while max_fps is not None and count > 1 and _mean_fps(seen.timestamps_N[chosen_T]) > max_fps + _TIME_SLACK_S:
         count -= 1

@@ -128,12 +128,19 @@ def make_clip(seed: int, split: str, index: int, config: ShapesConfig, focus: st
     )
 
 
+def _turns(question: Question, *, first: bool) -> tuple[Message, Message]:
+    marker = "<video>\n" if first else ""
+    return Message("user", marker + question.text), Message("assistant", question.answer)
+
+
 class ShapesFrames(Dataset[Example]):
     """ShapesQA drawn on the fly, one question per clip: item i holds the first question of clip i.
 
     `families` narrows the questions *and* the scenes (`families=("direction",)`: one moving thing and nothing else);
     without `weights` item i shows what `write_shapes` would write for clip i under the same config. `weights` draws
-    the family of each item with these relative weights; the others remain in the scene as distraction."""
+    the family of each item with these relative weights; the others remain in the scene as distraction.
+    `questions_per_item` above 1 asks further questions about the same clip as later turns of one conversation, so that
+    one pass through the tower teaches several answers; `uid` and `meta` are those of the first."""
 
     def __init__(
         self,
@@ -143,7 +150,11 @@ class ShapesFrames(Dataset[Example]):
         config: ShapesConfig,
         families: Sequence[str] | None = None,
         weights: Mapping[str, float] | None = None,
+        questions_per_item: int = 1,
     ) -> None:
+        if questions_per_item < 1:
+            raise ValueError(f"questions_per_item={questions_per_item} must be at least 1")
+        self.questions_per_item = questions_per_item
         self.config = config if families is None else replace(config, families=tuple(families))
         self.split, self.num_clips, self.seed = split, num_clips, seed
         self._shares: NDArray[np.float64] | None = None
@@ -166,10 +177,11 @@ class ShapesFrames(Dataset[Example]):
             raise IndexError(f"item {index} is outside [0, {self.num_clips})")
         clip = make_clip(self.seed, self.split, index, self.config, self._focus(index))
         frame_index_T = sampled_indices(clip.num_frames, self.config.num_sampled)
-        question = clip.questions[0]
+        questions = clip.questions[: self.questions_per_item]
+        question = questions[0]
         sample = Sample(
             uid=f"{clip.uid}-{question.family}",
-            messages=(Message("user", f"<video>\n{question.text}"), Message("assistant", question.answer)),
+            messages=tuple(turn for number, asked in enumerate(questions) for turn in _turns(asked, first=number == 0)),
             meta={
                 "family": question.family,
                 "options": question.options,

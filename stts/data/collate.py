@@ -1,0 +1,236 @@
+"""Examples to model inputs: the family's own processor, the family's own chat template, and labels on the answers.
+
+Each conversation is written exactly as `generate` would meet it: the template up to its generation prompt, then the
+answer, then what the template puts after an answer. (Some templates write a finished assistant turn a little
+differently from the prompt that asks for one; a model trained on that form is evaluated on another.)
+
+Shape suffixes:  B = rows,  L = text length,  V = videos,  T = frames,  C = 3 colour channels,  H, W = pixels"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from stts.data.datasets import Example, Message, Sample, Skipped
+
+IGNORED = -100
+"""Label of a token that is not part of an answer; the value that stock losses leave out."""
+_MARKER = re.compile(r"\s*<(video|image)>\s*")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass of a stock model."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of the model. `input_ids`, `attention_mask`: int64 (B, L). `pixel_values_videos`: (V, T, C, H, W),
+    or a list of (T, C, H, W) where frame counts differ. Images: `pixel_values`, `image_sizes`, `batch_num_images`.
+    `labels`: int64 (B, L), when training."""
+    uids: tuple[str, ...]
+    """Per row."""
+    video_uids: tuple[str, ...]
+    """Per video, in batch order."""
+    timestamps_s: tuple[Tensor | None, ...]
+    """Per video, float64 (T,) seconds."""
+    answers: tuple[str, ...]
+    """Per row, the last answer of the conversation; "" where it has none."""
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+    blank: bool = False
+    """True: stands in for a batch in which every sample was skipped, and must weigh nothing."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with every input tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, list):
+                return [move(item) for item in value]
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        return replace(self, inputs={name: move(value) for name, value in self.inputs.items()})
+
+
+class Collator:
+    """Builds a `Batch` from examples; picklable, so that it can run in loader workers.
+
+    training=True: whole conversations, padded on the right, with labels. training=False: everything before the last
+    answer and the generation prompt, padded on the left, as `generate` expects."""
+
+    def __init__(self, processor: ProcessorMixin, *, training: bool) -> None:
+        self.processor, self.training = processor, training
+        tokenizer = processor.tokenizer
+        self._prompt_ids, self._end_text, self._end_id = _chat_form(processor)
+
+        self._longest = tokenizer.model_max_length
+
+    def __call__(self, items: Sequence[Example | Skipped]) -> Batch | None:
+        """A batch of all examples, in order; None when every item was skipped.
+
+        Raises ValueError, with the uid, for a marker without its medium (or the other way round), and in training for
+        a missing or empty answer and for a conversation longer than the tokenizer's limit (it would lose its answer).
+        """
+        skipped = tuple(item for item in items if isinstance(item, Skipped))
+        examples = [item for item in items if isinstance(item, Example)]
+        if not examples:
+            return None
+        for example in examples:
+            _check_media(example)
+        texts = [self.render(example.sample) for example in examples]
+        videos = [example for example in examples if example.frames is not None]
+        inputs = self._process(texts, videos, examples)
+        if self.training:
+            inputs["labels"] = self._labels(inputs["input_ids"], inputs["attention_mask"], examples)
+        return Batch(
+            inputs=inputs,
+            uids=tuple(example.sample.uid for example in examples),
+            video_uids=tuple(example.sample.uid for example in videos),
+            timestamps_s=tuple(
+                None if example.timestamps_s is None else torch.as_tensor(example.timestamps_s, dtype=torch.float64)
+                for example in videos
+            ),
+            answers=tuple(_last_answer(example.sample) for example in examples),
+            samples=tuple(example.sample for example in examples),
+            skipped=skipped,
+        )
+
+    def blank(self, skipped: Sequence[Skipped] = ()) -> Batch:
+        """One row with one black frame, for a rank whose whole batch was skipped: it must still run every module."""
+        sample = Sample("blank", (Message("user", "<video>\n?"), Message("assistant", "?")))
+        made = self([Example(sample, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1))])
+        assert made is not None
+        return replace(made, skipped=tuple(skipped), blank=True)
+
+    def render(self, sample: Sample) -> str:
+        """The text of one conversation, with one media marker per medium. ValueError for a missing or empty answer."""
+        messages = sample.messages
+        turns = [place for place, message in enumerate(messages) if message.role == "assistant"]
+        if self.training:
+            if not turns or any(not messages[place].text.strip() for place in turns):
+                raise ValueError(
+                    f"sample {sample.uid!r} has no answer or an empty one; training needs text in every assistant turn"
+                )
+        else:
+            turns = turns[:-1] if messages[-1].role == "assistant" else turns
+        content = [_content(message) for message in messages]
+        end = len(messages) - (messages[-1].role == "assistant")
+        text, shown = "", 0
+        for place in [*turns, *([] if self.training else [end])]:
+            before = self._template(content[:shown], False) if shown else ""
+            whole = self._template(content[:place], True)
+            if not whole.startswith(before):
+                raise ValueError(
+                    f"sample {sample.uid!r}: this chat template rewrites earlier turns; use single-turn conversations"
+                )
+            text += whole[len(before) :]
+            if place in turns:
+                text += messages[place].text.strip() + self._end_text
+                shown = place + 1
+        return text
+
+    def num_text_tokens(self, samples: Sequence[Sample]) -> list[int]:
+        """Tokens of each conversation without its video and image tokens; known before any file is opened."""
+        texts = [_MARKER.sub(" ", self.render(sample)) for sample in samples]
+        return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=True)["input_ids"]]
+
+    def _template(self, content: list[dict[str, Any]], ask: bool) -> str:
+        return self.processor.apply_chat_template(content, add_generation_prompt=ask, tokenize=False)
+
+    def _process(self, texts: list[str], videos: list[Example], examples: list[Example]) -> dict[str, Any]:
+        media: dict[str, Any] = {}
+        if videos:
+            # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
+            frames = [torch.from_numpy(np.ascontiguousarray(video.frames)) for video in videos]
+            media |= {"videos": frames, "videos_kwargs": {"do_sample_frames": False, "input_data_format": "channels_last"}}
+        if any(example.images for example in examples):
+            media["images"] = [list(example.images) for example in examples if example.images]
+        side = "right" if self.training else "left"
+        # No return_tensors: the processor would stack videos of unequal length, and fail.
+        made = self.processor(text=texts, padding=True, padding_side=side, **media)
+        return {name: _to_tensor(value) for name, value in made.items()}
+
+    def _labels(self, ids_BL: Tensor, mask_BL: Tensor, examples: list[Example]) -> Tensor:
+        labels_BL = torch.full_like(ids_BL, IGNORED)
+        num_prompt = len(self._prompt_ids)
+        windows_BLP = ids_BL.unfold(1, num_prompt, 1) if ids_BL.shape[1] >= num_prompt else ids_BL[:, :0, None]
+        is_prompt_BL = (windows_BLP == torch.tensor(self._prompt_ids)).all(-1)
+        for row, example in enumerate(examples):
+            uid, length = example.sample.uid, int(mask_BL[row].sum())
+            if length > self._longest:
+                raise ValueError(
+                    f"sample {uid!r} has {length} tokens, more than the {self._longest} this tokenizer allows, so its "
+                    "answer would be cut; use fewer frames or a shorter text"
+                )
+            ends = (ids_BL[row] == self._end_id).nonzero().flatten().tolist()
+            starts = [start + num_prompt for start in is_prompt_BL[row].nonzero().flatten().tolist()]
+            wanted = sum(message.role == "assistant" for message in example.sample.messages)
+            stops = [next((end for end in ends if end >= start), -1) for start in starts]
+            if len(starts) != wanted or any(stop <= start for start, stop in zip(starts, stops, strict=True)):
+                raise ValueError(
+                    f"sample {uid!r}: found {len(starts)} complete answers in the tokens, expected {wanted}; an answer "
+                    "was truncated or the text contains the template's own control words"
+                )
+            for start, stop in zip(starts, stops, strict=True):
+                labels_BL[row, start : stop + 1] = ids_BL[row, start : stop + 1]
+        return labels_BL
+
+
+def _chat_form(processor: ProcessorMixin) -> tuple[list[int], str, int]:
+    """Ids of the generation prompt, the text behind an answer, and the id that ends a turn; from a trial conversation."""
+    question, answer = ({"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant"))
+    asked = processor.apply_chat_template([question], add_generation_prompt=False, tokenize=False)
+    prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)[len(asked) :]
+    whole = processor.apply_chat_template([question, answer], add_generation_prompt=False, tokenize=False)
+    end_text = whole[whole.rindex("x") + 1 :]
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+    end_ids = [token for token in tokenizer(end_text, add_special_tokens=False)["input_ids"] if token in special]
+    if not prompt.strip() or not end_ids:
+        raise ValueError(
+            f"the chat template gives the generation prompt {prompt!r} and ends an answer with {end_text!r}; expected "
+            "a prompt and a special end-of-turn token (ChatML or similar), else answers cannot be told from questions"
+        )
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"], end_text, end_ids[0]
+
+
+def _content(message: Message) -> dict[str, Any]:
+    """One message in the form that chat templates read: a list of typed parts, in the order of the text."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(_MARKER.split(message.text)):
+        if number % 2:
+            parts.append({"type": piece})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return {"role": message.role, "content": parts}
+
+
+def _last_answer(sample: Sample) -> str:
+    last = sample.messages[-1]
+    return last.text.strip() if last.role == "assistant" else ""
+
+
+def _check_media(example: Example) -> None:
+    text = "".join(message.text for message in example.sample.messages)
+    for marker, given in (("<video>", int(example.frames is not None)), ("<image>", len(example.images))):
+        if text.count(marker) != given:
+            raise ValueError(
+                f"sample {example.sample.uid!r} has {text.count(marker)} {marker} markers for {given} {marker[1:-1]}(s); "
+                "write one marker where each medium is shown"
+            )
+
+
+def _to_tensor(value: Any) -> Any:
+    """A tensor where the parts fit together, else the list of parts."""
+    if isinstance(value, Tensor) or not isinstance(value, Sequence) or not value:
+        return value
+    if all(isinstance(part, Tensor) for part in value):
+        return torch.stack(list(value)) if len({part.shape for part in value}) == 1 else list(value)
+    return torch.tensor([list(part) if isinstance(part, Sequence) else part for part in value])
+
+

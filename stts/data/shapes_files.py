@@ -1,0 +1,145 @@
+"""ShapesQA as real files: H.264 clips and one JSONL of questions per split, the road that evaluation takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from stts.data.shapes import SPLITS, Clip, ShapesConfig, make_clip
+
+MANIFEST = "shapes.json"
+_VERSION = 1  # raise when the same settings would give other clips or questions
+_CHUNK_FRAMES = 64  # rendered at a time: a 5-minute clip never lies in memory whole
+# 4:4:4 because the colour is the answer: halved chroma more than doubles the error of a decoded frame (mean 5.5
+# against 2.4 of 255). No B-frames and a keyframe every two seconds keep seeking cheap.
+_PIXEL_FORMAT = "yuv444p"
+_X264 = {"crf": "14", "preset": "veryfast", "bf": "0"}
+
+
+def shapes(
+    out: Path, train: int = 2000, val: int = 100, test: int = 500, long: int = 0, seed: int = 0, num_sampled: int = 16
+) -> Path:
+    """Write ShapesQA, a synthetic video question-answering data set, as MP4 files with JSONL questions.
+
+    Args:
+        out: folder to write; an interrupted run goes on where it stopped.
+        train: clips of 4 to 8 s for training; every clip has three questions.
+        val: clips for validation.
+        test: clips for evaluation.
+        long: clips of 30 s to 5 min for test-time scaling.
+        seed: of clips and questions.
+        num_sampled: frames a uniform sampler must take to see all evidence; fewer miss some of it.
+    """
+    sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
+    fps = max(ShapesConfig().fps, num_sampled / 4)  # the shortest clip must have that many frames
+    return write_shapes(out, sizes=sizes, seed=seed, config=ShapesConfig(num_sampled=num_sampled, fps=fps))
+
+
+def write_shapes(
+    out: Path,
+    *,
+    sizes: Mapping[str, int],
+    seed: int = 0,
+    config: ShapesConfig | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes `sizes[split]` clips of each split and returns `out`.
+
+        out/shapes.json             the settings; another run must bring the same
+        out/<split>/<uid>.mp4       H.264, `config.fps`, one file per clip
+        out/<split>.jsonl           one row per question: id, video, conversations, family, options, duration (seconds)
+
+    Files appear whole or not at all, a JSONL only once all of its clips exist; clips that exist are kept, so a killed
+    run goes on where it stopped and a larger size adds clips. Raises ValueError for sizes that make no sense and for
+    a folder written with other settings."""
+    out, config = Path(out), ShapesConfig() if config is None else config
+    if not sizes or any(split not in SPLITS or size < 1 for split, size in sizes.items()):
+        raise ValueError(f"sizes={dict(sizes)} must give at least 1 clip for one or more of the splits {SPLITS}")
+    make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
+    _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), "pixels": _PIXEL_FORMAT, "x264": _X264})
+    with tqdm(total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress) as bar:
+        for split, size in sizes.items():
+            (out / split).mkdir(exist_ok=True)
+            rows = []
+            for index in range(size):
+                clip = make_clip(seed, split, index, config)
+                name = f"{split}/{clip.uid}.mp4"
+                if not (out / name).exists():
+                    _write_whole(out / name, partial(_encode, clip))
+                rows += _rows(clip, name)
+                bar.update()
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            _write_whole(out / f"{split}.jsonl", partial(_save_text, text))
+    return out
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Writes the manifest, or checks that the one there says the same."""
+    manifest = out / MANIFEST
+    if manifest.exists():
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{manifest} is not JSON ({error}); choose another folder or remove this one") from error
+        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        if found != wanted:
+            raise ValueError(f"{out} holds ShapesQA with settings {found}, not {wanted}; choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and was not written by write_shapes (no {MANIFEST}); choose an empty folder")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2) + "\n"
+        _write_whole(manifest, partial(_save_text, text))
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _encode(clip: Clip, path: Path) -> None:
+    rate = Fraction(clip.config.fps).limit_denominator(1001)
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={**_X264, "g": str(max(1, round(2 * rate)))})
+        stream.width = stream.height = clip.config.frame_size
+        stream.pix_fmt = _PIXEL_FORMAT
+        stream.thread_count = 1  # the file must not depend on the number of cores
+        for first in range(0, clip.num_frames, _CHUNK_FRAMES):
+            for picture in clip.render(np.arange(first, min(first + _CHUNK_FRAMES, clip.num_frames))):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _rows(clip: Clip, video: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"{clip.uid}-{question.family}",
+            "video": video,
+            "conversations": [
+                {"from": "human", "value": f"<video>\n{question.text}"},
+                {"from": "gpt", "value": question.answer},
+            ],
+            "family": question.family,
+            "options": list(question.options),
+            "duration": clip.num_frames / clip.config.fps,
+        }
+        for question in clip.questions
+    ]

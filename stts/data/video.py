@@ -1,0 +1,121 @@
+"""A few chosen frames of a video file as RGB arrays, with the times at which they are really shown.
+
+Two passes over the file. The first reads packet headers only and gives every frame's presentation time without
+decoding, so a variable frame rate is exact. The second decodes what leads up to the chosen frames, jumps to a keyframe
+where that saves work, and converts only the chosen ones: memory is the result plus the decoder's own few frames.
+
+Shape suffixes:  T = frames returned,  H, W = pixels after rotation"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from stts.data.decoding import NotShownError, Reader, UnusableFileError
+from stts.data.sampling import choose_frames
+
+_REMEDY = "fetch the file again, re-encode it (ffmpeg -i IN -c:v libx264 OUT.mp4), or drop it from the data"
+
+
+class VideoError(ValueError):
+    """A file or request that cannot give the frames asked for. The message names the file, the fault, the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSource:
+    """Where frames came from; for the sample record."""
+
+    path: str
+    native_fps: float
+    """Mean frames per second over the whole file."""
+    duration_s: float
+    """From the first frame to the end of the last one."""
+    sampler: str
+    num_frames_in_file: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VideoClip:
+    """Chosen frames in time order."""
+
+    frames: npt.NDArray[np.uint8]
+    """uint8 (T, H, W, 3), RGB, 0 to 255, upright."""
+    timestamps_s: npt.NDArray[np.float64]
+    """float64 (T,), seconds since the first frame of the file, also when a clip was asked for."""
+    source: VideoSource
+
+
+def sample_frames(
+    path: str | os.PathLike[str],
+    *,
+    sampler: str = "uniform_inclusive",
+    num_frames: int,
+    clip: tuple[float, float] | None = None,
+    max_fps: float | None = None,
+    timeout_s: float | None = None,
+) -> VideoClip:
+    """Decode the frames that `sampler` chooses (see `stts.data.sampling`) among those inside `clip`, in seconds.
+
+    Returns at most `num_frames` frames; a short file repeats frames, each decoded once. `max_fps` lowers the number
+    until the mean rate is no higher. `timeout_s` bounds the whole call (checked at every packet). One thread, so that
+    loader workers do not crowd each other out. Raises VideoError for whatever prevents a complete, undamaged answer."""
+    name = os.fspath(path)
+    if timeout_s is not None and not timeout_s > 0:
+        raise VideoError(f"{name}: timeout_s={timeout_s} must be positive; leave it out (None) for no limit")
+    _check_file(name)
+    with _naming(name, timeout_s):
+        reader = Reader(name, math.inf if timeout_s is None else time.monotonic() + timeout_s)
+        try:
+            index = reader.index_packets()
+            chosen_T = choose_frames(index.timeline, sampler, num_frames, clip, max_fps)
+            frames = reader.collect(index, chosen_T)
+        except NotShownError:
+            # Packets without times, or packets that never become frames (a cut inside a group): count by decoding.
+            index = reader.index_by_decoding()
+            chosen_T = choose_frames(index.timeline, sampler, num_frames, clip, max_fps)
+            frames = reader.collect(index, chosen_T)
+    timeline = index.timeline
+    source = VideoSource(name, timeline.native_fps, timeline.duration_s, sampler, timeline.num_frames)
+    return VideoClip(frames, timeline.timestamps_N[chosen_T], source)
+
+
+def _check_file(name: str) -> None:
+    try:
+        status = os.stat(name)
+    except OSError as error:
+        raise VideoError(f"{name}: {error.strerror}; expected a video file: check the path and data root") from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise VideoError(f"{name}: found a directory or device, expected a regular video file; name the file itself")
+    if status.st_size == 0:
+        raise VideoError(f"{name}: the file is empty (0 bytes), expected a video; {_REMEDY}")
+
+
+@contextmanager
+def _naming(name: str, timeout_s: float | None) -> Iterator[None]:
+    """Turn what goes wrong inside into a VideoError that names the file."""
+    try:
+        yield
+    except (TimeoutError, av.error.ExitError) as error:  # ExitError: ffmpeg itself was stopped by the limit
+        raise VideoError(
+            f"{name}: not decoded within timeout_s={timeout_s}; raise it, ask for a shorter clip, or re-encode the file"
+        ) from error
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{name}: not readable as a video ({error.strerror}); expected a complete MP4, MOV, MKV, WebM, AVI or "
+            f"MPEG file: {_REMEDY}"
+        ) from error
+    except UnusableFileError as error:
+        raise VideoError(
+            f"{name}: {error}; expected a whole video whose chosen frames decode cleanly: {_REMEDY}"
+        ) from error
+    except (ValueError, OSError) as error:  # the request: choose_frames says what to change
+        raise VideoError(f"{name}: {error}") from error
