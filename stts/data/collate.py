@@ -30,8 +30,8 @@ class Batch:
     """One forward pass of a stock model."""
 
     inputs: dict[str, Any]
-    """Keyword arguments of the model. `input_ids`, `attention_mask`: int64 (B, L). `pixel_values_videos`: (V, T, C, H, W),
-    or a list of (T, C, H, W) where frame counts differ. Images: `pixel_values`, `image_sizes`, `batch_num_images`.
+    """Keyword arguments of the model. `input_ids`, `attention_mask`: int64 (B, L). `pixel_values_videos`: (V, T, C, H,
+    W), or a list of (T, C, H, W) where frame counts differ. Images: `pixel_values`, `image_sizes`, `batch_num_images`.
     `labels`: int64 (B, L), when training."""
     uids: tuple[str, ...]
     """Per row."""
@@ -147,7 +147,10 @@ class Collator:
         if videos:
             # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
             frames = [torch.from_numpy(np.ascontiguousarray(video.frames)) for video in videos]
-            media |= {"videos": frames, "videos_kwargs": {"do_sample_frames": False, "input_data_format": "channels_last"}}
+            media |= {
+                "videos": frames,
+                "videos_kwargs": {"do_sample_frames": False, "input_data_format": "channels_last"},
+            }
         if any(example.images for example in examples):
             media["images"] = [list(example.images) for example in examples if example.images]
         side = "right" if self.training else "left"
@@ -182,7 +185,7 @@ class Collator:
 
 
 def _chat_form(processor: ProcessorMixin) -> tuple[list[int], str, int]:
-    """Ids of the generation prompt, the text behind an answer, and the id that ends a turn; from a trial conversation."""
+    """Ids of the generation prompt, text behind an answer, and id that ends a turn, from a trial conversation."""
     question, answer = ({"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant"))
     asked = processor.apply_chat_template([question], add_generation_prompt=False, tokenize=False)
     prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)[len(asked) :]
@@ -218,10 +221,11 @@ def _last_answer(sample: Sample) -> str:
 def _check_media(example: Example) -> None:
     text = "".join(message.text for message in example.sample.messages)
     for marker, given in (("<video>", int(example.frames is not None)), ("<image>", len(example.images))):
-        if text.count(marker) != given:
+        found = text.count(marker)
+        if found != given:
             raise ValueError(
-                f"sample {example.sample.uid!r} has {text.count(marker)} {marker} markers for {given} {marker[1:-1]}(s); "
-                "write one marker where each medium is shown"
+                f"sample {example.sample.uid!r} has {found} {marker} markers for {given} {marker[1:-1]}(s); write one "
+                "marker where each medium is shown"
             )
 
 
@@ -232,5 +236,3 @@ def _to_tensor(value: Any) -> Any:
     if all(isinstance(part, Tensor) for part in value):
         return torch.stack(list(value)) if len({part.shape for part in value}) == 1 else list(value)
     return torch.tensor([list(part) if isinstance(part, Sequence) else part for part in value])
-
-

@@ -94,6 +94,7 @@ class Pruning:
         self._names: tuple[Sequence[str], Sequence[Tensor | None] | None] | None = None
         self._expand = 1
         self._handles: list[Any] = []
+        self._stock_expand: Any = None
         self._originals: list[str] = []
         self.retention_ratio = retention_ratio
         if self.module is not None:
@@ -350,9 +351,9 @@ def _sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage]]:
             raise ValueError(f"{type(stage).__name__} asks for {sorted(stage.signals)}, which this family cannot collect")
     for stage in vit:
         last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
-        if last >= tap:
+        if last > tap:
             raise ValueError(
-                f"the drop after block {last} must come before block {tap}, the lowest whose output is used; "
+                f"the drop after block {last} comes behind block {tap}, the lowest whose output is used; "
                 f"the largest prune_block for this tower is {tap - 2}"
             )
     return vit, pre_llm

@@ -12,6 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -83,7 +84,7 @@ def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **siz
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     words = [*_SPECIAL, "user", "assistant", "system", *vocabulary()]
-    description = {  # one word, one token; serialised by hand because that is all the tokenizer there is
+    description: dict[str, Any] = {  # one word, one token; serialised by hand because that is all the tokenizer there is
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -72,8 +72,8 @@ def run_tower(
             if drop is not None and drop.bias_S is not None and site.drop_after != number:
                 x, mask = x.flatten(0, 1)[None], whole.with_bias(drop.bias_S)
         if drop is not None and site is not None and number == site.drop_after:
-            if any(tap <= number for tap in taps):
-                raise ValueError(f"feature blocks {tuple(taps)} must lie behind the drop after block {number}")
+            if any(tap < number for tap in taps):
+                raise ValueError(f"feature blocks {tuple(taps)} must not lie before the drop after block {number}")
             x = x.flatten(0, 1)[None] if mask is None else x
             row_S = drop.keep_S.nonzero().squeeze(1)
             x = x[:, row_S]

@@ -27,7 +27,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
 
 
 def make_pruner(name: str, host: HostInfo, **options: Any) -> Pruner:
-    """A pruner for this host by registry name, or your own by dotted path `package.module:Class`, called with `options`.
+    """A pruner for this host by registry name, or your own by dotted path `package.module:Class`; `options` go to it.
 
     ValueError for a name that is neither, and for an option the method does not have."""
     if name in PRUNERS:

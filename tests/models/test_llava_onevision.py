@@ -311,6 +311,17 @@ def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) ->
         machinery.Drop = original
 
 
+def test_soft_only_keeps_the_tower_whole_to_its_last_block(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    model.train()
+    with stts.pruning(model, "stts", retention_ratio=0.4, soft_only=True) as pruned:
+        assert pruned.module is not None
+        model(**inputs, labels=answer_labels(inputs), use_cache=False).loss.backward()
+        assert pruned.last is not None and pruned.last.num_kept == [64 - int(64 * 0.6)]
+        assert any(p.grad.any() for p in pruned.module.parameters() if p.grad is not None)
+
+
 def test_bad_settings_name_the_fix(tiny: Any) -> None:
     model, _ = tiny
     for ratio in (0, -1, 1.5):

@@ -1,0 +1,101 @@
+"""The folder of a comparison: what is there already, what comes next, and the final files.
+
+partial.jsonl    while running: the identity on line 1, then one line per finished batch
+comparison.json  everything, per sample; .csv the rows; .md the table; .png the figure
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stts.eval.plot import draw
+from stts.eval.table import ComparisonResult, render_csv, render_markdown
+
+RESULT, PARTIAL = "comparison.json", "partial.jsonl"
+
+
+def file_stamps(*paths: str | Path | None) -> dict[str, list[int]]:
+    """Size and time of change of files, and of the weights and settings in model folders; hub ids have none."""
+    stamps = {}
+    for path in (Path(given) for given in paths if given is not None):
+        inside = (
+            sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors")) if path.is_dir() else []
+        )
+        for file in inside or ([path] if path.is_file() else []):
+            stamps[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return stamps
+
+
+class Store:
+    """Opens `out` for the comparison with this `identity` (settings and file stamps that decide the result).
+
+    ValueError when `out` holds anything but the same comparison; with `overwrite`, anything but a comparison."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.out = Path(out)
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        self.batches: list[dict[str, Any]] = []
+        self.finished: ComparisonResult | None = None
+        self._appending = False
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            self._take_over(overwrite)
+
+    def _take_over(self, overwrite: bool) -> None:
+        result, partial = self.out / RESULT, self.out / PARTIAL
+        if not result.is_file() and not partial.is_file():
+            raise ValueError(f"--out {self.out} is not empty and holds no comparison; choose another folder")
+        if overwrite:
+            for file in (partial, *(result.with_suffix(suffix) for suffix in (".png", ".md", ".csv", ".json"))):
+                file.unlink(missing_ok=True)
+            return
+        if result.is_file():
+            made = json.loads(result.read_text(encoding="utf-8"))
+            self._check(made["identity"])
+            self.finished = ComparisonResult.from_json(made)
+            return
+        head, *lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        if not head.endswith("\n"):
+            return  # killed before anything was written
+        self._check(json.loads(head))
+        self.batches = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        names = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
+        if names:
+            raise ValueError(
+                f"--out {self.out} holds another comparison (different: {', '.join(names)}); "
+                "choose another folder, or --overwrite true to throw that one away"
+            )
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Note a finished batch."""
+        self.batches.append(batch)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self._appending:
+            with (self.out / PARTIAL).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(batch) + "\n")
+            return
+        _write_whole(self.out / PARTIAL, "".join(json.dumps(line) + "\n" for line in (self.identity, *self.batches)))
+        self._appending = True  # whole once, so that a line cut by a kill is gone
+
+    def finish(self, result: ComparisonResult) -> None:
+        """Write the final files, comparison.json last: where it is, the others are."""
+        base = self.out / RESULT
+        _write_whole(base.with_suffix(".png"), draw(result))
+        _write_whole(base.with_suffix(".csv"), render_csv(result))
+        _write_whole(base.with_suffix(".md"), render_markdown(result))
+        _write_whole(base, json.dumps({"identity": self.identity, **result.to_json()}, indent=1) + "\n")
+        (self.out / PARTIAL).unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, content: str | bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

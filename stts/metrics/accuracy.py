@@ -1,0 +1,120 @@
+"""Strict answer scoring, and intervals that know that several questions share a video.
+
+Questions about one clip succeed and fail together, so n answers carry less information than n. With r_c the sum over
+video c of (y - mean y), C videos and n answers, the variance of the mean allowing for that is
+
+    V = C / (C - 1) * sum_c r_c^2 / n^2
+
+and the design effect is V over the variance (mean y^2 - (mean y)^2) / (n - 1) that independent answers would have. Both
+intervals below use n_eff = n / design effect, limited to [1, n]: with one question per video it is n; where the answers
+do not vary at all the effect cannot be estimated and n_eff = C. Everything is closed-form: no sampling, no seed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z95 = 1.959963984540054
+_TRAILING = " \t\r\n.,!?;:\"'"
+_LETTERED = re.compile(r"^\(?([a-z])[).:](?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Graded:
+    parsed: str | None
+    """The normalised answer; None where the text holds none, which counts as wrong."""
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    low: float
+    """95 % interval."""
+    high: float
+    num_samples: int
+    num_videos: int
+
+
+def normalise(text: str) -> str:
+    """Trimmed, lower case, without trailing punctuation."""
+    return text.strip().lower().rstrip(_TRAILING)
+
+
+def grade(prediction: str, answer: str, options: Sequence[str] = ()) -> Graded:
+    """Is the whole prediction, normalised, the answer? No guessing: a sentence that contains the word is unparsed.
+
+    With `options` a prediction must be one of them, else it is unparsed. If the answer is a letter that is not itself
+    an option, the options are lettered A, B, ...; only then "B", "(b)" and "B. some text" all name option B.
+    ValueError for an answer that is empty or none of the options: that row could never be right."""
+    wanted, choices = normalise(answer), [normalise(option) for option in options]
+    if choices and wanted not in choices:
+        choices = [chr(ord("a") + place) for place in range(len(choices))]
+    if not wanted or (choices and wanted not in choices):
+        raise ValueError(f"answer {answer!r} is empty or none of the options {list(options)}; correct the row")
+    parsed = normalise(prediction)
+    if choices and all(len(choice) == 1 and choice.isalpha() for choice in choices):
+        match = _LETTERED.match(prediction.strip().lower())
+        parsed = match.group(1) if match else parsed
+    if not parsed or (choices and parsed not in choices):
+        return Graded(None, False)
+    return Graded(parsed, parsed == wanted)
+
+
+def accuracy(correct: Sequence[bool], videos: Sequence[str]) -> Estimate:
+    """Share of right answers with the Wilson interval at n_eff (module docstring); `videos` names each answer's clip.
+
+    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  n = n_eff"""
+    values = [float(right) for right in correct]
+    num_eff, num_videos = effective_number(values, videos)
+    share = sum(values) / len(values)
+    squared = Z95**2
+    middle = (share + squared / (2 * num_eff)) / (1 + squared / num_eff)
+    half = Z95 * math.sqrt(share * (1 - share) / num_eff + squared / (4 * num_eff**2)) / (1 + squared / num_eff)
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), len(values), num_videos)
+
+
+def paired_difference(correct: Sequence[bool], dense: Sequence[bool], videos: Sequence[str]) -> Estimate:
+    """Accuracy minus that of dense on the same samples, with a paired interval (Agresti and Min 2005) at n_eff.
+
+    With g gains (right only here) and l losses (right only in dense), both scaled by n_eff / n, and n = n_eff:
+
+        (g - l)/(n + 2) +- z sqrt(g + l + 1 - (g - l)^2/(n + 2)) / (n + 2)
+
+    The added half in each cell keeps the width above zero when not one answer changed."""
+    if len(correct) != len(dense):
+        raise ValueError(f"got {len(correct)} answers and {len(dense)} of dense; pair them by sample")
+    change = [float(here) - float(there) for here, there in zip(correct, dense, strict=True)]
+    num_eff, num_videos = effective_number(change, videos)
+    num_samples = len(change)
+    scale = num_eff / num_samples
+    gained, lost = scale * change.count(1.0), scale * change.count(-1.0)
+    middle = (gained - lost) / (num_eff + 2)
+    half = Z95 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (num_eff + 2)) / (num_eff + 2)
+    value = sum(change) / num_samples
+    return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half), num_samples, num_videos)
+
+
+def effective_number(values: Sequence[float], videos: Sequence[str]) -> tuple[float, int]:
+    """(n_eff, C) of the module docstring. ValueError for no values, or names that are not one per value."""
+    num_samples = len(values)
+    if not num_samples or len(videos) != num_samples:
+        raise ValueError(f"got {num_samples} values and {len(videos)} video names; need one name per value, at least 1")
+    mean = math.fsum(values) / num_samples
+    residual: dict[str, float] = defaultdict(float)
+    for value, video in zip(values, videos, strict=True):
+        residual[video] += value - mean
+    num_videos = len(residual)
+    if num_videos == 1:
+        return 1.0, 1
+    if len(set(values)) == 1:
+        return float(num_videos), num_videos
+    clustered = num_videos / (num_videos - 1) * math.fsum(r * r for r in residual.values()) / num_samples**2
+    independent = math.fsum((value - mean) ** 2 for value in values) / (num_samples * (num_samples - 1))
+    if clustered <= independent:  # answers of one video differ more than chance: claim no more than n
+        return float(num_samples), num_videos
+    return max(1.0, num_samples * independent / clustered), num_videos

@@ -1,0 +1,199 @@
+"""FLOPs of a video VLM from shapes alone, in the four conventions of the field.
+
+1 multiply-add = 2 FLOPs unless a convention says otherwise; norms, softmax, rotary, activations, biases and embedding
+look-up are not counted, causal attention counts as full. What one LLM block costs for N tokens (d = width, m = inner
+width of one branch of the feed-forward, H / G = query / key-value heads of width h):
+
+    exact   4 N d h (H + G) + 4 N^2 H h + 6 N d m    grouped queries and gating counted (arXiv 2604.09547)
+    macs    half of `exact`                          FastVID, arXiv 2503.11187
+    fastv   4 N d^2 + 2 N^2 d + 2 N d m              FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334
+    pdrop   4 N d^2 + 2 N^2 d + 3 N d m              PyramidDrop, arXiv 2410.17247
+
+The same dense model costs 40.8 to 97.6 T among them, so no number goes out without the name of its formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+Formula = Literal["exact", "macs", "fastv", "pdrop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmShape:
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    """May differ from width / heads."""
+    mlp: int
+    """Inner width of one branch."""
+    gated: bool = True
+    """True: three feed-forward matrices (SwiGLU), False: two."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> LlmShape:
+        """From the config of a Hugging Face decoder (`text_config` of a VLM) with a gated feed-forward part."""
+        heads = config.num_attention_heads
+        return cls(
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            mlp=config.intermediate_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitShape:
+    """A SigLIP-like tower: frames attend to themselves only, no class token, ungated feed-forward part."""
+
+    width: int
+    blocks: int
+    """Blocks that are executed, which may be fewer than a checkpoint defines."""
+    mlp: int
+    patches: int
+    """Per frame."""
+    patch_size: int
+    """Pixels per side."""
+    channels: int = 3
+
+    @classmethod
+    def from_config(cls, config: Any) -> VitShape:
+        """From `vision_config`; all its layers run, as in the stock code."""
+        return cls(
+            width=config.hidden_size,
+            blocks=config.num_hidden_layers,
+            mlp=config.intermediate_size,
+            patches=(config.image_size // config.patch_size) ** 2,
+            patch_size=config.patch_size,
+            channels=config.num_channels,
+        )
+
+
+@dataclass(frozen=True)
+class VlmShape:
+    llm: LlmShape
+    vit: VitShape
+    connector: tuple[int, ...]
+    """Widths of the projector applied to every patch, input first."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> VlmShape:
+        """From the config of a VLM with a two-layer projector (LLaVA-OneVision, LLaVA-Video)."""
+        llm, vit = LlmShape.from_config(config.text_config), VitShape.from_config(config.vision_config)
+        taps = config.vision_feature_layer
+        num_taps = 1 if isinstance(taps, int) else len(taps)
+        return cls(llm, vit, (vit.width * num_taps, llm.width, llm.width))
+
+
+@dataclass(frozen=True)
+class VideoCost:
+    """FLOPs of one video: tower and connector, the pruner's own work, LLM prefill of the visual tokens (no text)."""
+
+    vit: int
+    """Blocks only."""
+    vit_embed: int
+    connector: int
+    pruner: int
+    llm: int
+
+    @property
+    def total(self) -> int:
+        return self.vit + self.vit_embed + self.connector + self.pruner + self.llm
+
+
+def llm_block_flops(shape: LlmShape, num_tokens: int, formula: Formula = "exact", *, causal: bool = False) -> int:
+    """One LLM block on `num_tokens` tokens; `causal` halves the part that is quadratic in them."""
+    n, d, m = num_tokens, shape.width, shape.mlp
+    if formula in ("exact", "macs"):
+        linear = 4 * n * d * shape.head_dim * (shape.heads + shape.kv_heads) + (6 if shape.gated else 4) * n * d * m
+        quadratic = 4 * n * n * shape.heads * shape.head_dim
+        flops = linear + (quadratic // 2 if causal else quadratic)
+        return flops if formula == "exact" else flops // 2
+    if formula not in ("fastv", "pdrop"):
+        raise ValueError(f"formula {formula!r} is unknown; expected one of {', '.join(get_args(Formula))}")
+    quadratic = 2 * n * n * d
+    return 4 * n * d * d + (quadratic // 2 if causal else quadratic) + (2 if formula == "fastv" else 3) * n * d * m
+
+
+def llm_prefill_flops(
+    shape: LlmShape, num_tokens: int | Sequence[int], formula: Formula = "exact", *, causal: bool = False
+) -> int:
+    """The prompt through the LLM: the same tokens in every layer, or one count per layer.
+
+    ValueError when the counts are not one per layer."""
+    if isinstance(num_tokens, int):
+        return shape.layers * llm_block_flops(shape, num_tokens, formula, causal=causal)
+    if len(num_tokens) != shape.layers:
+        raise ValueError(f"got {len(num_tokens)} token counts for {shape.layers} layers; give one per layer")
+    return sum(llm_block_flops(shape, n, formula, causal=causal) for n in num_tokens)
+
+
+def equivalent_retention(num_tokens: Sequence[int], num_dense: int) -> float:
+    """Visual tokens summed over the LLM layers / the dense sum: what a method that drops at layer K really keeps."""
+    if not num_tokens or num_dense < 1:
+        raise ValueError(f"need one count per layer and num_dense >= 1, got {list(num_tokens)} and {num_dense}")
+    return sum(num_tokens) / (len(num_tokens) * num_dense)
+
+
+def vit_block_flops(shape: VitShape, num_patches: int) -> int:
+    """One block on `num_patches` patches of one frame."""
+    n, d = num_patches, shape.width
+    return 8 * n * d * d + 4 * n * n * d + 4 * n * d * shape.mlp
+
+
+def vit_flops(
+    shape: VitShape, num_frames: int, kept_patches: Sequence[int] | None = None, drop_after: int | None = None
+) -> int:
+    """All blocks of the tower; with survivors per frame, blocks 0..drop_after run on everything, the others on those.
+
+    Attention is counted per frame, as in packed rows without padding. ValueError for counts that do not fit."""
+    block = vit_block_flops(shape, shape.patches)
+    if kept_patches is None:
+        return num_frames * shape.blocks * block
+    if drop_after is None or not 0 <= drop_after < shape.blocks:
+        raise ValueError(f"drop_after={drop_after} must be one of the blocks 0..{shape.blocks - 1}")
+    if len(kept_patches) != num_frames or not all(0 <= n <= shape.patches for n in kept_patches):
+        raise ValueError(f"expected {num_frames} counts in [0, {shape.patches}], got {list(kept_patches)}")
+    full = drop_after + 1
+    pruned = sum(vit_block_flops(shape, n) for n in kept_patches)
+    return num_frames * full * block + (shape.blocks - full) * pruned
+
+
+def vit_embed_flops(shape: VitShape, num_frames: int) -> int:
+    """Patch embedding of all patches of all frames."""
+    return 2 * num_frames * shape.patches * shape.channels * shape.patch_size**2 * shape.width
+
+
+def mlp_flops(widths: Sequence[int], num_items: int) -> int:
+    """A stack of linear layers on `num_items` items; `widths` begins with the input."""
+    return 2 * num_items * sum(a * b for a, b in pairwise(widths))
+
+
+def video_cost(
+    shape: VlmShape,
+    *,
+    num_frames: int,
+    num_kept: int,
+    kept_patches: Sequence[int] | None = None,
+    drop_after: int | None = None,
+    pruner_flops: int = 0,
+    formula: Formula = "exact",
+) -> VideoCost:
+    """Cost of one video of which the LLM sees `num_kept` tokens; text and frame separators are left out.
+
+    kept_patches: survivors per frame after ViT block `drop_after`; None: the tower ran on everything."""
+    num_patches = num_frames * shape.vit.patches if kept_patches is None else sum(kept_patches)
+    return VideoCost(
+        vit=vit_flops(shape.vit, num_frames, kept_patches, drop_after),
+        vit_embed=vit_embed_flops(shape.vit, num_frames),
+        connector=mlp_flops(shape.connector, num_patches),
+        pruner=pruner_flops,
+        llm=llm_prefill_flops(shape.llm, num_kept, formula),
+    )

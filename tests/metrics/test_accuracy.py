@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stts.metrics.accuracy import Z95, accuracy, effective_number, grade, paired_difference
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "options", "parsed", "correct"),
+    [
+        (" Red. ", "red", ("red", "blue"), "red", True),
+        ("blue", "red", ("red", "blue"), "blue", False),
+        ("red blue", "red", ("red", "blue"), None, False),  # not an option: no guessing
+        ("it is red", "red", ("red", "blue"), None, False),
+        ("", "red", ("red", "blue"), None, False),
+        ("!", "red", (), None, False),
+        ("Two!", "two", (), "two", True),
+        ("two dogs", "two", (), "two dogs", False),
+        ("3", "3", ("1", "2", "3"), "3", True),
+        ("b", "B", ("A", "B"), "b", True),
+        ("(B) paint a fence", "B", ("feed the ducks", "paint a fence"), "b", True),
+        ("A. paint a fence", "B", ("feed the ducks", "paint a fence"), "a", False),
+        ("a red ball", "A", ("feed the ducks", "paint a fence"), None, False),  # the article is not an option
+        ("E", "A", ("feed the ducks", "paint a fence"), None, False),
+        ("B. paint", "paint", ("feed", "paint"), None, False),  # the options are words here, not letters
+        ("b. x", "b. x", (), "b. x", True),  # without options nothing is a letter
+    ],
+)
+def test_grading(prediction: str, answer: str, options: tuple[str, ...], parsed: str | None, correct: bool) -> None:
+    graded = grade(prediction, answer, options)
+    assert (graded.parsed, graded.correct) == (parsed, correct)
+
+
+@pytest.mark.parametrize(("answer", "options"), [("", ()), ("...", ()), ("green", ("red", "blue")), ("c", ("x", "y"))])
+def test_a_row_that_can_never_be_right_is_refused(answer: str, options: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="none of the options"):
+        grade("red", answer, options)
+
+
+def test_one_question_per_video_gives_the_wilson_interval() -> None:
+    # 7 of 10: the textbook values of Wilson's interval
+    found = accuracy([True] * 7 + [False] * 3, [str(number) for number in range(10)])
+    assert (found.value, found.num_samples, found.num_videos) == (0.7, 10, 10)
+    assert found.low == pytest.approx(0.39677, abs=5e-6) and found.high == pytest.approx(0.89221, abs=5e-6)
+
+
+def test_wilson_ends_solve_its_equation() -> None:
+    found = accuracy([True] * 7 + [False] * 3, [str(number) for number in range(10)])
+    for end in (found.low, found.high):
+        assert abs(0.7 - end) == pytest.approx(Z95 * math.sqrt(end * (1 - end) / 10))
+
+
+def test_copies_of_one_answer_add_nothing() -> None:
+    # Four videos, each asked three times with the same outcome: worth the four videos, not twelve answers.
+    # By hand: C = 4, n = 12, mean 3/4; r_c = 3/4 (three times), -9/4; V = 4/3 * (27/16 + 81/16) / 144 = 1/16,
+    # independent: 12 * 3/16 / (12 * 11) = 3/176; n_eff = 12 * (3/176) * 16 = 36/11.
+    outcomes, videos = [True] * 9 + [False] * 3, [str(number // 3) for number in range(12)]
+    assert effective_number([float(o) for o in outcomes], videos) == (pytest.approx(36 / 11), 4)
+
+
+def test_clustered_variance_matches_resampling_videos() -> None:
+    # All C^C ways to draw C videos with replacement: their variance is the sandwich without its C / (C - 1).
+    outcomes = {"a": (1, 1, 1), "b": (0, 0, 1), "c": (0, 0, 0), "d": (1, 0, 1), "e": (1, 1, 0)}
+    draws = [sum(sum(outcomes[v]) for v in draw) / 15 for draw in itertools.product(outcomes, repeat=5)]
+    mean = sum(draws) / len(draws)
+    resampled = sum((draw - mean) ** 2 for draw in draws) / len(draws)
+    values = [float(y) for answers in outcomes.values() for y in answers]
+    videos = [video for video in outcomes for _ in range(3)]
+    num_eff, _ = effective_number(values, videos)
+    share = sum(values) / 15
+    independent = share * (1 - share) / 14
+    assert 5 / 4 * resampled == pytest.approx(independent * 15 / num_eff)
+
+
+def test_nothing_varies() -> None:
+    found = accuracy([True] * 6, ["a", "a", "a", "b", "b", "b"])
+    assert found.high == 1 and found.low == pytest.approx(2 / (2 + Z95**2)), "two videos, not six answers"
+    assert accuracy([False], ["a"]).high == pytest.approx(Z95**2 / (1 + Z95**2))
+
+
+def test_paired_difference_by_hand() -> None:
+    # 3 gains, 1 loss, 6 ties on ten videos: (3 - 1)/12 +- z sqrt(4 + 1 - 4/12)/12
+    here = [True] * 3 + [False] + [True] * 6
+    dense = [False] * 3 + [True] + [True] * 6
+    found = paired_difference(here, dense, [str(number) for number in range(10)])
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(2 / 12 - Z95 * math.sqrt(5 - 4 / 12) / 12)
+    assert found.high == pytest.approx(2 / 12 + Z95 * math.sqrt(5 - 4 / 12) / 12)
+
+
+def test_no_change_is_not_certainty() -> None:
+    found = paired_difference([True, False] * 50, [True, False] * 50, [str(number) for number in range(100)])
+    assert found.value == 0 and found.low == pytest.approx(-Z95 / 102) and found.high == -found.low
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), min_size=1, max_size=40))
+def test_intervals_hold_their_value_and_stay_in_range(rows: list[tuple[bool, bool, int]]) -> None:
+    here, dense, videos = [row[0] for row in rows], [row[1] for row in rows], [str(row[2]) for row in rows]
+    share, change = accuracy(here, videos), paired_difference(here, dense, videos)
+    assert 0 <= share.low <= share.value + 1e-12 and share.value <= share.high + 1e-12 and share.high <= 1
+    assert -1 <= change.low <= change.high <= 1
+    assert change.value == pytest.approx(share.value - accuracy(dense, videos).value)
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    again = accuracy([here[i] for i in order], [videos[i] for i in order])
+    assert again.low == pytest.approx(share.low), "the order of samples does not matter"
+
+
+@pytest.mark.slow
+def test_intervals_cover_what_they_promise() -> None:
+    # 60 videos of three answers that agree most of the time; 95 % intervals must hold the truth about as often.
+    rng = random.Random(1)
+    hits = changes = 0
+    videos = [str(number // 3) for number in range(180)]
+    for _ in range(1000):
+        here, dense = [], []
+        for _ in range(60):
+            video = rng.random()  # how hard this video is: uniform, so the truth is 1/2 for both
+            here += [rng.random() < video for _ in range(3)]
+            dense += [rng.random() < video for _ in range(3)]
+        found, change = accuracy(here, videos), paired_difference(here, dense, videos)
+        hits += found.low <= 0.5 <= found.high
+        changes += change.low <= 0 <= change.high
+    assert 930 <= hits <= 975 and 930 <= changes <= 980
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        accuracy([], [])
+    with pytest.raises(ValueError, match="1 video names"):
+        accuracy([True, False], ["a"])
+    with pytest.raises(ValueError, match="pair them by sample"):
+        paired_difference([True], [True, False], ["a"])

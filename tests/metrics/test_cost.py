@@ -1,0 +1,155 @@
+"""The worked integers of the accounting rules: LLaVA-OneVision-7B (32 frames of 196 tokens) and Molmo2-4B."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from stts.metrics.cost import (
+    LlmShape,
+    VitShape,
+    VlmShape,
+    equivalent_retention,
+    llm_block_flops,
+    llm_prefill_flops,
+    mlp_flops,
+    video_cost,
+    vit_block_flops,
+    vit_embed_flops,
+    vit_flops,
+)
+
+QWEN2_7B = LlmShape(width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18944)
+QWEN3_4B = LlmShape(width=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)  # 32 * 128 != 2560
+SIGLIP = VitShape(width=1152, blocks=26, mlp=4304, patches=729, patch_size=14)
+SIGLIP_25 = VitShape(width=1152, blocks=25, mlp=4304, patches=729, patch_size=14)
+DENSE = 6272
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "exact", "fastv", "pdrop_t"),
+    [
+        (6272, 97_643_799_773_184, 40_765_480_763_392, 52.6890),
+        (3136, 44_874_254_516_224, 18_408_917_696_512, 24.3707),
+        (1568, 21_450_215_915_520, 8_711_003_176_960, 11.6919),
+        (1254, 16_996_643_930_112, 6_887_551_942_656, 9.2715),
+        (940, 12_622_226_391_040, 5_103_677_931_520, 6.8907),
+        (627, 8_340_516_839_424, 3_364_873_408_512, 4.5568),
+    ],
+)
+def test_prefill_in_every_convention(num_tokens: int, exact: int, fastv: int, pdrop_t: float) -> None:
+    assert llm_prefill_flops(QWEN2_7B, num_tokens) == exact
+    assert llm_prefill_flops(QWEN2_7B, num_tokens, "macs") * 2 == exact
+    assert llm_prefill_flops(QWEN2_7B, num_tokens, "fastv") == fastv
+    assert round(llm_prefill_flops(QWEN2_7B, num_tokens, "pdrop") / 1e12, 4) == pdrop_t
+
+
+def test_published_numbers_come_out() -> None:
+    assert llm_block_flops(QWEN2_7B, DENSE) == 3_487_278_563_328
+    assert llm_prefill_flops(QWEN2_7B, DENSE, "macs") == 48_821_899_886_592  # FastVID prints 48.82 T
+    assert llm_prefill_flops(QWEN2_7B, 608, "macs") == 4_041_568_419_840  # and 4.04 T for 19 tokens a frame
+    holitom = [627] * 18 + [313] * 10
+    assert llm_prefill_flops(QWEN2_7B, holitom, "fastv") == 2_755_999_977_472  # HoliTom prints 2.8 T
+    assert llm_prefill_flops(QWEN2_7B, DENSE + 128) == 99_965_363_814_400  # with 128 text tokens
+    assert llm_prefill_flops(QWEN2_7B, 627 + 128) == 10_081_998_151_680
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept", "flops", "retention"),
+    [
+        (2, 3136, 48_643_507_748_864, 0.535714),
+        (2, 1568, 26_892_614_762_496, 0.303571),
+        (3, 1568, 29_613_814_185_984, 0.330357),
+    ],
+)
+def test_a_cut_inside_the_llm(layer: int, kept: int, flops: int, retention: float) -> None:
+    counts = [DENSE] * layer + [kept] * (28 - layer)
+    assert llm_prefill_flops(QWEN2_7B, counts) == flops
+    assert round(equivalent_retention(counts, DENSE), 6) == retention
+
+
+def test_equivalent_retention_of_two_stages() -> None:
+    counts = [763] * 18 + [381] * 10
+    assert llm_prefill_flops(QWEN2_7B, counts) == 8_348_156_436_480
+    assert round(equivalent_retention(counts, DENSE), 6) == 0.0999
+    assert equivalent_retention([576] * 2 + [144] * 30, 576) * 576 == pytest.approx(171)  # FastV on LLaVA-1.5, not 144
+
+
+@pytest.mark.parametrize(
+    ("frames", "vit", "llm"),
+    [
+        (64, 39_434_696_294_400, 53_521_063_870_464),
+        (128, 78_869_392_588_800, 138_743_818_223_616),
+        (256, 157_738_785_177_600, 404_294_398_377_984),
+        (384, 236_608_177_766_400, 796_651_740_463_104),
+    ],
+)
+def test_molmo2_dense(frames: int, vit: int, llm: int) -> None:
+    assert vit_flops(SIGLIP_25, frames) == vit
+    assert llm_prefill_flops(QWEN3_4B, 81 * frames) == llm
+
+
+@pytest.mark.parametrize(
+    ("frames", "groups", "vit"),
+    [  # first frame whole, then as even as possible; nine patches a group
+        (64, [81] + [40] * 54 + [39] * 9, 22_889_672_478_720),
+        (128, [81] + [41] * 23 + [40] * 104, 45_766_833_684_480),
+        (256, [81] + [41] * 87 + [40] * 168, 91_521_424_834_560),
+    ],
+)
+def test_half_removed_inside_the_tower(frames: int, groups: list[int], vit: int) -> None:
+    kept = [9 * count for count in groups]
+    assert vit_flops(SIGLIP_25, frames, kept, drop_after=4) == vit
+    uneven = sorted(kept)
+    uneven[1], uneven[-2] = uneven[1] - 90, uneven[-2] + 90
+    assert vit_flops(SIGLIP_25, frames, uneven, drop_after=4) > vit, "uneven survivors cost more attention"
+    assert vit_flops(SIGLIP_25, frames, [729] * frames, drop_after=4) == vit_flops(SIGLIP_25, frames)
+
+
+def test_tower_and_connector() -> None:
+    assert vit_block_flops(SIGLIP, 729) == 24_646_685_184
+    assert vit_flops(SIGLIP, 32) == 20_506_042_073_088
+    assert vit_embed_flops(SIGLIP, 1) == 2 * 729 * 588 * 1152
+    assert mlp_flops((1152, 3584, 3584), 1) == 33_947_648
+    assert mlp_flops((1152, 3584, 3584), 32 * 729) == 791_930_732_544
+
+
+def test_causal_halves_only_the_quadratic_part() -> None:
+    quadratic = 4 * 100**2 * 28 * 128
+    assert llm_block_flops(QWEN2_7B, 100) - llm_block_flops(QWEN2_7B, 100, causal=True) == quadratic // 2
+
+
+def test_a_video_is_the_sum_of_its_parts() -> None:
+    shape = VlmShape(QWEN2_7B, SIGLIP, (1152, 3584, 3584))
+    cost = video_cost(shape, num_frames=2, num_kept=100, kept_patches=[729, 80], drop_after=4, pruner_flops=7)
+    assert cost.vit == vit_flops(SIGLIP, 2, [729, 80], 4) and cost.pruner == 7
+    assert cost.connector == mlp_flops(shape.connector, 809), "the connector runs on survivors"
+    assert cost.llm == llm_prefill_flops(QWEN2_7B, 100)
+    assert cost.total == cost.vit + cost.vit_embed + cost.connector + cost.pruner + cost.llm
+
+
+def test_shapes_from_configs() -> None:
+    text = SimpleNamespace(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944
+    )
+    vision = SimpleNamespace(
+        hidden_size=1152, num_hidden_layers=26, intermediate_size=4304, image_size=384, patch_size=14, num_channels=3
+    )
+    made = VlmShape.from_config(SimpleNamespace(text_config=text, vision_config=vision, vision_feature_layer=-1))
+    assert made == VlmShape(QWEN2_7B, SIGLIP, (1152, 3584, 3584))
+    text.head_dim = 64
+    assert LlmShape.from_config(text).head_dim == 64, "a head width of its own wins over width / heads"
+
+
+def test_errors_name_what_came() -> None:
+    with pytest.raises(ValueError, match="formula 'flops' is unknown; expected one of exact, macs"):
+        llm_block_flops(QWEN2_7B, 1, "flops")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 2 token counts for 28 layers"):
+        llm_prefill_flops(QWEN2_7B, [1, 2])
+    with pytest.raises(ValueError, match="drop_after=26"):
+        vit_flops(SIGLIP, 1, [3], drop_after=26)
+    with pytest.raises(ValueError, match="expected 1 counts in \\[0, 729\\]"):
+        vit_flops(SIGLIP, 1, [730], drop_after=4)
+    with pytest.raises(ValueError, match="one count per layer"):
+        equivalent_retention([], 4)

@@ -1,0 +1,138 @@
+"""What happens around training: a line of progress, a list of skipped files, the exported model folders."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from stts.data.collate import Batch
+
+
+class ProgressLines(pl.Callback):
+    """One line every `every_n_steps` optimizer steps, and one per validation, so that a log file tells the story.
+
+    Also logs the learning rate of every group."""
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._since, self._step = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since, self._step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self._step:
+            return
+        rates = {f"lr/{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
+        pl_module.log_dict(rates, batch_size=1)
+        seconds = (time.perf_counter() - self._since) / (step - self._step)
+        self._since, self._step = time.perf_counter(), step
+        values = trainer.callback_metrics
+        losses = " ".join(f"{name[6:]} {values[name].item():.4f}" for name in values if name.startswith("train/"))
+        kept = f" kept {values['retention_measured'].item():.3f}" if "retention_measured" in values else ""
+        total = trainer.estimated_stepping_batches
+        line(f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if values and not trainer.sanity_checking:
+            shown = "  ".join(f"{name[4:]} {value.item():.4f}" for name, value in values.items())
+            line(f"validation at step {trainer.global_step}:  {shown}")
+
+
+class SkipList(pl.Callback):
+    """Collects what the data set skipped: counted in the log, listed with its reason in `<out>/skipped.txt`."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.file = Path(out) / "skipped.txt"
+        self.reasons: dict[str, str] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._note(trainer, batch)
+        if batch.skipped:
+            pl_module.log("skipped", float(len(self.reasons)), batch_size=1)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._note(trainer, batch)
+
+    def _note(self, trainer: pl.Trainer, batch: Batch) -> None:
+        fresh = [item for item in batch.skipped if item.uid not in self.reasons]
+        for item in fresh:
+            self.reasons[item.uid] = item.reason
+        if fresh:
+            file = (
+                self.file.with_name(f"skipped-rank{trainer.global_rank}.txt") if trainer.world_size > 1 else self.file
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as lines:
+                lines.writelines(f"{item.uid}\t{item.reason}\n" for item in fresh)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.reasons:
+            rank_zero_warn(f"{len(self.reasons)} samples were skipped on rank 0; see {self.file.parent}/skipped*.txt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reasons": self.reasons}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reasons = state_dict["reasons"]
+
+
+class Export(pl.Callback):
+    """Writes ordinary Hugging Face folders: `<out>/best` at each best validation accuracy, `<out>/model` at the end.
+
+    Strategies that cut parameters into shards keep them in their checkpoints; those are exported afterwards."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out, self.best = Path(out), -1.0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        if trainer.sanity_checking or accuracy is None or accuracy.item() <= self.best:
+            return
+        self.best = accuracy.item()
+        self._write(pl_module, "best")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.interrupted:
+            self._write(pl_module, "model")
+
+    @rank_zero_only
+    def _write(self, pl_module: Any, name: str) -> None:
+        strategy = pl_module.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False):
+            line(f"{self.out / name} was not written: parameters are sharded; export {self.out}/checkpoints instead")
+            return
+        line(f"wrote {pl_module.export(self.out / name)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+@rank_zero_only
+def line(text: str) -> None:
+    """One line for people, at once: a log that is read while the run goes on must not wait in a buffer."""
+    print(text, flush=True)
