@@ -130,7 +130,7 @@ def test_a_broken_environment_is_refused(checkout: Path) -> None:
 
 
 def fake_venv(checkout: Path) -> Path:
-    """A .venv with the torch of these tests; its pip only writes down its arguments, one per line. Returns that file."""
+    """A .venv with the torch of these tests. Its pip only writes its arguments to the returned file, one per line."""
     log = checkout.parent / "pip arguments"
     record = f'printf "%s\\n" "$@" >>"{log}"; cp "{checkout}/.venv/constraints.txt" "{log}.constraints"'
     executable(

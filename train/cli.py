@@ -23,11 +23,15 @@ from .module import VideoFinetune
 
 
 class FitCLI(LightningCLI):
-    """The parser and the objects; `main` runs them."""
+    """The parser and the objects; `fit` runs them."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.usage = "stts fit --config FILE.yaml [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE]"
-        parser.add_argument("--out", type=str, required=True, help="folder for logs, checkpoints and the exported model")
+        parser.usage = (
+            "stts fit --config FILE.yaml [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE]"
+        )
+        parser.add_argument(
+            "--out", type=str, required=True, help="folder for logs, checkpoints and the exported model"
+        )
         parser.add_argument(
             "--resume", type=str | None, default=None, help="checkpoint to go on from; 'last': the newest in `out`"
         )
@@ -35,6 +39,11 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints; 0: none"
         )
+
+    def before_instantiate_classes(self) -> None:
+        resume = self.config["resume"]
+        if resume not in (None, "last") and not Path(resume).exists():
+            raise ValueError(f"no checkpoint at {resume}; give a file of <out>/checkpoints, or 'last'")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config, out = self.config_init, Path(self.config_init["out"])
@@ -74,11 +83,10 @@ def make_cli(argv: Sequence[str]) -> FitCLI:
 
 
 def fit(argv: Sequence[str]) -> int:
-    """Run training; the exit code (2: bad input). Errors in input or settings are one line on stderr, without a traceback."""
+    """Run training and return the exit code; errors in input or settings are one line on stderr, and code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn, once each
-    warnings.filterwarnings(
-        "ignore", message="LightningCLI's args parameter"
-    )  # `stts fit` hands over its own arguments
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `stts fit` hands over its own
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation asked for
     try:
         cli = make_cli(argv)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config["resume"], weights_only=True)

@@ -82,7 +82,7 @@ class Phase:
     weights: dict[str, float] | None = None
     """Relative weight of each family in the questions; null: as written files have them."""
     questions_per_clip: int = 1
-    """Up to 3 questions about a clip as turns of one conversation: one pass through the tower teaches several answers."""
+    """Up to 3 questions about a clip, as turns of one conversation: one pass of the tower teaches several answers."""
 
 
 class ResumableLoader:
@@ -186,9 +186,14 @@ class VideoData(pl.LightningDataModule):
         if kind == "shapes":
             parts = [
                 ShapesFrames(
-                    "train", phase.num_clips, seed + number, shapes, phase.families, phase.weights,
+                    "train",
+                    phase.num_clips,
+                    seed + number,
+                    shapes,
+                    phase.families,
+                    phase.weights,
                     phase.questions_per_clip,
-                )  # fmt: skip
+                )
                 for number, phase in enumerate(phases or [])
             ]
             self.train_data = ConcatDataset(parts)
@@ -229,8 +234,8 @@ class VideoData(pl.LightningDataModule):
 
     def _order(self, num_samples: int, **settings: Any) -> Order:
         assert self.trainer is not None
-        place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        return Order(num_samples, seed=self.seed, **place, **settings)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return Order(num_samples, seed=self.seed, rank=rank, world_size=world_size, **settings)
 
     def _collator(self) -> Collator:
         assert self.trainer is not None
@@ -241,6 +246,7 @@ class VideoData(pl.LightningDataModule):
         if any(sample.images for sample in data.samples):
             raise ValueError("data.max_tokens needs rows without images, whose token count depends on their size")
         assert self.trainer is not None
-        visual = self.trainer.lightning_module.tokens_per_video(data.num_frames)
+        module: Any = self.trainer.lightning_module
+        visual = module.tokens_per_video(data.num_frames)
         texts = collator.num_text_tokens(data.samples)
         return [text + (visual if s.video is not None else 0) for text, s in zip(texts, data.samples, strict=True)]

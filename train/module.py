@@ -97,7 +97,7 @@ class VideoFinetune(pl.LightningModule):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
         self._family_counts: dict[str, list[int]] = {}
         self._answer_losses: list[tuple[float, int]] = []
-        self._started = time.perf_counter()
+        self._started, self._attached = time.perf_counter(), False
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -230,6 +230,7 @@ class VideoFinetune(pl.LightningModule):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.pruning.attach()
+        self._attached = True
 
     def on_fit_start(self) -> None:
         self.model.train()  # `from_pretrained` hands out a model in eval mode, and Lightning keeps modes as they are
@@ -244,16 +245,15 @@ class VideoFinetune(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.pruning.detach()
+        self._attached = False
 
     def export(self, path: str | Path) -> Path:
         """Write the model and its pruner as an ordinary Hugging Face folder, whole or not at all."""
-        attached = bool(self.pruning._handles)
-        if attached:
-            self.pruning.detach()  # the switched-on attention must not end up in config.json
+        self.pruning.detach()  # the switched-on attention must not end up in config.json
         try:
             return save_pruned(path, self.model, self.processor, self.pruning)
         finally:
-            if attached:
+            if self._attached:
                 self.pruning.attach()
 
 

@@ -201,9 +201,7 @@ class Reader:
         for packet in container.demux(stream):
             if time.monotonic() > self.deadline_s:
                 raise TimeoutError
-            # An empty packet with a time (AVI: "repeat the last picture") would end the decoder early.
-            if packet.size or packet.dts is None:
-                yield packet
+            yield packet
 
     def _refuse_cut_off(self, container: InputContainer, stream: VideoStream, found_s: float) -> None:
         """To ffmpeg a file that stops early looks like a short one: compare with what its header promises."""
@@ -231,6 +229,8 @@ class Reader:
             if not streams:
                 found = " and ".join(sorted({stream.type for stream in container.streams})) or "nothing at all"
                 raise UnusableFileError(f"found no video stream, only {found}")
+            if streams[0].codec_context is None:  # av's annotations do not know this case
+                raise UnusableFileError("found a video codec that this FFmpeg build cannot decode")
             streams[0].codec_context.thread_type = "NONE"  # loader workers are processes: one thread each
             streams[0].codec_context.thread_count = 1
             yield container, streams[0]

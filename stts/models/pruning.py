@@ -186,7 +186,8 @@ class Pruning:
         budgets = self._plan(grids)
         uids, times = self._take_names(len(grids))
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        if whole and not learning:  # dense is sacred: the stock code runs, untouched
+        stackable = len(set(visual.frames_per_video)) <= 1  # the stock code takes videos of one length only
+        if whole and stackable and not learning:  # dense is sacred: the stock code runs, untouched
             everything = [torch.arange(grid.num_groups) for grid in grids]
             self.last = Report(grids, everything, [None] * len(grids))
             if expand == 1:

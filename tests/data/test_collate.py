@@ -24,7 +24,9 @@ LLAVA_TEMPLATE = (  # the form of released LLaVA-OneVision folders: a finished a
 )
 
 
-def example(uid: str = "a", *, turns: Sequence[str] = (QUESTION, "red"), frames: int | None = 4, images: int = 0) -> Example:
+def example(
+    uid: str = "a", *, turns: Sequence[str] = (QUESTION, "red"), frames: int | None = 4, images: int = 0
+) -> Example:
     rng = np.random.default_rng(len(uid))
     messages = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(turns))
     video = None if frames is None else rng.integers(0, 255, (frames, 56, 56, 3), dtype=np.uint8)

@@ -74,6 +74,11 @@ def _damaged_avi(path: Path) -> Path:
     return overwrite_packet(write_video(path, numbered_images(60), gop=250, codec="mpeg4"), 30)
 
 
+def _unknown_codec(path: Path) -> Path:
+    path.write_bytes(write_video(path, numbered_images(3)).read_bytes().replace(b"avc1", b"zzzz"))
+    return path
+
+
 BAD_FILES = [
     ("missing.mp4", lambda path: path, ["No such file", "check the path"]),
     ("folder.mp4", _folder, ["directory", "regular video file"]),
@@ -94,6 +99,7 @@ BAD_FILES = [
     ),
     ("no_frames.mkv", lambda path: write_video(path, []), ["not readable as a video", "re-encode it"]),
     ("no_frames.avi", lambda path: write_video(path, [], codec="mpeg4"), ["no frame", "re-encode it"]),
+    ("unknown_codec.mp4", _unknown_codec, ["cannot decode", "re-encode it"]),
     ("sound.wav", lambda path: write_sound(path, "pcm_s16le"), ["no video stream, only audio"]),
     ("sound.mp4", lambda path: write_sound(path, "aac"), ["no video stream, only audio"]),
 ]
