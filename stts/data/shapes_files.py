@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stts.data.shapes import SPLITS, Clip, ShapesConfig, make_clip
+from stts.data.shapes_scene import FAMILIES
 
 MANIFEST = "shapes.json"
 _VERSION = 1  # raise when the same settings would give other clips or questions
@@ -27,7 +28,14 @@ _X264 = {"crf": "14", "preset": "veryfast", "bf": "0"}
 
 
 def shapes(
-    out: Path, train: int = 2000, val: int = 100, test: int = 500, long: int = 0, seed: int = 0, num_sampled: int = 16
+    out: Path,
+    train: int = 2000,
+    val: int = 100,
+    test: int = 500,
+    long: int = 0,
+    seed: int = 0,
+    num_sampled: int = 16,
+    families: tuple[str, ...] = FAMILIES,
 ) -> Path:
     """Write ShapesQA, a synthetic video question-answering data set, as MP4 files with JSONL questions.
 
@@ -39,10 +47,13 @@ def shapes(
         long: clips of 30 s to 5 min for test-time scaling.
         seed: of clips and questions.
         num_sampled: frames a uniform sampler must take to see all evidence; fewer miss some of it.
+        families: kinds of questions.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
     fps = max(ShapesConfig().fps, num_sampled / 4)  # the shortest clip must have that many frames
-    return write_shapes(out, sizes=sizes, seed=seed, config=ShapesConfig(num_sampled=num_sampled, fps=fps))
+    return write_shapes(
+        out, sizes=sizes, seed=seed, config=ShapesConfig(num_sampled=num_sampled, fps=fps, families=families)
+    )
 
 
 def write_shapes(

@@ -28,6 +28,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "flash": tuple(COLOURS),
     }
 )
+FAMILIES = tuple(OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ShapesConfig:
     fps: float = 4.0
     num_sampled: int = 16
     """Frames of the uniform sampler for which evidence is timed."""
-    families: tuple[str, ...] = ("colour", "existence", "order", "direction", "count", "flash")
+    families: tuple[str, ...] = FAMILIES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "families", tuple(self.families))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
@@ -107,8 +107,7 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
 
     ValueError: `out` holds something else, a row has no video or no usable answer, a learned pruner has no weights, a
     video is broken (unless on_error="skip")."""
-    settings = {item.name: getattr(config, item.name) for item in fields(config)}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    settings = {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
     identity = {name: value for name, value in settings.items() if name not in ("out", "overwrite", "name")}
     identity["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"  # times never mix
     identity["files"] = file_stamps(config.model, config.baseline_model, config.data)
@@ -200,6 +199,11 @@ def _answer(
     return {"records": records, "ms": ms}
 
 
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
 def _check(sample: Sample) -> None:
     """Before anything slow: one video, no image, an answer that can be right."""
     if sample.video is None or sample.images:
@@ -217,9 +221,14 @@ def _check(sample: Sample) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """`stts compare`: prints the table. Bad input prints one line on stderr and gives 2."""
     args = list(sys.argv[1:] if argv is None else argv)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="stts compare", description=CompareConfig.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with these settings.")
+    parser.add_class_arguments(CompareConfig, as_group=False)
+    settings = parser.parse_args(_join_lists(args)).as_dict()
+    settings.pop("config", None)
     try:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        config = auto_cli(CompareConfig, args=_join_lists(args), as_positional=False)
+        config = CompareConfig(**settings)
         result = run_compare(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,10 +29,10 @@ def draw(result: ComparisonResult) -> bytes:
     ratios = sorted({row.retention_configured for row in pruned})
     for number, method in enumerate(methods):
         points = sorted((row for row in pruned if row.method == method), key=lambda row: row.retention_configured)
-        # Error bars of different methods at one ratio would cover each other: each is moved a little, on a log axis.
-        shift = 1.022 ** (number - (len(methods) - 1) / 2)
-        _curve(left, [row.retention_configured * shift for row in points], points, number)
-        _curve(right, [100 * (row.flops_share or 0) for row in points], points, number)
+        # Error bars of methods at one budget would cover each other: each is moved a little to the side.
+        place = number - (len(methods) - 1) / 2
+        _curve(left, [row.retention_configured * 1.022**place for row in points], points, number)
+        _curve(right, [100 * (row.flops_share or 0) + 0.3 * place for row in points], points, number)
     _axis_of_ratios(left, ratios)
     left.set_ylabel("accuracy (%)")
     right.set_xlabel("FLOPs of ViT, pruner, connector and LLM (% of dense)")
@@ -43,7 +43,8 @@ def draw(result: ComparisonResult) -> bytes:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     first = next(row for row in rows if row.method == DENSE)
-    figure.suptitle(f"{result.config['name']}: {first.num_samples} questions on {first.num_videos} videos", fontsize=12)
+    title = f"{result.config['name']}: {first.num_samples} questions on {first.num_videos} videos"
+    figure.suptitle(f"{title}; bars and band are 95 % intervals", fontsize=12)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
@@ -60,8 +61,9 @@ def _references(axes: Axes, rows: list[Row]) -> None:
 
 
 def _curve(axes: Axes, x: list[float], points: list[Row], number: int) -> None:
-    colour, marker = _STYLES[number % len(_STYLES)]
-    line = ("-", "--", "-.")[number // len(_STYLES) % 3]
+    turn, place = divmod(number, len(_STYLES))
+    colour, marker = _STYLES[place][0], _STYLES[(place + turn) % len(_STYLES)][1]
+    line = ("-", "--", "-.")[turn % 3]
     y = [100 * (row.accuracy or 0) for row in points]
     below = [100 * ((row.accuracy or 0) - (row.accuracy_low or 0)) for row in points]
     above = [100 * ((row.accuracy_high or 0) - (row.accuracy or 0)) for row in points]

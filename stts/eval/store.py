@@ -6,6 +6,7 @@ comparison.json  everything, per sample; .csv the rows; .md the table; .png the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,17 +17,24 @@ from stts.eval.plot import draw
 from stts.eval.table import ComparisonResult, render_csv, render_markdown
 
 RESULT, PARTIAL = "comparison.json", "partial.jsonl"
+_HASHED_BYTES = 256 * 2**20
 
 
-def file_stamps(*paths: str | Path | None) -> dict[str, list[int]]:
-    """Size and time of change of files, and of the weights and settings in model folders; hub ids have none."""
+def file_stamps(*paths: str | Path | None) -> dict[str, str]:
+    """Fingerprints of files, and of the weights and settings in model folders; hub ids have none.
+
+    The content counts, so that a file written again unchanged is the same; of large files size and time of change."""
     stamps = {}
     for path in (Path(given) for given in paths if given is not None):
         inside = (
             sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors")) if path.is_dir() else []
         )
         for file in inside or ([path] if path.is_file() else []):
-            stamps[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
+            stat = file.stat()
+            stamps[str(file)] = f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+            if stat.st_size <= _HASHED_BYTES:
+                with file.open("rb") as content:
+                    stamps[str(file)] = hashlib.file_digest(content, "sha256").hexdigest()
     return stamps
 
 

@@ -222,7 +222,7 @@ def _cells_of(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
     largest = max(row.flops_total or 0 for row in result.rows)
     size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= s), (1.0, ""))
     head = ["method", "kept", "measured", "tokens/frame", "accuracy %", "vs dense"]
-    head += [f"{part} {unit}FLOPs" for part in ("ViT", "LLM", "pruner", "total")] + ["of dense", "ms/sample"]
+    head += [f"{unit}FLOPs: ViT", "LLM", "pruner", "total", "of dense", "ms/sample"]
     body = []
     for row in result.rows:
         line = [row.method, f"{row.retention_configured:g}"]
@@ -230,7 +230,7 @@ def _cells_of(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
             body.append(line + ["-"] * (len(head) - len(line)))
             continue
         assert row.accuracy is not None and row.flops_vit is not None and row.flops_share is not None
-        line += [f"{row.retention_measured:.3f}", f"{row.kept_per_frame:.1f}"]
+        line += [f"{row.retention_measured:.3f}", f"{row.kept_per_frame:.3g}"]
         line += [_interval(row.accuracy, row.accuracy_low, row.accuracy_high, "")]
         line += [_interval(row.difference, row.difference_low, row.difference_high, "+")]
         parts = (row.flops_vit, row.flops_llm, row.flops_pruner, row.flops_total)
@@ -269,6 +269,8 @@ def _notes(result: ComparisonResult) -> list[str]:
         names = ", ".join(item["uid"] for item in result.skipped[:5]) + (", ..." if len(result.skipped) > 5 else "")
         notes.append(f"Skipped, video not readable: {len(result.skipped)} ({names}); reasons in comparison.json.")
     notes += [
-        f"- {cell.method} at {cell.retention_configured:g}: {cell.reason}" for cell in result.cells if cell.reason
+        f"Not run: {cell.method} at {cell.retention_configured:g}: {cell.reason}"
+        for cell in result.cells
+        if cell.reason
     ]
     return notes

@@ -75,7 +75,8 @@ def accuracy(correct: Sequence[bool], videos: Sequence[str]) -> Estimate:
     squared = Z95**2
     middle = (share + squared / (2 * num_eff)) / (1 + squared / num_eff)
     half = Z95 * math.sqrt(share * (1 - share) / num_eff + squared / (4 * num_eff**2)) / (1 + squared / num_eff)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), len(values), num_videos)
+    low, high = min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))  # rounding aside, p is inside
+    return Estimate(share, low, high, len(values), num_videos)
 
 
 def paired_difference(correct: Sequence[bool], dense: Sequence[bool], videos: Sequence[str]) -> Estimate:

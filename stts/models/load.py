@@ -1,7 +1,7 @@
 """Load and save stock Hugging Face VLMs beside their pruner.
 
 The stock class is loaded as it is, never a subclass: transformers skips its own key mapping for subclasses, and weights
-stay silently random. What we learn lives in its own safetensors file, because `save_pretrained` renames attached modules.
+stay silently random. What we learn lives in its own safetensors file: `save_pretrained` renames attached modules.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ class Prompt:
         """Announce the next call: False where a placeholder was dropped; None: keep everything, but still pack."""
         self._keep_BL, self.pending = keep_BL, True
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the language model."""
         if args or "inputs_embeds" not in kwargs:
             raise ValueError(
@@ -113,7 +115,9 @@ class Prompt:
             next_B = count_B
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (module.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)  # the stock default, made here to know it
+            cache = kwargs["past_key_values"] = DynamicCache(
+                config=module.config
+            )  # the stock default, made here to know it
         if cache is None:
             index_S = keep_BL.flatten().nonzero().squeeze(1)
             segments = Segments.from_lengths(count_B, length)

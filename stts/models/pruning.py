@@ -1,7 +1,7 @@
-"""`with stts.pruning(model, "stts", retention_ratio=0.5): model.generate(...)`: a pruner on a stock model, and off again.
+"""`with stts.pruning(model, "stts", retention_ratio=0.5): model.generate(...)`: a pruner on a stock model.
 
-Inside the context two hooks replace the visual part of a forward pass and shorten the prompt; outside, the model is what
-it was, bit for bit. The order of one pass: frames of all videos through the tower (site `vit` decides and drops inside),
+Inside the context hooks replace the visual part of a forward pass and shorten the prompt; outside, the model is what it
+was, bit for bit. The order of one pass: frames of all videos through the tower (site `vit` decides and drops inside),
 connector on survivors, site `pre_llm`, merge into the prompt, shorten the prompt.
 """
 
@@ -154,7 +154,7 @@ class Pruning:
         self._handles, self._originals = [], []
 
     def _expand_rows(self, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Repeat text rows for beams and samples, not the visual input: it is encoded once, its features are repeated."""
+        """Repeat text rows for beams and samples; the visual input is encoded once, its features are repeated."""
         visual = {name: kwargs.pop(name) for name in self.adapter.visual_args if name in kwargs}
         self._expand = expand_size
         input_ids, rest = self._stock_expand(expand_size=expand_size, **kwargs)
@@ -349,7 +349,9 @@ def _sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage]]:
         raise ValueError(f"stages at {kinds} are not supported; expected at most one 'vit', then 'pre_llm' stages")
     for stage in pruner.stages:
         if stage.signals:
-            raise ValueError(f"{type(stage).__name__} asks for {sorted(stage.signals)}, which this family cannot collect")
+            raise ValueError(
+                f"{type(stage).__name__} asks for {sorted(stage.signals)}, which this family cannot collect"
+            )
     for stage in vit:
         last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
         if last > tap:

@@ -39,7 +39,7 @@ _SPECIAL = ("<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>", "
 
 @dataclass(frozen=True, kw_only=True)
 class SmallVlmConfig:
-    """Sizes of the small VLM. The defaults leave room for methods to differ: 9 tokens a frame, 6 ViT blocks, 8 layers."""
+    """Sizes of the small VLM. The defaults let methods differ: 9 tokens a frame, 6 ViT blocks, 8 LLM layers."""
 
     image_size: int = 48
     """Pixels per side."""
@@ -84,7 +84,9 @@ def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **siz
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     words = [*_SPECIAL, "user", "assistant", "system", *vocabulary()]
-    description: dict[str, Any] = {  # one word, one token; serialised by hand because that is all the tokenizer there is
+    description: dict[
+        str, Any
+    ] = {  # one word, one token; serialised by hand because that is all the tokenizer there is
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -93,7 +95,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(dict.fromkeys(words))}, "unk_token": "<unk>"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {w: i for i, w in enumerate(dict.fromkeys(words))},
+            "unk_token": "<unk>",
+        },
     }
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "tokenizer.json"

@@ -1,7 +1,7 @@
 """The block loop of a vision tower in which a stage may drop patches.
 
-Deciding and dropping are two moments: the stage sees the output of block `layer`; blocks up to `drop_after` still run on
-everything, with the stage's key bias; what is gone is gone afterwards, and blocks run on exact lengths, without padding.
+Deciding and dropping are two moments: the stage sees the output of block `layer`; blocks up to `drop_after` still run
+on everything, with the stage's key bias; afterwards blocks run on survivors only, at exact lengths, without padding.
 
 Shape suffixes: F = frames, N = patches of one frame, D = width, S = patches that are left, all frames together.
 """
