@@ -11,24 +11,18 @@ set_up fit
 cd "$ROOT" # outputs and the paths inside configs/ are relative to the checkout
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is small: more threads only wait for one another
 stts="$VENV/bin/stts"
+vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain.yaml
 out="runs/quickstart"
-vlm="stts/assets/shapes_vlm"
 
-step "1/4 drawing ShapesQA, real MP4 clips with questions, into $out/data"
-"$stts" data shapes --out "$out/data"
+step "1/3 drawing ShapesQA, MP4 clips with questions, into $out/data"
+"$stts" data shapes --out "$out/data" --train 2000 --val 100 --test 500 \
+  --families '[colour,existence,order,count,flash]'
 
-if [ -d "$vlm" ]; then
-  step "2/4 the pretrained small VLM is $vlm, shipped with this checkout"
-else
-  vlm="$out/vlm"
-  step "2/4 stts/assets/shapes_vlm is absent: pretraining it for some minutes into $vlm"
-  "$stts" fit --config configs/shapes_pretrain.yaml --out "$vlm"
-fi
+step "2/3 fine-tuning $vlm with STTS into $out/stts"
+"$stts" fit --config configs/shapes_stts.yaml --model.model "$vlm" --out "$out/stts"
 
-step "3/4 fine-tuning it with STTS into $out/stts"
-"$stts" fit --config configs/shapes_stts.yaml --vlm "$vlm" --out "$out/stts"
+step "3/3 comparing dense, learned and training-free at equal token budgets"
+"$stts" compare --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" \
+  --out "$out/compare" --pruners '[stts,random,uniform,novelty]' --retention_ratios '[0.5]'
 
-step "4/4 comparing dense, learned and training-free at equal token budgets"
-"$stts" compare --vlm "$out/stts" --data "$out/data" --out "$out/compare"
-
-step "done; everything is in $ROOT/$out"
+step "done. The model: $out/stts/model. The table, plot and every answer: $out/compare"
