@@ -20,7 +20,7 @@ TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_ml
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained folder; 7 x 7 patches, so that pooled cells overlap."""
-    return write_small_vlm(tmp_path_factory.mktemp("vlm") / "tiny", image_size=56, **TINY)
+    return write_small_vlm(tmp_path_factory.mktemp("vlm") / "tiny", None, image_size=56, **TINY)
 
 
 @pytest.fixture

@@ -183,6 +183,26 @@ def sum_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
+@pytest.mark.parametrize(("name", "ratio"), [("none", 1.0), ("uniform", 0.3), ("stts", 0.3)])
+def test_videos_of_unequal_length_share_a_batch(tiny: Any, name: str, ratio: float) -> None:
+    model, processor = tiny
+    short, long = (make_inputs(processor, ROWS[:1], num_frames=frames) for frames in (3, 5))
+    gap = long["input_ids"].shape[1] - short["input_ids"].shape[1]
+    both = {
+        "input_ids": torch.cat([torch.nn.functional.pad(short["input_ids"], (gap, 0)), long["input_ids"]]),
+        "attention_mask": torch.cat(
+            [torch.nn.functional.pad(short["attention_mask"], (gap, 0)), long["attention_mask"]]
+        ),
+        "pixel_values_videos": [short["pixel_values_videos"][0], long["pixel_values_videos"][0]],
+    }
+    with stts.pruning(model, name, retention_ratio=ratio) as pruned, torch.no_grad():
+        together = model(**both).logits
+        assert pruned.last is not None and [grid.t for grid in pruned.last.grids] == [3, 5]
+        for row, inputs in enumerate((short, long)):
+            alone = model(**inputs).logits[0]
+            torch.testing.assert_close(together[row, -len(alone) :], alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_padding_side_and_batch_do_not_matter(tiny: Any, padding_side: str) -> None:
     model, processor = tiny
@@ -195,22 +215,29 @@ def test_padding_side_and_batch_do_not_matter(tiny: Any, padding_side: str) -> N
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_original_positions_equal_the_masked_dense_run(tiny: Any, use_cache: bool) -> None:
+def test_a_step_with_original_positions_equals_the_masked_dense_run(tiny: Any, use_cache: bool) -> None:
+    """Logits of the survivors, and every gradient of one training step."""
     model, processor = tiny
     inputs = make_inputs(processor, ROWS[:1])
-    with stts.pruning(model, "uniform", retention_ratio=0.4, positions="original") as pruned, torch.no_grad():
-        ours = model(**inputs, use_cache=use_cache).logits[0]
+    labels = answer_labels(inputs)
+    with stts.pruning(model, "uniform", retention_ratio=0.4, positions="original") as pruned:
+        ours = model(**inputs, labels=labels, use_cache=use_cache)
+        ours.loss.backward()
         assert pruned.last is not None
         [kept] = pruned.last.index
+    got = grads(model)
+    model.zero_grad()
     video = (inputs["input_ids"][0] == model.config.video_token_id).nonzero().squeeze(1)
-    keep = torch.ones(ours.shape[0], dtype=torch.bool)
+    keep = torch.ones(ours.logits.shape[1], dtype=torch.bool)
     keep[video[:-1]] = False
     keep[video[kept]] = True
     blocked = ~torch.ones(len(keep), len(keep), dtype=torch.bool).tril() | ~keep
     mask = torch.zeros(blocked.shape).masked_fill(blocked, torch.finfo(torch.float32).min)[None, None]
-    with torch.no_grad():
-        dense = model(**{**inputs, "attention_mask": mask}).logits[0]
-    torch.testing.assert_close(ours[keep], dense[keep], atol=1e-5, rtol=1e-5)
+    dense = model(**{**inputs, "attention_mask": mask}, labels=labels)
+    dense.loss.backward()
+    torch.testing.assert_close(ours.logits[0][keep], dense.logits[0][keep], atol=1e-5, rtol=1e-5)
+    for name, gradient in grads(model).items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ["stts", "random-vit"])
