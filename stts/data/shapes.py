@@ -26,7 +26,16 @@ from torch.utils.data import Dataset
 
 from stts.data.datasets import Example, Message, Sample
 from stts.data.shapes_draw import COLOURS, Thing, background, draw, frame_noise, noise_bank
-from stts.data.shapes_scene import COUNTS, DIRECTIONS, PLURALS, Question, Scene, ShapesConfig, sampled_indices
+from stts.data.shapes_scene import (
+    COUNTS,
+    DIRECTIONS,
+    PLURALS,
+    SHORTEST_S,
+    Question,
+    Scene,
+    ShapesConfig,
+    sampled_indices,
+)
 
 __all__ = ["Clip", "Question", "ShapesConfig", "ShapesFrames", "Thing", "make_clip", "sampled_indices", "vocabulary"]
 
@@ -106,7 +115,7 @@ def make_clip(seed: int, split: str, index: int, config: ShapesConfig, focus: st
     families = [str(family) for family in rng.permutation(list(config.families)) if family != focus]
     families = ([focus] if focus else []) + families
     del families[QUESTIONS_PER_CLIP:]
-    shortest, longest = (30.0, 300.0) if split == "long" else (4.0, 8.0)
+    shortest, longest = (30.0, 300.0) if split == "long" else (SHORTEST_S, 8.0)
     num_frames = int(rng.integers(int(np.ceil(shortest * config.fps)), int(longest * config.fps) + 1))
 
     scene = Scene(config, rng, num_frames)

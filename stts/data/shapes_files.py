@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stts.data.shapes import SPLITS, Clip, ShapesConfig, make_clip
-from stts.data.shapes_scene import FAMILIES
+from stts.data.shapes_scene import FAMILIES, SHORTEST_S
 
 MANIFEST = "shapes.json"
 _VERSION = 1  # raise when the same settings would give other clips or questions
@@ -41,7 +41,7 @@ def shapes(
 
     Args:
         out: folder to write; an interrupted run goes on where it stopped.
-        train: clips of 4 to 8 s for training; every clip has three questions.
+        train: clips of 2 to 8 s for training; every clip has three questions.
         val: clips for validation.
         test: clips for evaluation.
         long: clips of 30 s to 5 min for test-time scaling.
@@ -50,7 +50,7 @@ def shapes(
         families: kinds of questions.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
-    fps = max(ShapesConfig().fps, num_sampled / 4)  # the shortest clip must have that many frames
+    fps = max(ShapesConfig().fps, num_sampled / SHORTEST_S)  # the shortest clip must have that many frames
     return write_shapes(
         out, sizes=sizes, seed=seed, config=ShapesConfig(num_sampled=num_sampled, fps=fps, families=families)
     )

@@ -29,6 +29,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 FAMILIES = tuple(OPTIONS)
+SHORTEST_S = 2.0  # seconds of the shortest clip
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ShapesConfig:
 
     frame_size: int = 48
     """Pixels, height and width; things scale with it (radius 5.5 to 7 at 48)."""
-    fps: float = 4.0
+    fps: float = 8.0
     num_sampled: int = 16
     """Frames of the uniform sampler for which evidence is timed."""
     families: tuple[str, ...] = FAMILIES
@@ -51,10 +52,10 @@ class ShapesConfig:
             raise ValueError(f"frame_size={self.frame_size} must be even (video codecs) and at least 24 pixels")
         if self.num_sampled < 8:
             raise ValueError(f"num_sampled={self.num_sampled} must be at least 8 to show two things in turn")
-        if not 4 * self.fps >= self.num_sampled:
+        if not SHORTEST_S * self.fps >= self.num_sampled:
             raise ValueError(
-                f"fps={self.fps} gives a 4-second clip fewer frames than num_sampled={self.num_sampled}; "
-                f"set fps to {self.num_sampled / 4:g} or more"
+                f"fps={self.fps} gives a {SHORTEST_S:g}-second clip fewer frames than num_sampled={self.num_sampled}; "
+                f"set fps to {self.num_sampled / SHORTEST_S:g} or more"
             )
 
 

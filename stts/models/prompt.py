@@ -72,7 +72,7 @@ class Prompt:
             self.pending = False
             if seen:
                 raise ValueError(
-                    "a prompt with video was fed to a cache that holds tokens already; pruning needs one prefill of the "
+                    "a prompt with video was fed to a cache that already has tokens; pruning needs one prefill of the "
                     "whole prompt: start a new cache, and switch off chunked prefill and assisted decoding"
                 )
             return args, self._shorten(module, kwargs)

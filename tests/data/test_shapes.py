@@ -194,7 +194,7 @@ def test_several_questions_become_turns_of_one_conversation():
 
 
 def test_scenes_scale_with_the_frame_and_the_sampler():
-    config = ShapesConfig(frame_size=96, fps=16, num_sampled=64)
+    config = ShapesConfig(frame_size=96, fps=32, num_sampled=64)
     clip = make_clip(0, "val", 2, config)
     frames = clip.render(sampled_indices(clip.num_frames, 64))
     assert frames.shape == (64, 96, 96, 3)
@@ -209,7 +209,7 @@ def test_scenes_scale_with_the_frame_and_the_sampler():
         ({"families": ("count", "count")}, "families="),
         ({"frame_size": 47}, "even"),
         ({"num_sampled": 4}, "at least 8"),
-        ({"num_sampled": 32}, "set fps to 8 or more"),
+        ({"num_sampled": 32}, "set fps to 16 or more"),
         ({"fps": float("nan")}, "set fps"),
     ],
 )
