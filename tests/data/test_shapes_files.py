@@ -48,10 +48,10 @@ def test_decoded_frames_are_the_rendered_ones(folder):
         assert file.sample.meta["duration"] == drawn.sample.meta["duration"]
         np.testing.assert_allclose(file.timestamps_s, drawn.timestamps_s, atol=1e-6)
         error = np.abs(file.frames.astype(int) - drawn.frames).mean(axis=(1, 2, 3))
-        # Measured on 60 clips: 2.8 of 255 in the mean, 3.6 in the worst frame. That is crf 14 smoothing noise of up to
+        # Measured on 60 clips: 2.8 of 255 in the mean, 3.6 in the worst frame; crf 14 smoothing noise of up to
         # 9 levels; 4:2:0 instead of 4:4:4 gives 5.5.
         assert error.max() < 4.0
-        # Frames a quarter of a second early or late cost 0.47 more in the stillest of those clips, 1.4 in the median one.
+        # Frames a quarter of a second off cost 0.47 more in the stillest of those clips, 1.4 in the median one.
         clip = make_clip(0, "val", index, CONFIG)
         frame_T = sampled_indices(clip.num_frames, 16)
         for shift in (-2, 2):
