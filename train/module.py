@@ -21,6 +21,7 @@ from stts.budget import plan
 from stts.data.collate import IGNORED, Batch
 from stts.models.load import load_pruner, load_vlm, pruner_settings, save_pruned
 from stts.models.pruning import Pruning
+from stts.pruners.base import Positions
 
 PARTS = ("llm", "vit", "connector", "scorer")
 _UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
@@ -36,6 +37,8 @@ class VideoFinetune(pl.LightningModule):
         pruner: registry name, or 'package.module:Class'; 'none' trains on every token.
         retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed.
         pruner_options: options of the pruner.
+        positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as the
+            pruner declares.
         loss_weights: weight of each loss by name; a loss without a weight stops the run at step 0.
         llm_lr: peak learning rate of the language model; 0 or null freezes it, as for every part.
         vit_lr: of the vision tower.
@@ -57,6 +60,7 @@ class VideoFinetune(pl.LightningModule):
         pruner: str = "none",
         retention_ratio: float = 0.5,
         pruner_options: dict[str, Any] | None = None,
+        positions: Positions | None = None,
         loss_weights: dict[str, float] | None = None,
         llm_lr: float | None = 1e-5,
         vit_lr: float | None = 5e-6,
@@ -83,7 +87,7 @@ class VideoFinetune(pl.LightningModule):
 
         self.model, self.processor = load_vlm(model)
         options = dict(pruner_options or {})
-        self.pruning = Pruning(self.model, pruner, retention_ratio=retention_ratio, **options)
+        self.pruning = Pruning(self.model, pruner, retention_ratio=retention_ratio, positions=positions, **options)
         self.scorer = self.pruning.module  # registered, so that checkpoints and devices include it
         settings = pruner_settings(model)
         if self.scorer is not None and settings is not None and settings["pruner"] == pruner:

@@ -251,7 +251,9 @@ def _interval(value: float | None, low: float | None, high: float | None, sign: 
 def _notes(result: ComparisonResult) -> list[str]:
     timed = max((row.num_timed_batches for row in result.rows), default=0)
     where = f"{result.environment['device']}, {result.environment['dtype']}"
+    positions = result.config["positions"] or "as each pruner declares"
     notes = [
+        f"Positions of surviving tokens: {positions}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
         "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "
         "embedding and connector.",

@@ -96,6 +96,7 @@ def save_pruned(path: str | Path, model: PreTrainedModel, processor: ProcessorMi
                 "pruner": pruning.name,
                 "options": dict(pruning.options),
                 "retention_ratio": pruning.retention_ratio,
+                "positions": pruning.positions,
             }
             (staged / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             if pruning.module is not None:
