@@ -86,6 +86,7 @@ def fit(argv: Sequence[str]) -> int:
     """Run training and return the exit code; errors in input or settings are one line on stderr, and code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn, once each
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `stts fit` hands over its own
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation asked for
     try:
         cli = make_cli(argv)

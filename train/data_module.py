@@ -15,7 +15,7 @@ from stts.data.datasets import Example, OnError, Skipped, VideoJsonl
 from stts.data.shapes import ShapesConfig, ShapesFrames
 from stts.packing.pack import pack_samples
 
-_PACK_WINDOW = 1024  # shuffled samples that are packed together: first-fit over a whole data set would be quadratic
+_PACK_WINDOW = 8192  # shuffled samples packed together: first-fit over a whole data set would be quadratic
 Items = Sequence[Example | Skipped]
 
 

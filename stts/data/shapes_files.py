@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from fractions import Fraction
@@ -78,7 +79,10 @@ def write_shapes(
         raise ValueError(f"sizes={dict(sizes)} must give at least 1 clip for one or more of the splits {SPLITS}")
     make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
     _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), "pixels": _PIXEL_FORMAT, "x264": _X264})
-    with tqdm(total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress) as bar:
+    pause_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no line per clip
+    with tqdm(
+        total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
+    ) as bar:
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
             rows = []

@@ -141,6 +141,7 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
         desc="compare",
         unit="answer",
         disable=not progress,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no line per batch
     )
     with bar:
         for start in range(first, len(samples), config.batch_size):
