@@ -16,7 +16,7 @@ vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain.yaml
 out="runs/quickstart"
 
 step "1/3 drawing ShapesQA, MP4 clips with questions, into $out/data"
-"$stts" data shapes --out "$out/data" --train 2000 --val 100 --test 500 \
+"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 500 \
   --families '[colour,order,count,flash]'
 
 step "2/3 fine-tuning $vlm with STTS into $out/stts"

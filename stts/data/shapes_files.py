@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -16,7 +16,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from stts.data.shapes import SPLITS, Clip, ShapesConfig, make_clip
+from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip
 from stts.data.shapes_scene import FAMILIES, SHORTEST_S
 
 MANIFEST = "shapes.json"
@@ -25,7 +25,9 @@ _CHUNK_FRAMES = 64  # rendered at a time: a 5-minute clip never lies in memory w
 # 4:4:4 because the colour is the answer: halved chroma more than doubles the error of a decoded frame (mean 5.5
 # against 2.4 of 255). No B-frames and a keyframe every two seconds keep seeking cheap.
 _PIXEL_FORMAT = "yuv444p"
-_X264 = {"crf": "14", "preset": "veryfast", "bf": "0"}
+# Without look-ahead: at this frame size x264's look-ahead reads memory it never wrote, and one encode in a hundred came
+# out with other bytes.
+_X264 = {"crf": "14", "preset": "veryfast", "bf": "0", "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0"}
 
 
 def shapes(
@@ -70,6 +72,7 @@ def write_shapes(
         out/shapes.json             the settings; another run must bring the same
         out/<split>/<uid>.mp4       H.264, `config.fps`, one file per clip
         out/<split>.jsonl           one row per question: id, video, conversations, family, options, duration (seconds)
+        out/<split>_conversations.jsonl   one row per clip, its questions as turns: one decoded clip teaches several
 
     Files appear whole or not at all, a JSONL only once all of its clips exist; clips that exist are kept, so a killed
     run goes on where it stopped and a larger size adds clips. Raises ValueError for sizes that make no sense and for
@@ -85,16 +88,18 @@ def write_shapes(
     ) as bar:
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
-            rows = []
+            single, whole = [], []
             for index in range(size):
                 clip = make_clip(seed, split, index, config)
                 name = f"{split}/{clip.uid}.mp4"
                 if not (out / name).exists():
                     _write_whole(out / name, partial(_encode, clip))
-                rows += _rows(clip, name)
+                single += [_row(clip, name, [one], f"{clip.uid}-{one.family}") for one in clip.questions]
+                whole.append(_row(clip, name, clip.questions, clip.uid))
                 bar.update()
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            _write_whole(out / f"{split}.jsonl", partial(_save_text, text))
+            for file, rows in ((f"{split}.jsonl", single), (f"{split}_conversations.jsonl", whole)):
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                _write_whole(out / file, partial(_save_text, text))
     return out
 
 
@@ -143,18 +148,21 @@ def _encode(clip: Clip, path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def _rows(clip: Clip, video: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": f"{clip.uid}-{question.family}",
-            "video": video,
-            "conversations": [
-                {"from": "human", "value": f"<video>\n{question.text}"},
-                {"from": "gpt", "value": question.answer},
-            ],
-            "family": question.family,
-            "options": list(question.options),
-            "duration": clip.num_frames / clip.config.fps,
-        }
-        for question in clip.questions
+def _row(clip: Clip, video: str, questions: Sequence[Question], uid: str) -> dict[str, Any]:
+    """One line of a JSONL file: the questions as turns of one conversation, described by the first."""
+    turns = [
+        turn
+        for number, question in enumerate(questions)
+        for turn in (
+            {"from": "human", "value": ("" if number else "<video>\n") + question.text},
+            {"from": "gpt", "value": question.answer},
+        )
     ]
+    return {
+        "id": uid,
+        "video": video,
+        "conversations": turns,
+        "family": questions[0].family,
+        "options": list(questions[0].options),
+        "duration": clip.num_frames / clip.config.fps,
+    }

@@ -41,7 +41,8 @@ class STTS(nn.Module):
     and `clamp_target`): no look across the border between videos, in score or loss (a video must not depend on its
     neighbours in the batch); the loss target is detached (else the tower lowers the loss by changing its features) and
     clamped to [0, 1] (a score cannot reach 2); windows at the grid's edge average and attend their own patches only;
-    budget and ties see `budget.plan` and `choose`. Where windows overlap, scores are rescaled over a row of *cells* and
+    the pooling
+    starts with the same gain at every width (0.02 at 1152); budget and ties see `budget.plan` and `choose`. Where windows overlap, scores are rescaled over a row of *cells* and
     a shared patch takes its largest weight: for windows side by side that is the release's range over a row of patches.
     """
 
