@@ -37,13 +37,13 @@ class STTS(nn.Module):
     scores of the whole video. A video whose budget is all its groups has no bias and no share in the loss. The choice
     has no gradient: the answer reaches the scorer through the bias (and through `straight_through`).
 
-    **Differs** from the release (all but the last point undone by `compat="official"`, which ignores `detach_target`
-    and `clamp_target`): no look across the border between videos, in score or loss (a video must not depend on its
-    neighbours in the batch); the loss target is detached (else the tower lowers the loss by changing its features) and
-    clamped to [0, 1] (a score cannot reach 2); windows at the grid's edge average and attend their own patches only;
-    the pooling
-    starts with the same gain at every width (0.02 at 1152); budget and ties see `budget.plan` and `choose`. Where windows overlap, scores are rescaled over a row of *cells* and
-    a shared patch takes its largest weight: for windows side by side that is the release's range over a row of patches.
+    **Differs** from the release. Undone by `compat="official"`, which ignores `detach_target` and `clamp_target`: no
+    look across the border between videos, in score or loss (a video must not depend on its neighbours in the batch);
+    the loss target is detached (else the tower lowers the loss by changing its features) and clamped to [0, 1] (a score
+    cannot reach 2); windows at the grid's edge average and attend their own patches only. Always: budget and ties, see
+    `budget.plan` and `choose`; the pooling starts with the release's gain at every width, see `WindowPooling`; where
+    windows overlap, scores are rescaled over a row of *cells* and a shared patch takes its largest weight (for windows
+    side by side that is the release's range over a row of patches).
     """
 
     signals: frozenset[Signal] = frozenset()
