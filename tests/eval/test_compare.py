@@ -148,18 +148,14 @@ def test_dense_is_the_stock_model_and_so_is_everything_kept(config: CompareConfi
 
 
 def test_pruning_changes_answers_and_the_seed_changes_random(config: CompareConfig) -> None:
-    found = [
-        run(config, retention_ratios=(0.1,), seed=seed, out=config.out / str(seed), max_new_tokens=8) for seed in (0, 1)
-    ]
-    says = [
-        {
-            method: [record.outcomes[method].prediction for record in result.records]
-            for method in result.records[0].outcomes
-        }
-        for result in found
-    ]
-    assert says[0]["uniform@0.1"] == says[1]["uniform@0.1"] != says[0][DENSE] == says[1][DENSE]
-    assert says[0]["random@0.1"] != says[1]["random@0.1"]
+    says = []
+    for seed in range(4):  # an untrained model may say the same about two different subsets
+        result = run(config, retention_ratios=(0.1,), seed=seed, out=config.out / str(seed), max_new_tokens=8)
+        methods = result.records[0].outcomes
+        says.append({name: tuple(record.outcomes[name].prediction for record in result.records) for name in methods})
+    assert {one["uniform@0.1"] for one in says} == {says[0]["uniform@0.1"]} != {says[0][DENSE]}
+    assert {one[DENSE] for one in says} == {says[0][DENSE]}
+    assert len({one["random@0.1"] for one in says}) > 1
 
 
 def test_a_killed_run_goes_on_behind_its_last_batch(config: CompareConfig) -> None:

@@ -33,7 +33,7 @@ def result_with(cells: list[Cell], skipped: int = 0) -> ComparisonResult:
         }
         records.append(Record(f"q{number}", f"v{number // 3}.mp4", "", "x", outcomes))
     return ComparisonResult(
-        {"name": "made up", "num_frames": 4, "sampler": "interior", "batch_size": 3},
+        {"name": "made up", "num_frames": 4, "sampler": "interior", "batch_size": 3, "positions": None},
         {"device": "CPU", "dtype": "float32"},
         tuple(cells),
         tuple(records),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stts.packing.pack import reference_rows
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "stts" / "case7_packing_only.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "stts" / "case7_packing_only.safetensors"
 ABSENT = -99  # how the file marks a patch that went nowhere; -1 there is the revived frame
 
 
