@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, type check, every test. Arguments go to pytest: bash scripts/test.sh -k packing
-# Needs what quickstart.sh needs, and g++ with the Python headers: DeepSpeed compiles its CPU optimizer (about a minute,
-# once). Under 20 minutes on 2 CPU cores, install included.
+# Needs what quickstart.sh needs, and g++ with the Python headers, with which DeepSpeed compiles its operators on first
+# use. About 3 minutes on 2 CPU cores, install included.
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
