@@ -140,6 +140,20 @@ def test_embedding_callers(tiny: Any) -> None:
         torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, by_ids)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "static"}, "static caches are not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "nor are assisted decoding"),
+    ],
+)
+def test_what_generate_cannot_do_on_a_pruned_prompt_is_refused(tiny: Any, options: Any, message: str) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1], padding_side="left")
+    with stts.pruning(model, "uniform"), torch.no_grad(), pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+
+
 def test_a_pruned_cache_is_not_continued(tiny: Any) -> None:
     model, processor = tiny
     inputs = make_inputs(processor, ROWS[:1])
