@@ -7,23 +7,9 @@ a user who removes a tenth of ten groups means one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from stts.tokens import Budget, Grid, Site
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """How much of every video the LLM sees."""
-
-    retention_ratio: float = 0.5
-    """Fraction of visual tokens the LLM sees, in (0, 1]. This is what is kept, not what is removed."""
-    exact: bool = True
-    """True: every stage returns exactly the planned count; False: the release's own count, measured and reported."""
-
-    def __post_init__(self) -> None:
-        check_ratio(self.retention_ratio)
 
 
 def check_ratio(retention_ratio: float) -> Decimal:

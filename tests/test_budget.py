@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stts.budget import BudgetConfig, check_ratio, from_removed, plan
+from stts.budget import check_ratio, from_removed, plan
 from stts.tokens import Grid, Site
 
 VIT, PRE = Site("vit", layer=3, drop_after=4), Site("pre_llm")
@@ -34,8 +34,6 @@ def test_from_removed_refuses(removed):
 def test_ratio_is_what_is_kept(ratio):
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         check_ratio(ratio)
-    with pytest.raises(ValueError, match=r"\(0, 1\]"):
-        BudgetConfig(retention_ratio=ratio)
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         plan([PRE], ratio, [Grid(1, 1, 10)], 4)
 
