@@ -43,7 +43,8 @@ def plan(
     Equivalent retention = visual tokens summed over LLM layers / dense sum (efficiency accounting after Tango,
     arXiv:2604.09547). Sites before the LLM shorten every layer; an `llm` site at layer K only layers K and later.
     With llm sites of fixed `share` the part before the LLM is solved: r_pre = min(1, L r / (sum of layer shares)); llm
-    sites with `share=None` are solved for one common share.
+    sites with `share=None` are solved for one common share; with a `floor`, the deepest of them fall away (share 1)
+    until at least that much is left behind the last, or one site remains.
 
     * `vit`: num_kept = max(P, N - trunc(N * removed)), P groups of one frame: the first frame is always kept, which
       for very small ratios lifts the count (never raises; `retention_measured` shows it).
@@ -82,18 +83,18 @@ def _solve(sites: Sequence[Site], ratio: Decimal, num_layers: int) -> tuple[Deci
     if not llm:
         return ratio, [Decimal(1)] * len(sites)
 
-    def cost(common: Decimal) -> Decimal:  # mean share of tokens per layer when nothing is dropped before the LLM
+    def cost(common: Decimal, free: list[Site]) -> Decimal:  # mean share per layer if nothing goes before the LLM
         total, here, last = Decimal(0), Decimal(1), 0
         for site in llm:
             total += here * ((site.layer or 0) - last)
-            here *= common if site.share is None else Decimal(str(site.share))
+            here *= common if site in free else Decimal(1) if site.share is None else Decimal(str(site.share))
             last = site.layer or 0
         return (total + here * (num_layers - last)) / num_layers
 
     free = [site for site in llm if site.share is None]
     common = Decimal(1)
-    if free:
-        lowest = cost(Decimal(0))
+    while free:
+        lowest = cost(Decimal(0), free)
         if ratio <= lowest and ratio < 1:
             raise ValueError(
                 f"retention_ratio={ratio} cannot be reached by a cut at LLM layer {llm[0].layer} of {num_layers}: "
@@ -102,13 +103,19 @@ def _solve(sites: Sequence[Site], ratio: Decimal, num_layers: int) -> tuple[Deci
         low, high = Decimal(0), Decimal(1)
         for _ in range(60):  # bisection; cost grows with the common share
             middle = (low + high) / 2
-            low, high = (middle, high) if cost(middle) < ratio else (low, middle)
+            low, high = (middle, high) if cost(middle, free) < ratio else (low, middle)
         common = high
-    shares = [Decimal(1) if s.kind != "llm" else common if s.share is None else Decimal(str(s.share)) for s in sites]
-    first = min(Decimal(1), ratio / cost(common))
+        floor = max(Decimal(str(site.floor)) for site in free)
+        if len(free) == 1 or common ** len(free) >= floor:
+            break
+        free.pop()  # the deepest
+    shares = [
+        common if site in free else Decimal(1) if site.share is None else Decimal(str(site.share)) for site in sites
+    ]
+    first = min(Decimal(1), ratio / cost(common, free))
     if not has_pre and not free and abs(first - 1) > Decimal("1e-9"):
         raise ValueError(
-            f"retention_ratio={ratio} differs from the {cost(common):.4f} that the fixed shares give and no stage "
+            f"retention_ratio={ratio} differs from the {cost(common, free):.4f} that the fixed shares give and no stage "
             "before the LLM can make up for it; use that value or add a pre_llm stage"
         )
     return first, shares

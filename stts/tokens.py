@@ -2,7 +2,7 @@
 
 Shape suffixes:  N = units present (patches inside the ViT, tokens after it),  G = groups: what the LLM counts as one
 token (G == N outside the ViT),  W = units per group,  K = kept groups,  T = temporal cells,  D = width,  C = width of a
-frame feature,  L = text tokens.
+frame feature,  L = prompt tokens after the video,  S = places of a frame.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 from torch import Tensor
 
 SiteKind = Literal["vit", "pre_llm", "llm"]
-Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row"]
+Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "prompt"]
 """What a stage may ask the adapter to collect: `attn` mean-query attention per group, `probe` attention of the tower's
-pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in an aligned
-space, `last_row` the LLM attention of the last prompt token."""
+pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in the space of
+the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +44,33 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class TextTokens:
-    """The question, for stages that match video tokens with text."""
+class PromptTokens:
+    """What follows the video in the prompt, as the LLM sees it before the layer of the site."""
 
     x_LD: Tensor
-    """(L, D) question tokens in the space of `VideoTokens.x_ND`, or of an aligned text tower."""
-    pooled_D: Tensor | None = None
-    """(D,) one vector for the whole question, where the text tower gives one."""
+    """(L, D) hidden states."""
+    keys_LD: Tensor
+    """(L, kv_heads * head_dim) keys of the layer before, rotary embedding applied."""
+    norm_D: Tensor
+    """(D,) weight of the LLM's final RMS norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class SinkPenalty:
-    """How strongly each group acts as an attention sink (SToP, arXiv:2604.20937); read only inside `pruners/ops.py`."""
+    """How strongly each place acts as an attention sink (SToP, arXiv:2604.20937); read only inside `pruners/ops.py`."""
 
-    penalty_G: Tensor
-    """(G,) fp32 in [0, 1]; 0 = no sink."""
-    weight: float = 1.0
+    penalty_S: Tensor
+    """(S,) fp32 in [0, 1], per place of a frame and equal in all frames; 0 = no sink."""
+    salience: float = 0.0
+    """Taken off the salience (mu_s), times the penalty."""
+    temporal: float = 0.0
+    """Added to the similarity of neighbouring frames (mu_t)."""
+    density: float = 0.0
+    """Taken off the density score of cluster centres."""
+    num_slots: int = 0
+    """This many worst places are no targets of merging."""
+    official: bool = False
+    """Move slots as the release does, which compares places of the frame with numbers in the rest list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,8 @@ class Site:
     """vit only: the last block that still runs on everything."""
     share: float | None = None
     """llm: fraction kept of what is present (HoliTom, Tango: 0.5); None: `budget.plan` solves one common share."""
+    floor: float = 0.0
+    """llm, share None: sites fall away from the deepest on until this much is left at the end (AdaTP: 0.03)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vit", "pre_llm", "llm"):
@@ -117,9 +130,12 @@ class VideoTokens:
     salience_G: Tensor | None = None
     """fp32: mean-query, probe or last-row attention, as asked."""
     keys_GD: Tensor | None = None
+    """pre_llm: keys of the last tower block, mean over heads; llm: keys of the layer before, all heads side by side."""
     frame_TC: Tensor | None = None
     """One global feature per frame."""
-    text: TextTokens | None = None
+    text_C: Tensor | None = None
+    """The question in the space of `frame_TC`; None where no aligned text tower is at hand."""
+    prompt: PromptTokens | None = None
     uid: str = ""
     """Seeds `random`; equal uids share one question."""
     sink: SinkPenalty | None = None

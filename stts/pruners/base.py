@@ -65,9 +65,16 @@ class HostInfo:
     llm_width: int
     llm_layers: int
     patches_per_group: int
+    patches_per_frame: int = 729
+    newline_per_row: bool = False
+    """A newline token follows every row of every frame (LLaVA-Video); False: one after the whole video, or none."""
     mrope: bool = False
     probe_head: bool = False
     text_tower: bool = False
+
+    def llm_layer(self, published: int) -> int:
+        """A layer number as published for deep LLMs (24 layers or more), scaled from 28 layers for shallower ones."""
+        return published if self.llm_layers >= 24 else max(1, round(published * self.llm_layers / 28))
 
 
 class PerVideo:
@@ -88,10 +95,57 @@ class PerVideo:
         """Decide for one video; must not write to its tensors."""
 
     def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        check_finite(videos)
         return [self.prune(video, budget) for video, budget in zip(videos, budgets, strict=True)]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 0
+
+
+def check_finite(videos: Sequence[VideoTokens]) -> None:
+    """ValueError naming the video whose features or salience hold NaN or infinity; one host synchronisation in all."""
+    if not videos:
+        return
+    flags = [video.x_ND.isfinite().all() for video in videos]
+    flags = [
+        flag if video.salience_G is None else flag & video.salience_G.isfinite().all()
+        for flag, video in zip(flags, videos, strict=True)
+    ]
+    bad = [
+        video.uid or f"number {i}"
+        for i, (video, ok) in enumerate(zip(videos, torch.stack(flags).tolist(), strict=True))
+        if not ok
+    ]
+    if bad:
+        raise ValueError(
+            f"video {', '.join(bad)} has NaN or infinite features; expected finite ones: check the checkpoint, or load "
+            "the model in float32 or bfloat16 if it overflows in float16"
+        )
+
+
+def with_newlines(index_K: Tensor, grid: Grid, rule: Newlines) -> Tensor:
+    """Places of survivors and newlines in a layout where each row of each frame ends with a newline token.
+
+    index_K: int64 kept cells of `grid`, in the order of the stage. Returns int64 places in the (t, h, w + 1) layout:
+
+    * `all`, `every_row`: raster order, every newline stays, also behind an empty row (VisionZip).
+    * `kept_rows`: a newline stays where its row keeps a token (FastVID, HoliTom, Tango).
+    * `after_frame`: all newlines of a frame follow its kept tokens (VidCom2's release).
+    * `none`: no newline stays.
+    """
+    row_K, width = index_K // grid.w, grid.w + 1
+    place_K = row_K * width + index_K % grid.w
+    if rule == "none":
+        return place_K
+    rows = torch.arange(grid.t * grid.h, device=index_K.device)
+    if rule == "kept_rows":
+        rows = rows[torch.isin(rows, row_K)]
+    newline_R = rows * width + grid.w
+    places = torch.cat([place_K, newline_R])
+    if rule != "after_frame":
+        return places.sort().values
+    frame = torch.cat([index_K // grid.per_frame, rows // grid.h])
+    return places[torch.sort(frame, stable=True).indices]
 
 
 def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:

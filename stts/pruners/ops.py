@@ -1,14 +1,18 @@
 """Arithmetic that several methods share, each with its formula.
 
-Shape suffixes: N = tokens, D = width, T = frames, S = tokens per frame.
+Shape suffixes: N = tokens or points, G = groups present, D = width, T = frames, S = places (tokens) of a frame,
+B = batches of points, K = kept tokens, C = clusters, L = tokens that are left of a frame, R = run length.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.tokens import Grid
+from stts.tokens import Grid, Kept, Signal, VideoTokens
 
 
 def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
@@ -24,3 +28,208 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
     s_TS = x_TSD.new_zeros(x_TSD.shape[:2])
     s_TS[1:] = (x_TSD[1:] * x_TSD[:-1]).sum(-1)
     return s_TS.flatten()
+
+
+# --- what a method may expect of a video ---------------------------------------------------------------------------
+
+
+def need(value: Tensor | None, signal: Signal, video: VideoTokens) -> Tensor:
+    """The collected signal; ValueError when the caller did not collect it."""
+    if value is None:
+        raise ValueError(
+            f"video {video.uid!r} carries no {signal!r} signal; the stage declares it in `signals`, so whoever calls "
+            "the stage must collect it first"
+        )
+    return value
+
+
+def need_full_grid(video: VideoTokens) -> None:
+    """ValueError where an earlier stage has already dropped groups, for methods that compare whole frames."""
+    if video.num_groups != video.grid.num_groups:
+        raise ValueError(
+            f"video {video.uid!r} has {video.num_groups} of {video.grid.num_groups} groups left, and this method needs "
+            "whole frames; let it act first, or alone"
+        )
+
+
+# --- ranking -------------------------------------------------------------------------------------------------------
+
+
+def top(scores_BN: Tensor, num_kept: int) -> Tensor:
+    """Places of the `num_kept` largest scores along the last axis, best first; ties go to the earlier place."""
+    return torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices[..., :num_kept]
+
+
+def rank_salience(video: VideoTokens) -> Tensor:
+    """(G,) fp32 attention by which a method ranks tokens.
+
+    A'[t, p] = A[t, p] - mu_s s_p        (SToP, arXiv:2604.20937; plain A without a sink penalty)"""
+    salience_G = need(video.salience_G, "attn", video).float()
+    if video.sink is None:
+        return salience_G
+    return salience_G - video.sink.salience * video.sink.penalty_S[video.cell_G % video.grid.per_frame]
+
+
+def rank_density(video: VideoTokens, score_BN: Tensor, place_BN: Tensor) -> Tensor:
+    """Density scores by which centres are chosen, less `density * s` at their places of the frame.
+
+    place_BN: int64 place in [0, S) of each score, broadcastable to it. Unchanged without a sink penalty."""
+    if video.sink is None:
+        return score_BN
+    return score_BN - video.sink.density * video.sink.penalty_S[place_BN]
+
+
+def is_static(video: VideoTokens, similarity_TS: Tensor, threshold: float) -> Tensor:
+    """bool (T - 1, S): the place hardly changes from frame t to t + 1.
+
+    cos[t, p] + mu_t s_p > tau           (SToP; plain cos > tau without a sink penalty)"""
+    if video.sink is None:
+        return similarity_TS > threshold
+    return similarity_TS + video.sink.temporal * video.sink.penalty_S > threshold
+
+
+def free_slots(video: VideoTokens, slot_C: Tensor, rest_TL: Tensor) -> Tensor:
+    """(T, C) numbers in the rest list of merge targets, moved off the worst sinks.
+
+    slot_C: int64 wanted numbers, equal for all frames; rest_TL: int64 (T, L) places left in each frame, ascending. A
+    slot on one of the `num_slots` worst places moves to the next free one, at most to L - 1. Unchanged without a sink
+    penalty. With `official` the number itself is compared with the places, as the release of SToP does."""
+    num_frames, length = rest_TL.shape
+    if video.sink is None or not video.sink.num_slots:
+        return slot_C.expand(num_frames, -1)
+    penalty_S = video.sink.penalty_S
+    bad_S = torch.zeros_like(penalty_S, dtype=torch.bool)
+    bad_S[top(penalty_S, min(video.sink.num_slots, len(penalty_S)))] = True
+    number_L = torch.arange(length, device=rest_TL.device)
+    bad_TL = (bad_S[:length].expand(num_frames, -1)) if video.sink.official else bad_S[rest_TL]
+    free_TL = torch.where(bad_TL, length - 1, number_L)
+    next_TL = free_TL.flip(1).cummin(1).values.flip(1)  # the first free number at or behind each one
+    return next_TL[:, slot_C]
+
+
+# --- segments ------------------------------------------------------------------------------------------------------
+
+
+def temporal_windows(static_TS: Tensor, max_window: int = 1024) -> tuple[list[tuple[int, int]], int]:
+    """Cut a video into windows of frames so that the most tokens repeat (HoliTom, arXiv:2505.21334; Tango).
+
+        n(s, e) = places static in all of s..e-1,   gain(s, e) = n(s, e) (e - s),   the sum of gains is maximal
+
+    static_TS: bool (T - 1, S). Returns windows as (first frame, frame behind the last), and the whole gain: tokens
+    saved by merging static places over time. Ties go to the shorter last window. Counts are exact integers; one host
+    synchronisation."""
+    num_frames = static_TS.shape[0] + 1
+    if num_frames == 1:
+        return [(0, 1)], 0
+    frame_T = torch.arange(num_frames - 1, device=static_TS.device)
+    broken_TS = torch.where(static_TS, -1, frame_T[:, None])
+    run_TS = frame_T[:, None] - broken_TS.cummax(0).values
+    histogram_TR = torch.zeros(num_frames - 1, num_frames, dtype=torch.long, device=static_TS.device)
+    histogram_TR.scatter_add_(1, run_TS, torch.ones_like(run_TS))
+    longer_TR = histogram_TR.flip(1).cumsum(1).flip(1)  # [t, r]: places whose run that ends at t has at least r steps
+    counts = longer_TR.tolist()
+    best, start_of = [0], []  # best[i] = gain of the first i frames
+    for last in range(num_frames):
+        gain, start = best[last], last
+        for length in range(2, min(last + 1, max_window) + 1):
+            found = best[last + 1 - length] + counts[last - 1][length - 1] * (length - 1)
+            if found > gain:
+                gain, start = found, last + 1 - length
+        best.append(gain)
+        start_of.append(start)
+    windows, end = [], num_frames
+    while end:
+        windows.append((start_of[end - 1], end))
+        end = start_of[end - 1]
+    return windows[::-1], best[-1]
+
+
+# --- clusters ------------------------------------------------------------------------------------------------------
+
+
+def distances(x_BND: Tensor) -> Tensor:
+    """(B, N, N) fp32 Euclidean distances; the diagonal is exactly 0.
+
+    By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
+    x_BND = x_BND.float()
+    x_BND = x_BND - x_BND.mean(1, keepdim=True)
+    square_BN = x_BND.square().sum(-1)
+    squares_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * x_BND @ x_BND.transpose(1, 2)
+    squares_BNN.diagonal(dim1=1, dim2=2).zero_()
+    return squares_BNN.clamp_min(0).sqrt()
+
+
+def density_peaks(
+    distance_BNN: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None
+) -> Tensor:
+    """(B, N) fp32 score rho * delta of DPC-KNN: dense points far from any denser one are good centres.
+
+        rho_i = exp(-mean of the k smallest d_ij^2),   delta_i = min d_ij over denser j, the largest d for the densest
+
+    count_self: whether the distance of a point to itself is one of the k (HoliTom, FastVID: yes; Tango: no). k is cut
+    to the points there are. valid_BN: bool, False at padding, which scores -inf. Equally dense: the earlier is denser (the
+    releases break ties by noise), so the result is the same on every device and every run."""
+    num_points = distance_BNN.shape[-1]
+    valid_BN = torch.ones_like(distance_BNN[..., 0], dtype=torch.bool) if valid_BN is None else valid_BN
+    masked_BNN = distance_BNN.masked_fill(~valid_BN[:, None, :], torch.inf)
+    skip = 0 if count_self else 1
+    sorted_BNK = masked_BNN.topk(min(num_neighbours + skip, num_points), dim=-1, largest=False).values[..., skip:]
+    finite_BNK = sorted_BNK.isfinite()
+    near_BNK = sorted_BNK.masked_fill(~finite_BNK, 0)
+    rho_BN = torch.exp(-near_BNK.square().sum(-1) / finite_BNK.sum(-1).clamp_min(1))
+    rho_BN = rho_BN.masked_fill(~valid_BN, -1)
+    order_BN = torch.sort(rho_BN, dim=-1, descending=True, stable=True).indices
+    rank_BN = torch.empty_like(order_BN).scatter_(
+        -1, order_BN, torch.arange(num_points, device=order_BN.device).expand_as(order_BN)
+    )
+    denser_BNN = rank_BN[:, None, :] < rank_BN[:, :, None]
+    delta_BN = masked_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
+    widest_B = distance_BNN.masked_fill(~(valid_BN[:, None, :] & valid_BN[:, :, None]), 0).amax((1, 2))
+    delta_BN = torch.where(delta_BN.isfinite(), delta_BN, widest_B[:, None])
+    return (rho_BN * delta_BN).masked_fill(~valid_BN, -torch.inf)
+
+
+def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Mean of each cluster's rows, (C, D) fp32, zeros where a cluster is empty, and their number, (C,) int64.
+
+    cluster_N: int64 in [0, C); rows with -1 belong nowhere. Deterministic on every device: summed in row order on the
+    CPU, as a product with the membership matrix on CUDA, where scattered addition has no fixed order."""
+    member_N = cluster_N >= 0
+    spare_N = torch.where(member_N, cluster_N, num_clusters)
+    count_C = torch.bincount(spare_N, minlength=num_clusters + 1)[:num_clusters]
+    if x_ND.is_cuda:
+        sum_CD = F.one_hot(spare_N, num_clusters + 1)[:, :num_clusters].T.float() @ x_ND.float()
+    else:
+        sum_CD = x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32)
+        sum_CD = sum_CD.index_add(0, spare_N, x_ND.float())[:num_clusters]
+    return sum_CD / count_C.clamp_min(1)[:, None], count_C
+
+
+# --- counts --------------------------------------------------------------------------------------------------------
+
+
+def fit_count(
+    video: VideoTokens, kept: Kept, num_kept: int, salience_G: Tensor, merged_score_K: Tensor | None = None
+) -> Kept:
+    """Trim or fill to exactly `num_kept` groups, index increasing: the one way an exact budget is met.
+
+    Too many: merged tokens go first, lowest `merged_score_K` first (fp32, +inf where the token is not merged), then the
+    least salient. Too few: groups that are not kept come in by salience, with their own features. ValueError when the
+    video has fewer groups than asked for."""
+    if not 1 <= num_kept <= video.num_groups:
+        raise ValueError(f"num_kept={num_kept} is outside [1, {video.num_groups}]; see budget.plan")
+    index_K, x_KD = kept.index_K, kept.x_KD
+    if len(index_K) > num_kept:
+        order = torch.sort(salience_G[index_K], descending=True, stable=True).indices
+        if merged_score_K is not None:
+            order = order[torch.sort(merged_score_K[order], descending=True, stable=True).indices]
+        chosen = order[:num_kept].sort().values
+        index_K, x_KD = index_K[chosen], None if x_KD is None else x_KD[chosen]
+    elif len(index_K) < num_kept:
+        free_G = torch.ones(video.num_groups, dtype=torch.bool, device=index_K.device)
+        free_G[index_K] = False
+        ranked_G = top(salience_G.float().masked_fill(~free_G, -torch.inf), num_kept - len(index_K))
+        index_K = torch.cat([index_K, ranked_G])
+        x_KD = None if x_KD is None else torch.cat([x_KD, video.x_ND[ranked_G].to(x_KD.dtype)])
+    index_K, order = index_K.sort()
+    return replace(kept, index_K=index_K, x_KD=None if x_KD is None else x_KD[order])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stts.pruners.base import HostInfo, Pruner, Stage
 from stts.pruners.registry import PRUNERS, make_pruner
-from stts.tokens import Budget, Grid, Kept, TextTokens, VideoTokens
+from stts.tokens import Budget, Grid, Kept, PromptTokens, VideoTokens
 
 HOST = HostInfo(
     family="tiny",
@@ -52,7 +52,8 @@ def tiny_video(stage: Stage, grid: Grid = GRID, seed: int = 1) -> VideoTokens:
         salience_G=randn(grid.num_groups).softmax(0) if signals & {"attn", "probe", "last_row"} else None,
         keys_GD=randn(grid.num_groups, 8) if "keys" in signals else None,
         frame_TC=randn(grid.t, 8) if "frame" in signals else None,
-        text=TextTokens(randn(3, 8), randn(8)) if "text" in signals else None,
+        text_C=randn(8) if "text" in signals else None,
+        prompt=PromptTokens(randn(5, 8), randn(5, 8), torch.ones(8)) if "prompt" in signals else None,
         uid=f"video-{seed}",
     )
 
@@ -115,7 +116,8 @@ def test_equal_groups_are_no_trouble(name):
         salience_G=None if video.salience_G is None else torch.full_like(video.salience_G, 1 / 24),
         keys_GD=None if video.keys_GD is None else torch.ones_like(video.keys_GD),
         frame_TC=None if video.frame_TC is None else torch.ones_like(video.frame_TC),
-        text=video.text,
+        text_C=video.text_C,
+        prompt=video.prompt,
         uid="flat",
     )
     kept = run(stage, flat, 10)
