@@ -115,8 +115,8 @@ def _solve(sites: Sequence[Site], ratio: Decimal, num_layers: int) -> tuple[Deci
     first = min(Decimal(1), ratio / cost(common, free))
     if not has_pre and not free and abs(first - 1) > Decimal("1e-9"):
         raise ValueError(
-            f"retention_ratio={ratio} differs from the {cost(common, free):.4f} that the fixed shares give and no stage "
-            "before the LLM can make up for it; use that value or add a pre_llm stage"
+            f"retention_ratio={ratio} differs from the {cost(common, free):.4f} that the fixed shares give and no "
+            "stage before the LLM can make up for it; use that value or add a pre_llm stage"
         )
     return first, shares
 

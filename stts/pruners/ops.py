@@ -167,8 +167,8 @@ def density_peaks(
         rho_i = exp(-mean of the k smallest d_ij^2),   delta_i = min d_ij over denser j, the largest d for the densest
 
     count_self: whether the distance of a point to itself is one of the k (HoliTom, FastVID: yes; Tango: no). k is cut
-    to the points there are. valid_BN: bool, False at padding, which scores -inf. Equally dense: the earlier is denser (the
-    releases break ties by noise), so the result is the same on every device and every run."""
+    to the points there are. valid_BN: bool, False at padding, which scores -inf. Equally dense: the earlier is denser
+    (the releases break ties by noise), so the result is the same on every device and every run."""
     num_points = distance_BNN.shape[-1]
     valid_BN = torch.ones_like(distance_BNN[..., 0], dtype=torch.bool) if valid_BN is None else valid_BN
     masked_BNN = distance_BNN.masked_fill(~valid_BN[:, None, :], torch.inf)
