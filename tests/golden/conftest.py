@@ -35,7 +35,9 @@ class Case:
         self._path = path
         with safe_open(path, "pt") as file:
             self._names = frozenset(file.keys())
-            self.meta: dict[str, Any] = json.loads((file.metadata() or {}).get("meta", "{}"))
+            told = file.metadata() or {}
+            self.meta: dict[str, Any] = json.loads(told["meta"]) if "meta" in told else told
+            """As saved: nested JSON of the STTS cases, texts such as {"tau": "0.8"} of the others."""
 
     def __str__(self) -> str:
         return self.name
