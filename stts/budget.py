@@ -7,6 +7,7 @@ a user who removes a tenth of ten groups means one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from stts.tokens import Budget, Grid, Site
@@ -73,6 +74,13 @@ def plan(
     return budgets
 
 
+def adjust(budget: Budget, num_present: int) -> Budget:
+    """The budget of a later stage where an earlier one kept another number of groups than was planned."""
+    if not budget.exact:
+        return replace(budget, num_kept=_rounded(Decimal(str(budget.retention_ratio)), num_present))
+    return replace(budget, num_kept=min(budget.num_kept, num_present))
+
+
 def _solve(sites: Sequence[Site], ratio: Decimal, num_layers: int) -> tuple[Decimal, list[Decimal]]:
     """Ratio before the LLM, and the share of every site (1 where it is not an llm site)."""
     for site in sites:
@@ -125,5 +133,8 @@ def _count(site: Site, ratio: Decimal, present: int, grid: Grid) -> int:
     if site.kind == "vit":
         removed = int(present * (1 - ratio))  # truncation, as the STTS reference does
         return min(present, max(grid.per_frame, present - removed))
-    rounded = (present * ratio).quantize(Decimal(1), rounding=ROUND_HALF_EVEN)
-    return min(present, max(1, int(rounded)))
+    return _rounded(ratio, present)
+
+
+def _rounded(ratio: Decimal, present: int) -> int:
+    return min(present, max(1, int((present * ratio).quantize(Decimal(1), rounding=ROUND_HALF_EVEN))))

@@ -88,6 +88,7 @@ class VideoFinetune(pl.LightningModule):
         self.model, self.processor = load_vlm(model)
         options = dict(pruner_options or {})
         self.pruning = Pruning(self.model, pruner, retention_ratio=retention_ratio, positions=positions, **options)
+        self.pruning.check_trainable()
         self.scorer = self.pruning.module  # registered, so that checkpoints and devices include it
         settings = pruner_settings(model)
         if self.scorer is not None and settings is not None and settings["pruner"] == pruner:

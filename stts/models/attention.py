@@ -7,6 +7,8 @@ ride there. Everything else falls through to the implementation the model was lo
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from stts.packing.attention import packed_attention
 from stts.packing.segments import Segments
 
 _PREFIX = "packed_or_"
+_captured: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
 
 
 def switch_on(config: Any) -> str:
@@ -43,10 +46,35 @@ def is_on(config: Any) -> bool:
     return str(config._attn_implementation).startswith(_PREFIX)
 
 
+def stock_name(config: Any) -> str:
+    """The attention implementation that runs outside packed rows."""
+    return str(config._attn_implementation).removeprefix(_PREFIX)
+
+
+@contextmanager
+def capture(module: nn.Module, callback: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While on, every attention call of this one module first hands q (B, H, S, E) and k (B, J, S, E) to `callback`.
+
+    They come as they enter attention: rotary embedding applied, key heads not repeated (J < H with grouped queries), k
+    with what a cache holds. Attention itself stays as it is, on the stock path as in packed rows, so no kernel changes.
+    ValueError where the module does not run our attention, or is captured already."""
+    if not is_on(module.config):
+        raise ValueError(f"{type(module).__name__} runs stock attention, which shows no q and k; call switch_on first")
+    if module in _captured:
+        raise ValueError(f"this {type(module).__name__} is captured already; one context at a time")
+    _captured[module] = callback
+    try:
+        yield
+    finally:
+        del _captured[module]
+
+
 def _attention_or(original: str) -> Any:
     def attention(
         module: nn.Module, q_BHSE: Tensor, k_BJSE: Tensor, v_BJSE: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if module in _captured:
+            _captured[module](q_BHSE, k_BJSE)
         if not isinstance(attention_mask, Segments):
             stock = (
                 sys.modules[type(module).__module__].eager_attention_forward  # eager lives in the family's own file

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -85,16 +86,25 @@ class Adapter(Protocol):
         """Blocks whose outputs the connector reads, in its order."""
         ...
 
+    def tower_attention(self) -> nn.Module:
+        """The attention module of the last block the connector reads; q and k of signals come from it."""
+        ...
+
+    def pool_groups(self, value_FNC: Tensor) -> Tensor:
+        """(F, P, C): values of all patches brought to groups by the operator that pools features, not renormalised."""
+        ...
+
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         """One connector call: features of images, and of the kept cells of each video (None: all)."""
         ...
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Tensor:
+    ) -> Placed:
         """Put features into the prompt: `kwargs` get full-length `inputs_embeds`, zeros where a group was dropped.
 
-        `kept` holds the kept cells of each video, None: all. Returns bool (B, L), False at dropped placeholders."""
+        `kept` holds the kept cells of each video, None: all. Features lie in the order they come in, on the kept
+        cells in increasing order."""
         ...
 
 
@@ -106,6 +116,24 @@ class Connected:
     """Per image (tokens, d), newlines included."""
     videos: tuple[Tensor, ...]
     """Per video (K, d), without newlines."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What each place of the full prompt holds."""
+
+    keep_BL: Tensor
+    """bool, False at the placeholder of a dropped group."""
+    video_BL: Tensor
+    """int64 number of the video whose group lies here, -1 for text, newlines and images."""
+    cell_BL: Tensor
+    """int64 cell of that video's grid."""
+
+    def repeat(self, times: int, num_videos: int) -> Placed:
+        """For beams: each row `times` times, the videos of copy c numbered from c * num_videos."""
+        keep, video, cell = (x.repeat_interleave(times, 0) for x in (self.keep_BL, self.video_BL, self.cell_BL))
+        copy = torch.arange(len(video), device=video.device)[:, None] % times
+        return Placed(keep, torch.where(video >= 0, video + copy * num_videos, -1), cell)
 
 
 def check_family(model_type: str) -> None:

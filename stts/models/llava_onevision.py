@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from stts.models.base import Connected, Visual
+from stts.models.base import Connected, Placed, Visual
 from stts.models.vit import TowerOutput
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -73,6 +73,7 @@ class LlavaOnevision:
             llm_width=text.hidden_size,
             llm_layers=text.num_hidden_layers,
             patches_per_group=4,
+            patches_per_frame=self.side**2,
         )
 
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
@@ -128,6 +129,14 @@ class LlavaOnevision:
         # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i - 1
         return tuple((layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers)
 
+    def tower_attention(self) -> nn.Module:
+        attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps())].self_attn
+        return attention
+
+    def pool_groups(self, value_FNC: Tensor) -> Tensor:
+        patch_PW, weight_PW = (x.to(value_FNC.device) for x in pooling_cells(self.side))
+        return (value_FNC[:, patch_PW.clamp_min(0)] * weight_PW[..., None].to(value_FNC.dtype)).sum(2)
+
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         y_Sd = self.inner.multi_modal_projector(torch.cat(tower.taps, dim=-1))
         num_patches = self.side**2
@@ -172,7 +181,7 @@ class LlavaOnevision:
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Tensor:
+    ) -> Placed:
         input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (input_ids is None) == (x_BLd is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -181,15 +190,18 @@ class LlavaOnevision:
         image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
         newline = self.inner.image_newline[None]
         rows, flags = [newline[:0]], [video_BL.new_zeros(0)]
+        cells = [torch.zeros(0, dtype=torch.long, device=x_BLd.device)]
         for x_Kd, index_K, frames in zip(connected.videos, kept, visual.frames_per_video, strict=True):
             num_groups = self.grid(frames).num_groups
             keep = torch.ones(num_groups + 1, dtype=torch.bool, device=x_BLd.device)  # the newline is never dropped
             if index_K is not None:
+                index_K = index_K.sort().values
                 keep[:num_groups] = False
                 keep[index_K] = True
                 x_Kd = x_Kd.new_zeros(num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
             rows += [x_Kd, newline]
             flags.append(keep)
+            cells.append(torch.arange(num_groups + 1, device=x_BLd.device))
         for kind, mask_BL, parts in (("image", image_BL, [newline[:0], *connected.images]), ("video", video_BL, rows)):
             features = torch.cat(parts).to(x_BLd)
             places = int(mask_BL.sum())
@@ -200,4 +212,13 @@ class LlavaOnevision:
                 )
             x_BLd = x_BLd.masked_scatter(mask_BL[..., None], features)
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_BLd
-        return torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
+        numbers = [torch.full_like(cell, video) for video, cell in enumerate(cells[1:])]
+        for number, cell in zip(numbers, cells[1:], strict=True):
+            number[-1] = cell[-1] = -1  # the newline is no group
+        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
+        none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
+        return Placed(
+            keep_BL,
+            none_BL.masked_scatter(video_BL, torch.cat([cells[0], *numbers])),
+            none_BL.masked_scatter(video_BL, torch.cat(cells)),
+        )

@@ -1,8 +1,8 @@
 """Shorten the prompt: the language model sees survivors only, everyone around it sees stock shapes.
 
-Two hooks on the language model. Before: gather the kept tokens of every row, at prefill; shorten mask and renumber
-positions, at prefill and at every decode step. After: scatter hidden states back to full length, zeros at dropped
-places, so that `labels`, `logits_to_keep` and output shapes stay stock.
+Two hooks on the language model, beside those of `llm.py` where stages act inside it. Before: gather the kept tokens of
+every row, at prefill; shorten mask and renumber positions, at prefill and at every decode step. After: scatter hidden
+states back to full length, zeros at dropped places, so that `labels`, `logits_to_keep` and output shapes stay stock.
 
 Without a cache (training) all rows become one packed row with explicit boundaries, so nothing is padded and nothing is
 inferred from position gaps. With a cache (generate) rows stay rows, padded like the prompt was.
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from stts.models.base import Placed
+from stts.models.llm import LlmCuts, Slots, pad_rows
 from stts.packing.segments import Segments
 from stts.pruners.base import Positions
 
@@ -39,22 +41,23 @@ class _Prefill:
 class Prompt:
     """State of the hooks on one language model."""
 
-    def __init__(self, positions: Positions) -> None:
+    def __init__(self, positions: Positions, cuts: LlmCuts) -> None:
         self.positions = positions
+        self.cuts = cuts
         self.num_tokens = 0
         """Real tokens the language model saw in the last prefill."""
         self.num_slots = 0
         """Slots it computed, padding included."""
-        self._keep_BL: Tensor | None = None
+        self._placed: Placed | None = None
         self.pending = False
         """True between `expect` and the call it announces."""
         self._restore: tuple[Tensor, tuple[int, int]] | None = None
         self._valid_BM: Tensor | None = None
         self._prefill: _Prefill | None = None
 
-    def expect(self, keep_BL: Tensor | None) -> None:
-        """Announce the next call: False where a placeholder was dropped; None: keep everything, but still pack."""
-        self._keep_BL, self.pending = keep_BL, True
+    def expect(self, placed: Placed) -> None:
+        """Announce the next call: what lies where in the full prompt."""
+        self._placed, self.pending = placed, True
 
     def before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -66,6 +69,7 @@ class Prompt:
                 "the tested range (>= 5.17, < 6)"
             )
         self._restore = None
+        self.cuts.rest()
         cache = kwargs.get("past_key_values")
         seen = cache.get_seq_length() if cache is not None else 0
         if self.pending:
@@ -86,7 +90,12 @@ class Prompt:
         if self._restore is None:
             return output
         index_S, (rows, length) = self._restore
+        slots = self.cuts.slots
+        if slots is not None:
+            self._valid_BM = None if slots.packed else slots.valid_RM
+            index_S = slots.full_RM[slots.valid_RM]
         self._restore = None
+        self.cuts.rest()
 
         def full(x: Tensor) -> Tensor:
             flat = x.new_zeros(rows * length, x.shape[-1])
@@ -103,11 +112,18 @@ class Prompt:
         if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
             raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
         real_BL = torch.ones(rows, length, dtype=torch.bool, device=x_BLD.device) if mask is None else mask.bool()
-        keep_BL = real_BL if self._keep_BL is None else real_BL & self._keep_BL
+        placed = self._placed
+        assert placed is not None
+        keep_BL = real_BL & placed.keep_BL
         positions_BL = kwargs.get("position_ids")
         if positions_BL is None:
             positions_BL = torch.arange(length, device=x_BLD.device).expand(rows, length)
         positions_BL = positions_BL.expand(rows, length)
+        if self.cuts.stages and (kwargs.get("output_hidden_states") or module.config.output_hidden_states):
+            raise ValueError(
+                "output_hidden_states is not supported with a pruner that drops inside the LLM: layers have different "
+                "lengths; leave it off"
+            )
         count_B = keep_BL.sum(1)
         next_B = positions_BL[:, -1] + 1
         if self.positions == "compact":
@@ -122,6 +138,7 @@ class Prompt:
             index_S = keep_BL.flatten().nonzero().squeeze(1)
             segments = Segments.from_lengths(count_B, length)
             self._note(index_S, None, (rows, length), len(index_S), len(index_S))
+            self._begin(index_S[None], torch.ones_like(index_S, dtype=torch.bool)[None], placed, packed=True)
             kinds = set(getattr(module.config, "layer_types", None) or ["full_attention"])
             if kinds != {"full_attention"}:
                 raise ValueError(f"packed rows need full attention in every LLM layer, got {sorted(kinds)}")
@@ -130,10 +147,11 @@ class Prompt:
                 "position_ids": positions_BL.flatten()[index_S][None],
                 "attention_mask": dict.fromkeys(kinds, segments),
             }
-        longest = int(count_B.max())
-        index_BM, valid_BM = _pad_rows(keep_BL, count_B, longest, left=bool(real_BL[:, -1].all()))
+        left = bool(real_BL[:, -1].all())
+        index_BM, valid_BM = pad_rows(keep_BL, left=left)
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
-        self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(count_B.sum()), rows * longest)
+        self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(count_B.sum()), valid_BM.numel())
+        self._begin(flat_BM, valid_BM, placed, packed=False, left=left)
         self._prefill = _Prefill(weakref.ref(cache), index_BM, valid_BM, length, next_B)
         return kwargs | {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
@@ -152,10 +170,18 @@ class Prompt:
         step = seen - shortened
         mask = kwargs.get("attention_mask")
         tail = prefill.valid_BM.new_ones(rows, step + 1) if mask is None else mask[:, prefill.full_length :].bool()
+        self.cuts.resume(tail)
         return kwargs | {
             "position_ids": (prefill.next_position_B + step)[:, None],
             "attention_mask": torch.cat([prefill.valid_BM, tail], 1).to(torch.long),
         }
+
+    def _begin(self, full_RM: Tensor, valid_RM: Tensor, placed: Placed, *, packed: bool, left: bool = False) -> None:
+        if not self.cuts.stages:
+            return
+        rows, length = placed.keep_BL.shape
+        video_RM, cell_RM = (x.flatten()[full_RM] for x in (placed.video_BL, placed.cell_BL))
+        self.cuts.begin(Slots(full_RM, full_RM // length, valid_RM, video_RM, cell_RM, rows, packed, left))
 
     def _note(self, index_S: Tensor, valid_BM: Tensor | None, shape: tuple[int, int], tokens: int, slots: int) -> None:
         self._restore = (index_S, shape)
@@ -164,12 +190,3 @@ class Prompt:
 
     def _select(self, x: Tensor) -> Tensor:
         return x[0] if self._valid_BM is None else x[self._valid_BM]
-
-
-def _pad_rows(keep_BL: Tensor, count_B: Tensor, longest: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Columns of the kept tokens of every row, (B, M) int64, and which of them are real, (B, M) bool."""
-    order_BL = torch.sort(keep_BL.to(torch.uint8), dim=1, descending=not left, stable=True).indices
-    index_BM = order_BL[:, -longest:] if left else order_BL[:, :longest]
-    slot_M = torch.arange(longest, device=keep_BL.device)
-    valid_BM = slot_M >= longest - count_B[:, None] if left else slot_M < count_B[:, None]
-    return index_BM, valid_BM

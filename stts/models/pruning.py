@@ -2,61 +2,31 @@
 
 Inside the context hooks replace the visual part of a forward pass and shorten the prompt; outside, the model is what it
 was, bit for bit. The order of one pass: frames of all videos through the tower (site `vit` decides and drops inside),
-connector on survivors, site `pre_llm`, merge into the prompt, shorten the prompt.
+connector on survivors, site `pre_llm`, merge into the prompt, shorten the prompt, site `llm` between decoder layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stts.budget import check_ratio, plan
+from stts.budget import adjust, check_ratio, plan
 from stts.models.attention import is_on, switch_off, switch_on
 from stts.models.base import Adapter, Visual, make_adapter
+from stts.models.llm import LlmCuts, Present
 from stts.models.prompt import Prompt
+from stts.models.report import Report
+from stts.models.signals import Collector, SiglipSource
+from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, split_sites, to_drop, view, windows
 from stts.models.vit import Drop, TowerOutput, run_tower
-from stts.pruners.base import Positions, Pruner, Stage
+from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
-from stts.tokens import Budget, Grid, Kept, VideoTokens
-
-
-@dataclass
-class Report:
-    """What one forward pass with visual input did, per video in batch order."""
-
-    grids: list[Grid]
-    index: list[Tensor]
-    """int64 kept cells of each video's grid, increasing."""
-    scores: list[Tensor | None]
-    """Per present group, from the last stage that scored; None where it gave none."""
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    """Unweighted, by name."""
-    kept_patches: list[list[int]] | None = None
-    """Survivors per frame in the tower; None: the tower ran on everything."""
-    stage_kept: list[list[int]] = field(default_factory=list)
-    """Groups each stage returned, [stage][video]."""
-    llm_tokens: int = 0
-    """Tokens the language model saw at prefill, text included."""
-    llm_padded: int = 0
-    """Slots it computed; pad waste = 1 - llm_tokens / llm_padded."""
-
-    @property
-    def num_groups(self) -> list[int]:
-        return [grid.num_groups for grid in self.grids]
-
-    @property
-    def num_kept(self) -> list[int]:
-        return [len(index) for index in self.index]
-
-    @property
-    def retention_measured(self) -> float:
-        """Kept share of all groups of the batch; 1.0 without video."""
-        return sum(self.num_kept) / max(1, sum(self.num_groups)) if self.grids else 1.0
+from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 
 class Pruning:
@@ -66,7 +36,10 @@ class Pruning:
     pruner: registry name, 'module:Class', or an object with `stages`.
     retention_ratio: fraction of visual tokens kept, in (0, 1]; may be reassigned between passes.
     exact: stages return exactly the planned count (False: a release's own count).
-    positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the stage declares.
+    positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the first stage declares. Stages
+        inside the LLM never change positions.
+    siglip: a SigLIP checkpoint (`stts.models.signals.load_siglip`) whose pooling head and text tower make the signals;
+        None: the fallbacks, which `Report.signals` names.
     """
 
     def __init__(
@@ -77,6 +50,7 @@ class Pruning:
         retention_ratio: float = 0.5,
         exact: bool = True,
         positions: Positions | None = None,
+        siglip: SiglipSource | None = None,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = make_adapter(model)
@@ -86,12 +60,16 @@ class Pruning:
         self.pruner = make_pruner(pruner, self.adapter.host, **options) if isinstance(pruner, str) else pruner
         self.exact = exact
         self.last: Report | None = None
-        self._vit, self._pre_llm = _sites(self.pruner, self.adapter)
+        self.siglip = siglip
+        self._vit, self._pre_llm, self._llm = split_sites(self.pruner, self.adapter)
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
         if positions not in (None, "compact", "original"):
             raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
-        self._prompt = Prompt(positions or declared)
-        self._names: tuple[Sequence[str], Sequence[Tensor | None] | None] | None = None
+        self._prompt = Prompt(
+            positions or declared, LlmCuts(self.adapter.language_model, self._llm, self._decide_in_llm)
+        )
+        self._pass: Pass | None = None
+        self._names: Names | None = None
         self._expand = 1
         self._handles: list[Any] = []
         self._stock_expand: Any = None
@@ -120,9 +98,27 @@ class Pruning:
     def positions(self) -> Positions:
         return self._prompt.positions
 
-    def describe(self, uids: Sequence[str], timestamps_s: Sequence[Tensor | None] | None = None) -> None:
-        """Name the videos of the next forward pass, in batch order (`random` is seeded by the name)."""
-        self._names = (uids, timestamps_s)
+    def describe(
+        self,
+        uids: Sequence[str],
+        timestamps_s: Sequence[Tensor | None] | None = None,
+        questions: Sequence[str] | None = None,
+    ) -> None:
+        """Tell about the videos of the next forward pass, in batch order: names (they seed `random`), times of frames
+        in seconds (Tango), questions (AdaTP, with a text tower). ValueError unless one of each is given per video."""
+        if any(given is not None and len(given) != len(uids) for given in (timestamps_s, questions)):
+            counts = [len(given) for given in (timestamps_s, questions) if given is not None]
+            raise ValueError(f"describe() got {len(uids)} names, but {counts} times and questions; give one per video")
+        self._names = Names(uids, timestamps_s or [None] * len(uids), questions)
+
+    def check_trainable(self) -> None:
+        """ValueError when the model cannot be trained under this pruner."""
+        if self._llm:
+            name = self.name or type(self.pruner).__name__
+            raise ValueError(
+                f"pruner {name!r} drops tokens inside the LLM, which training does not support: its choice needs the "
+                "attention of a prompt without answers; train under a pruner at site vit or pre_llm"
+            )
 
     # --- on and off --------------------------------------------------------------------------------------------------
 
@@ -137,6 +133,7 @@ class Pruning:
             llm.register_forward_pre_hook(self._before_llm, with_kwargs=True),
             llm.register_forward_hook(self._prompt.after, with_kwargs=True),
         ]
+        self._prompt.cuts.attach()
         # generate would encode the video before the forward pass, and copy it per beam; both stay with us
         self._stock_expand = self.model._expand_inputs_for_generation
         self.model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
@@ -145,6 +142,7 @@ class Pruning:
 
     def detach(self) -> None:
         """Take the hooks off; the model is bit-identical to before. Harmless when nothing is attached."""
+        self._prompt.cuts.detach()
         for handle in self._handles:
             handle.remove()
         for config, original in zip(self.adapter.configs, self._originals, strict=False):
@@ -176,6 +174,8 @@ class Pruning:
         given = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
         if not given and (not learning or (cache is not None and cache.get_seq_length())):
             return None
+        if learning:
+            self.check_trainable()
         expand, self._expand = self._expand, 1
         for name in ("input_ids", "inputs_embeds"):
             if expand > 1 and kwargs.get(name) is not None:
@@ -183,18 +183,23 @@ class Pruning:
         before = dict(kwargs)
         visual = self.adapter.take_visual(kwargs) or Visual(self.adapter.blank_frame()[:0], 0, (), {})
         grids = [self.adapter.grid(frames) for frames in visual.frames_per_video]
+        names = self._take_names(len(grids))
         budgets = self._plan(grids)
-        uids, times = self._take_names(len(grids))
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
         stackable = len(set(visual.frames_per_video)) <= 1  # the stock code takes videos of one length only
         if whole and stackable and not learning:  # dense is sacred: the stock code runs, untouched
-            everything = [torch.arange(grid.num_groups) for grid in grids]
-            self.last = Report(grids, everything, [None] * len(grids))
+            self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
                 return args, before
         return args, self._visual_pass(
-            kwargs, visual, grids, budgets, uids, times, blank=learning and not grids, expand=expand
+            kwargs, visual, grids, budgets, names, blank=learning and not grids, expand=expand
         )
+
+    def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
+        cuts = sorted(stage.site.layer or 0 for stage in self._llm)
+        counts = [[len(one)] * (1 + len(cuts)) for one in index]
+        layers = self.adapter.host.llm_layers
+        return Report(grids, index, [None] * len(grids), llm_layers=layers, llm_cuts=cuts, llm_counts=counts)
 
     def _before_llm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefill = self._prompt.pending
@@ -209,8 +214,7 @@ class Pruning:
         visual: Visual,
         grids: list[Grid],
         budgets: list[list[Budget]],
-        uids: Sequence[str],
-        times: Sequence[Tensor | None],
+        names: Names,
         *,
         blank: bool,
         expand: int,
@@ -225,37 +229,33 @@ class Pruning:
             seen = replace(visual, pixels_FCHW=pixels, frames_per_video=(1,))
             grids = [self.adapter.grid(1)]
             budgets = [[Budget(grids[0].num_groups, 1.0, True)] for _ in self.pruner.stages]
-            uids, times = [""], [None]
-        report = Report(grids, [torch.arange(0)] * len(grids), [None] * len(grids))
-        cells: list[Tensor | None] = [None] * len(grids)
-
-        def note(row: list[Kept]) -> None:
-            for video, kept in enumerate(row):
-                before = cells[video]
-                cells[video] = kept.index_K if before is None else before[kept.index_K]
-                report.scores[video] = kept.scores_G if kept.scores_G is not None else report.scores[video]
-                for name, loss in kept.losses.items():
-                    report.losses[name] = report.losses[name] + loss if name in report.losses else loss
-            report.stage_kept.append([len(kept.index_K) for kept in row])
-
-        tower = self._tower(seen, grids, budgets, uids, times, note)
+            names = Names([""], [None], None)
+        report = self._report(grids, [torch.arange(0)] * len(grids))
+        now = Pass(grids, budgets, names.uids, names.times, [{} for _ in grids], [None] * len(grids), report)
+        collector = Collector(self.adapter, self._wanted, self.siglip)
+        with collector.capture():
+            tower = self._tower(seen, now)
         if tower.lengths_F is not None:
             frames = tower.lengths_F[seen.num_tiles :].split(list(seen.frames_per_video))
             report.kept_patches = [part.tolist() for part in frames]
-        connected = self.adapter.connect(tower, seen, cells)
-        features = list(connected.videos)
-        for stage, row in zip(self._pre_llm, budgets[len(self._vit) :], strict=True):
+        connected = self.adapter.connect(tower, seen, now.cells)
+        whole = connected.videos
+        features = list(whole)
+
+        def collect(signals: frozenset[Signal]) -> list[dict[str, Any]]:
+            if blank or not signals:
+                return [{} for _ in grids]
+            return collector.per_video(tower, seen, whole, grids, questions=names.questions, signals=signals)
+
+        for stage, row in zip(self._pre_llm, budgets[len(self._vit) :], strict=False):
             videos = [
-                VideoTokens(
-                    x_ND=x_Kd,
-                    grid=grid,
-                    cell_G=torch.arange(grid.num_groups, device=x_Kd.device) if cell is None else cell,
-                    timestamps_T=time,
-                    uid=uid,
+                view(fields, x_Kd, grid, cell, time, uid)
+                for fields, x_Kd, grid, cell, time, uid in zip(
+                    collect(stage.signals), features, grids, now.cells, now.times, now.uids, strict=True
                 )
-                for x_Kd, grid, cell, time, uid in zip(features, grids, cells, times, uids, strict=True)
             ]
-            kept_row = _skip_whole(stage, videos, row)
+            row = row if stage is self._pre_llm[0] else [*map(adjust, row, [video.num_groups for video in videos])]
+            kept_row = ask(stage, videos, row)
             features = [
                 x_Kd[kept.index_K] if kept.x_KD is None else kept.x_KD
                 for x_Kd, kept in zip(features, kept_row, strict=True)
@@ -264,33 +264,71 @@ class Pruning:
                 x if kept.gate_G is None else x * kept.gate_G[kept.index_K, None].to(x.dtype)
                 for x, kept in zip(features, kept_row, strict=True)
             ]
-            note(kept_row)
+            now.note(kept_row)
+        if self._llm:
+            now.fields = collect(frozenset().union(*(stage.signals for stage in self._llm)) & FROM_FRAMES)
+        report.signals = {**collector.sources, **self._llm_signals()}
         shown = replace(connected, videos=tuple(features[:num_videos]))
-        keep_BL = self.adapter.merge(kwargs, shown, visual, cells[:num_videos])
+        placed = self.adapter.merge(kwargs, shown, visual, now.cells[:num_videos])
         if blank:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * features[0].sum()
         if expand > 1:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(expand, 0)
-            keep_BL = keep_BL.repeat_interleave(expand, 0)
-        self._prompt.expect(keep_BL)
-        report.grids = grids[:num_videos]
-        report.scores = report.scores[:num_videos]
-        report.index = [
-            torch.arange(grid.num_groups, device=keep_BL.device) if cell is None else cell
-            for grid, cell in zip(report.grids, cells, strict=False)
-        ]
-        self.last = report
+            placed = placed.repeat(expand, num_videos)
+        self._prompt.expect(placed)
+        report.grids, report.scores = grids[:num_videos], report.scores[:num_videos]
+        self._pass, self.last = now, report
+        self._show_index()
+        report.llm_counts = [[n] * (1 + len(report.llm_cuts)) for n in report.num_kept]
         return kwargs
 
-    def _tower(
-        self,
-        visual: Visual,
-        grids: list[Grid],
-        budgets: list[list[Budget]],
-        uids: Sequence[str],
-        times: Sequence[Tensor | None],
-        note: Any,
-    ) -> TowerOutput:
+    def _show_index(self) -> None:
+        now = self._pass
+        assert now is not None
+        now.report.index = [
+            torch.arange(grid.num_groups) if cell is None else cell.sort().values
+            for grid, cell in zip(now.report.grids, now.cells, strict=False)
+        ]
+
+    def _decide_in_llm(self, number: int, present: list[Present]) -> list[Kept]:
+        """One stage inside the LLM, called between two layers with every video there is (per beam, with beams)."""
+        now, stage = self._pass, self._llm[number]
+        assert now is not None
+        order = len(self._vit) + len(self._pre_llm) + number
+        videos, budgets = [], []
+        for one in present:
+            video = one.video % len(now.grids)
+            videos.append(
+                VideoTokens(
+                    grid=now.grids[video],
+                    timestamps_T=now.times[video],
+                    uid=now.uids[video],
+                    **now.fields[video],
+                    **one.fields,
+                )
+            )
+            budgets.append(adjust(now.budgets[order][video], videos[-1].num_groups))
+        row = ask(stage, videos, budgets)
+        first = {one.video: kept for one, kept in zip(present, row, strict=True) if one.video < len(now.grids)}
+        now.note([first[video] for video in range(len(now.grids))])
+        self._show_index()
+        cut = now.report.stage_kept[-1]
+        for counts, kept in zip(now.report.llm_counts, cut, strict=True):
+            counts[number + 1 :] = [kept] * (len(counts) - number - 1)
+        return row
+
+    @property
+    def _wanted(self) -> frozenset[Signal]:
+        """Signals that come from the tower."""
+        before = frozenset[Signal]().union(*(stage.signals for stage in self._pre_llm))
+        inside = frozenset[Signal]().union(*(stage.signals for stage in self._llm))
+        return before | (inside & FROM_FRAMES)
+
+    def _llm_signals(self) -> dict[str, str]:
+        asked = {signal for stage in self._llm for signal in stage.signals} - FROM_FRAMES
+        return {signal: LLM_SOURCES[signal] for signal in sorted(asked)}
+
+    def _tower(self, visual: Visual, now: Pass) -> TowerOutput:
         adapter = self.adapter
         x_FND = adapter.embed_patches(visual.pixels_FCHW)
         if not self._vit:
@@ -306,17 +344,17 @@ class Pruning:
                     x_ND=part.flatten(0, 1),
                     grid=grid,
                     cell_G=torch.arange(grid.num_groups, device=part.device),
-                    group_GW=_windows(group_PW, grid.t, num_patches),
+                    group_GW=windows(group_PW, grid.t, num_patches),
                     timestamps_T=time,
                     uid=uid,
                 )
-                for part, grid, time, uid in zip(frames, grids, times, uids, strict=True)
+                for part, grid, time, uid in zip(frames, now.grids, now.times, now.uids, strict=True)
             ]
-            row = _skip_whole(stage, videos, budgets[0])
-            note(row)
-            if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, grids, strict=True)):
+            row = ask(stage, videos, now.budgets[0])
+            now.note(row)
+            if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, now.grids, strict=True)):
                 return None
-            return _to_drop(row, videos, visual.num_tiles * num_patches)
+            return to_drop(row, videos, visual.num_tiles * num_patches)
 
         return run_tower(x_FND, adapter.blocks(), adapter.taps(), stage.site, decide)
 
@@ -324,84 +362,15 @@ class Pruning:
         sites = [stage.site for stage in self.pruner.stages]
         return plan(sites, self.retention_ratio, grids, self.adapter.host.llm_layers, exact=self.exact)
 
-    def _take_names(self, num_videos: int) -> tuple[Sequence[str], Sequence[Tensor | None]]:
-        uids, times = self._names or ([""] * num_videos, None)
-        times = [None] * len(uids) if times is None else times
-        self._names = None
-        if num_videos == 0:
-            return [], []
-        if num_videos != len(uids) or len(times) != len(uids):
-            raise ValueError(f"describe() named {len(uids)} videos ({len(times)} times), the pass has {num_videos}")
-        return uids, times
+    def _take_names(self, num_videos: int) -> Names:
+        names, self._names = self._names, None
+        if names is None or num_videos == 0:
+            return Names([""] * num_videos, [None] * num_videos, None)
+        if num_videos != len(names.uids):
+            raise ValueError(f"describe() named {len(names.uids)} videos, the pass has {num_videos}")
+        return names
 
 
 def pruning(model: PreTrainedModel, pruner: str | Pruner, **settings: Any) -> Pruning:
     """See `Pruning`; reads better in a `with` line."""
     return Pruning(model, pruner, **settings)
-
-
-def _sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage]]:
-    """Stages inside the tower and before the LLM, checked against this host."""
-    vit = [stage for stage in pruner.stages if stage.site.kind == "vit"]
-    pre_llm = [stage for stage in pruner.stages if stage.site.kind == "pre_llm"]
-    if [*vit, *pre_llm] != list(pruner.stages) or len(vit) > 1:
-        kinds = [stage.site.kind for stage in pruner.stages]
-        raise ValueError(f"stages at {kinds} are not supported; expected at most one 'vit', then 'pre_llm' stages")
-    for stage in pruner.stages:
-        if stage.signals:
-            raise ValueError(
-                f"{type(stage).__name__} asks for {sorted(stage.signals)}, which this family cannot collect"
-            )
-    for stage in vit:
-        last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
-        if last > tap:
-            raise ValueError(
-                f"the drop after block {last} comes behind block {tap}, the lowest whose output is used; "
-                f"the largest prune_block for this tower is {tap - 2}"
-            )
-    return vit, pre_llm
-
-
-def _skip_whole(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
-    """Call the stage once; where nothing is to be dropped, a training-free stage is not even asked."""
-    whole = [budget.num_kept == video.num_groups for video, budget in zip(videos, budgets, strict=True)]
-    everything = [Kept(index_K=torch.arange(video.num_groups, device=video.cell_G.device)) for video in videos]
-    if isinstance(stage, nn.Module):  # a learned stage sees every batch: its parameters are gathered on every rank
-        row = stage(videos, budgets)
-        return [replace(k, index_K=e.index_K) if w else k for k, e, w in zip(row, everything, whole, strict=True)]
-    asked = [number for number, skip in enumerate(whole) if not skip]
-    if asked:
-        for number, kept in zip(asked, stage([videos[i] for i in asked], [budgets[i] for i in asked]), strict=True):
-            everything[number] = kept
-    return everything
-
-
-def _windows(group_PW: Tensor, num_frames: int, num_patches: int) -> Tensor:
-    """(T * P, W) patch rows of a video's groups, from those of one frame; -1 stays -1."""
-    offset_T = torch.arange(num_frames, device=group_PW.device) * num_patches
-    shifted = group_PW + offset_T[:, None, None]
-    return torch.where(group_PW >= 0, shifted, -1).flatten(0, 1)
-
-
-def _to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches: int) -> Drop:
-    """A stage's groups as a decision about patches: a patch lives as long as any kept group needs it."""
-    keep, bias, gate = [], [], []
-    for kept, video in zip(row, videos, strict=True):
-        assert video.group_GW is not None
-        num_patches = video.x_ND.shape[0]
-        rows_KW = video.group_GW[kept.index_K]
-        alive = torch.zeros(num_patches + 1, dtype=torch.bool, device=rows_KW.device)
-        alive[rows_KW.flatten()] = True  # -1 falls into the spare last place
-        keep.append(alive[:-1])
-        if kept.attention_bias_N is not None:
-            bias.append(kept.attention_bias_N)
-        if kept.gate_G is not None:  # value 1; a shared patch passes gradient to every group it belongs to
-            spare = kept.gate_G.new_zeros(num_patches + 1)
-            width = video.group_GW.shape[1]
-            add = (kept.gate_G - 1).repeat_interleave(width)
-            places = torch.where(video.group_GW >= 0, video.group_GW, num_patches).flatten()
-            gate.append(1 + spare.index_add(0, places, add)[:-1])
-    tiles = torch.ones(num_tile_patches, dtype=torch.bool, device=keep[0].device)
-    bias_S = torch.cat([torch.zeros_like(tiles, dtype=bias[0].dtype), *bias]) if bias else None
-    gate_S = torch.cat([torch.ones_like(tiles, dtype=gate[0].dtype), *gate]) if gate else None
-    return Drop(torch.cat([tiles, *keep]), bias_S, gate_S)

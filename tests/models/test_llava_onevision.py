@@ -287,11 +287,11 @@ def test_in_vit_pruning_equals_the_masked_dense_tower(tiny: Any, name: str) -> N
                 block_bias = block_bias.masked_fill(~needed.any(1)[:, None, None, None], 0)  # an emptied frame
             x = layer(x, block_bias)
             if number == stage.site.layer and name == "stts":
-                from stts.models.pruning import _windows
+                from stts.models.stages import windows
                 from stts.tokens import Budget, Grid, VideoTokens
 
                 grid = Grid(frames, 4, 4)
-                video = VideoTokens(x.flatten(0, 1), grid, torch.arange(64), _windows(patch_PW, frames, 49))
+                video = VideoTokens(x.flatten(0, 1), grid, torch.arange(64), windows(patch_PW, frames, 49))
                 [decided] = stage([video], [Budget(len(kept), 0.4, True)])
                 assert torch.equal(decided.index_K, kept) and decided.attention_bias_N is not None
                 block_bias = decided.attention_bias_N.view(frames, 1, 1, 49)
@@ -341,7 +341,7 @@ def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) ->
             return sum(float(p.grad.abs().sum()) for p in pruned.module.parameters() if p.grad is not None)
 
     assert scorer_gradient() > 0
-    from stts.models import pruning as machinery
+    from stts.models import stages as machinery
 
     original = machinery.Drop
     try:  # cut the one path and the gradient is gone

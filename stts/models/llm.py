@@ -1,0 +1,278 @@
+"""Cuts inside the language model: before layer k a stage drops visual tokens, deeper layers run on what is left.
+
+Hooks on the decoder layers from the first cut on. At prefill, the hook of a cutting layer asks for a decision, gathers
+hidden states, and from then on hands every deeper layer rotary tables, positions and a mask for the shorter rows. At
+every decode step each layer gets a mask of its own cache length. Positions of survivors never change here.
+
+Shape suffixes: R = rows of the hidden states (1 when packed), M = slots of a row, B = rows of the prompt, L = its full
+length, S = real tokens of all rows, V = visual tokens, D = width, H = query heads, J = key heads, E = head width,
+Q = queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stts.models.attention import capture, stock_name
+from stts.packing.segments import Segments
+from stts.pruners.base import Stage
+from stts.tokens import Kept, PromptTokens
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the slots of the hidden states hold at some layer; real tokens of a prompt row lie in order, row by row."""
+
+    full_RM: Tensor
+    """int64 place in the flattened (B * L) prompt."""
+    row_RM: Tensor
+    """int64 row of the prompt."""
+    valid_RM: Tensor
+    """bool, False at padding."""
+    video_RM: Tensor
+    """int64 number of the video the slot shows, -1 for text and newlines."""
+    cell_RM: Tensor
+    """int64 cell of that video's grid."""
+    num_rows: int
+    packed: bool
+    """All rows lie in one, without padding; else one row each, padded."""
+    left: bool
+    """Padding is on the left."""
+
+    def lengths(self) -> list[int]:
+        """Real tokens of every prompt row."""
+        counts: list[int] = torch.bincount(self.row_RM[self.valid_RM], minlength=self.num_rows).tolist()
+        return counts
+
+    def take(self, index_RM: Tensor, valid_RM: Tensor) -> Slots:
+        """The same for the chosen slots of every row."""
+        names = ("full_RM", "row_RM", "video_RM", "cell_RM")
+        return replace(self, valid_RM=valid_RM, **{n: getattr(self, n).gather(1, index_RM) for n in names})
+
+
+@dataclass(frozen=True)
+class Present:
+    """One video before a cutting layer; `fields` are those of `VideoTokens` that the language model provides."""
+
+    video: int
+    fields: dict[str, Any]
+
+
+Decide = Callable[[int, list[Present]], list[Kept]]
+"""(number of the stage, the videos in prompt order) -> what survives of each."""
+
+
+def pad_rows(keep_BL: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Columns of the kept tokens of every row, (B, M) int64, and which of them are real, (B, M) bool."""
+    count_B = keep_BL.sum(1)
+    longest = int(count_B.max())
+    order_BL = torch.sort(keep_BL.to(torch.uint8), dim=1, descending=not left, stable=True).indices
+    index_BM = order_BL[:, -longest:] if left else order_BL[:, :longest]
+    slot_M = torch.arange(longest, device=keep_BL.device)
+    valid_BM = slot_M >= longest - count_B[:, None] if left else slot_M < count_B[:, None]
+    return index_BM, valid_BM
+
+
+class LlmCuts:
+    """The stages inside one language model."""
+
+    def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide) -> None:
+        self.stages = stages
+        self._llm: Any = llm
+        self._decide = decide
+        self._slots: Slots | None = None
+        self._changed = False
+        self._inputs: dict[str, Any] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._counts: list[tuple[int, int]] = []
+        self._valid: dict[int, Tensor] = {}
+        self._masks: dict[int, Any] = {}
+        self._exit = ExitStack()
+
+    def attach(self) -> None:
+        """Put hooks on the layers. Nothing when there is no stage."""
+        layers = self._llm.layers
+        for number, stage in enumerate(self.stages):
+            if stage.signals & {"last_row", "keys", "prompt"}:
+                module = layers[self._layer(number) - 1].self_attn
+                self._exit.enter_context(capture(module, self._note(number)))
+        first = min((self._layer(number) for number in range(len(self.stages))), default=len(layers))
+        for layer in range(first, len(layers)):
+            handle = layers[layer].register_forward_pre_hook(self._before(layer), with_kwargs=True)
+            self._exit.callback(handle.remove)
+
+    def detach(self) -> None:
+        """Take them off."""
+        self._exit.close()
+        self.rest()
+
+    def begin(self, slots: Slots) -> None:
+        """The next pass is a prefill with these slots."""
+        self.rest()
+        self._slots, self._changed, self._valid = slots, False, {}
+        video_V = slots.video_RM[slots.valid_RM & (slots.video_RM >= 0)]
+        numbers, counts = torch.unique_consecutive(video_V, return_counts=True)
+        self._counts = list(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    def resume(self, tail_BT: Tensor) -> None:
+        """The next pass is a decode step; tail_BT: bool mask of the tokens behind the prompt, the new one included."""
+        self.rest()
+        self._masks = {
+            layer: make_mask(torch.cat([valid_BM, tail_BT], 1), 1, self._llm) for layer, valid_BM in self._valid.items()
+        }
+
+    def rest(self) -> None:
+        """The next pass is none of ours, or the pass is over."""
+        self._slots, self._inputs, self._seen, self._masks = None, {}, {}, {}
+
+    @property
+    def slots(self) -> Slots | None:
+        """Where the survivors of this prefill are now."""
+        return self._slots
+
+    def _layer(self, number: int) -> int:
+        layer = self.stages[number].site.layer
+        assert layer is not None
+        return layer
+
+    def _note(self, number: int) -> Callable[[Tensor, Tensor], None]:
+        def note(q_RHME: Tensor, k_RJME: Tensor) -> None:
+            if self._slots is not None:
+                self._seen[number] = (q_RHME.detach(), k_RJME.detach())
+
+        return note
+
+    def _before(self, layer: int) -> Callable[..., Any]:
+        mine = [number for number in range(len(self.stages)) if self._layer(number) == layer]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._masks:  # a decode step: the deepest cut above this layer decides
+                cuts = [cut for cut in self._masks if cut <= layer]
+                return (args, kwargs | {"attention_mask": self._masks[max(cuts)]}) if cuts else None
+            if self._slots is None:
+                return None
+            x_RMD = args[0]
+            for number in mine:
+                x_RMD = self._cut(number, x_RMD, kwargs)
+            return ((x_RMD, *args[1:]), kwargs | self._inputs) if self._changed else None
+
+        return before
+
+    def _cut(self, number: int, x_RMD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        slots = self._slots
+        assert slots is not None
+        place_V = (slots.valid_RM & (slots.video_RM >= 0)).flatten().nonzero().squeeze(1)
+        places = place_V.split([count for _, count in self._counts])
+        kept = self._decide(number, self._present(number, x_RMD, places))
+        self._seen.pop(number, None)
+        if all(len(one.index_K) == count for one, (_, count) in zip(kept, self._counts, strict=True)):
+            return x_RMD
+        keep_N = (slots.valid_RM & (slots.video_RM < 0)).flatten()
+        x_ND = x_RMD.flatten(0, 1)
+        for one, place in zip(kept, places, strict=True):
+            keep_N[place[one.index_K]] = True
+            if one.x_KD is not None:
+                x_ND = x_ND.index_copy(0, place[one.index_K], one.x_KD.to(x_ND.dtype))
+        self._counts = [(video, len(one.index_K)) for one, (video, _) in zip(kept, self._counts, strict=True)]
+        index_RM, valid_RM = pad_rows(keep_N.view_as(slots.valid_RM), left=slots.left)
+        self._slots = slots = slots.take(index_RM, valid_RM)
+        self._valid[self._layer(number)] = valid_RM
+        self._inputs = self._shorter(kwargs | self._inputs, index_RM, slots)
+        self._changed = True
+        return x_ND.view_as(x_RMD).gather(1, index_RM[..., None].expand(-1, -1, x_RMD.shape[-1]))
+
+    def _shorter(self, kwargs: dict[str, Any], index_RM: Tensor, slots: Slots) -> dict[str, Any]:
+        """What depends on the slots among the arguments of a layer."""
+        cos, sin = kwargs["position_embeddings"]
+        changed: dict[str, Any] = {"position_embeddings": (_take(cos, index_RM), _take(sin, index_RM))}
+        if kwargs.get("position_ids") is not None:
+            changed["position_ids"] = _take(kwargs["position_ids"][..., None], index_RM)[..., 0]
+        if slots.packed:
+            lengths_B = torch.bincount(slots.row_RM[0], minlength=slots.num_rows)
+            changed["attention_mask"] = Segments.from_lengths(lengths_B, index_RM.shape[1])
+        else:
+            changed["attention_mask"] = make_mask(slots.valid_RM, index_RM.shape[1], self._llm)
+        return changed
+
+    def _present(self, number: int, x_RMD: Tensor, places: Sequence[Tensor]) -> list[Present]:
+        slots, signals = self._slots, self.stages[number].signals
+        assert slots is not None
+        x_ND, cell_N = x_RMD.flatten(0, 1), slots.cell_RM.flatten()
+        salience_N = keys_ND = None
+        if number in self._seen:
+            q_RHME, k_RJME = self._seen[number]
+            if "last_row" in signals:
+                scale = getattr(self._llm.layers[self._layer(number) - 1].self_attn, "scaling", None)
+                salience_N = last_row_attention(q_RHME, k_RJME, slots, scale or q_RHME.shape[-1] ** -0.5)
+            keys_ND = k_RJME.transpose(1, 2).flatten(2).flatten(0, 1)
+        found = []
+        for (video, _), place in zip(self._counts, places, strict=True):
+            fields: dict[str, Any] = {"x_ND": x_ND[place].detach(), "cell_G": cell_N[place]}
+            if salience_N is not None:
+                fields["salience_G"] = salience_N[place]
+            if "keys" in signals and keys_ND is not None:
+                fields["keys_GD"] = keys_ND[place]
+            if "prompt" in signals and keys_ND is not None:
+                after_N = _text_after(slots, place[-1])
+                fields["prompt"] = PromptTokens(
+                    x_ND[after_N].detach(), keys_ND[after_N], self._llm.norm.weight.detach()
+                )
+            found.append(Present(video, fields))
+        return found
+
+
+def _take(x: Tensor, index_RM: Tensor) -> Tensor:
+    """Slots of a tensor (..., 1 or R, M, E); leading axes (the three of mrope) stay."""
+    rows, slots = index_RM.shape
+    x = x.expand(*x.shape[:-3], rows, *x.shape[-2:])
+    return x.gather(-2, index_RM[..., None].expand(*x.shape[:-3], rows, slots, x.shape[-1]))
+
+
+def _text_after(slots: Slots, last: Tensor) -> Tensor:
+    """bool (N,): real tokens without a video behind the slot `last`, in its row."""
+    row_N = slots.row_RM.flatten()
+    number_N = torch.arange(len(row_N), device=row_N.device)
+    text_N = slots.valid_RM.flatten() & (slots.video_RM.flatten() < 0)
+    return text_N & (row_N == row_N[last]) & (number_N > last)
+
+
+def last_row_attention(q_RHME: Tensor, k_RJME: Tensor, slots: Slots, scale: float) -> Tensor:
+    """(N,) fp32 attention of the last token of each row to every slot of the row, mean over heads; 0 at padding.
+
+    One row of the attention matrix, so fused kernels stay in use everywhere (FastV, arXiv 2403.06764)."""
+    real_S = slots.valid_RM.flatten().nonzero().squeeze(1)
+    lengths = slots.lengths()
+    q_SHE = q_RHME.transpose(1, 2).flatten(0, 1)
+    k_SJE = k_RJME.transpose(1, 2).flatten(0, 1)[real_S].float()
+    last_B = real_S[torch.tensor(lengths, device=real_S.device).cumsum(0) - 1]
+    q_BJGE = q_SHE[last_B].float().unflatten(1, (k_SJE.shape[1], -1))
+    rows = [
+        (torch.einsum("sje,jge->sjg", k, q) * scale).softmax(0).mean((1, 2))
+        for k, q in zip(k_SJE.split(lengths), q_BJGE, strict=True)
+    ]
+    return torch.zeros(slots.valid_RM.numel(), device=k_SJE.device).index_copy(0, real_S, torch.cat(rows))
+
+
+def make_mask(valid_BM: Tensor, num_queries: int, llm: Any) -> Tensor:
+    """The causal mask of the last `num_queries` slots in the form that the attention implementation reads.
+
+    valid_BM: bool, False at padding. A query at padding sees itself, so that nothing divides by zero."""
+    name = stock_name(llm.config)
+    if "flash" in name:
+        return valid_BM.to(torch.long)
+    num_keys = valid_BM.shape[1]
+    key_M = torch.arange(num_keys, device=valid_BM.device)
+    query_Q = key_M[num_keys - num_queries :, None]
+    keep = (valid_BM[:, None, None, :] & (key_M <= query_Q)) | (key_M == query_Q)
+    if name == "sdpa":
+        return keep
+    if name != "eager":
+        raise ValueError(f"cuts inside the LLM know the attention of 'sdpa', 'eager' and flash, not {name!r}; reload")
+    low = torch.finfo(llm.dtype).min
+    return torch.zeros(keep.shape, dtype=llm.dtype, device=keep.device).masked_fill(~keep, low)

@@ -1,0 +1,67 @@
+"""What one pruned forward pass did, per video: counts, kept cells, scores, losses, and what signals were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stts.tokens import Grid
+
+
+@dataclass
+class Report:
+    """What one forward pass with visual input did, per video in batch order."""
+
+    grids: list[Grid]
+    index: list[Tensor]
+    """int64 cells of each video's grid that are left after the last stage, increasing."""
+    scores: list[Tensor | None]
+    """Per present group, from the last stage that scored; None where it gave none."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Unweighted, by name."""
+    kept_patches: list[list[int]] | None = None
+    """Survivors per frame in the tower; None: the tower ran on everything."""
+    stage_kept: list[list[int]] = field(default_factory=list)
+    """Groups each stage returned, [stage][video]."""
+    llm_layers: int = 1
+    llm_cuts: list[int] = field(default_factory=list)
+    """LLM layers before which tokens were dropped, increasing."""
+    llm_counts: list[list[int]] = field(default_factory=list)
+    """Per video: visual tokens that enter the LLM, then those left after each cut."""
+    signals: dict[str, str] = field(default_factory=dict)
+    """Signal -> what it was made from."""
+    llm_tokens: int = 0
+    """Tokens the language model saw at prefill, text included."""
+    llm_padded: int = 0
+    """Slots it computed; pad waste = 1 - llm_tokens / llm_padded."""
+
+    @property
+    def num_groups(self) -> list[int]:
+        return [grid.num_groups for grid in self.grids]
+
+    @property
+    def num_kept(self) -> list[int]:
+        """Groups left after the last stage."""
+        return [len(index) for index in self.index]
+
+    @property
+    def retention_per_video(self) -> list[float]:
+        """Equivalent retention: visual tokens present, meaned over the LLM layers, / groups of the video."""
+        return [
+            self._mean_tokens(counts) / grid.num_groups
+            for counts, grid in zip(self.llm_counts, self.grids, strict=True)
+        ]
+
+    @property
+    def retention_measured(self) -> float:
+        """The same over all groups of the batch; 1.0 without video."""
+        total = sum(self.num_groups)
+        return sum(self._mean_tokens(counts) for counts in self.llm_counts) / total if total else 1.0
+
+    def _mean_tokens(self, counts: Sequence[int]) -> float:
+        ends = [*self.llm_cuts, self.llm_layers]
+        starts = [0, *self.llm_cuts]
+        spans = [end - start for start, end in zip(starts, ends, strict=True)]
+        return sum(n * span for n, span in zip(counts, spans, strict=True)) / self.llm_layers

@@ -1,0 +1,270 @@
+"""What stages before the LLM may ask about frames: attention, keys, frame features, the question.
+
+All of it comes from one block of the tower that runs anyway: q and k are captured on their way into attention, so no
+layer leaves its fast kernel, and only the wanted signals are computed, once per pass, in fp32, without gradient. The
+head and the text tower that VLM checkpoints lack come from a SigLIP checkpoint where one is given; `Collector.sources`
+names what each signal was made from.
+
+Shape suffixes: F = frames of all videos, N = patches of a frame, P = groups of a frame, H = heads, E = head width,
+D = tower width, C = width of a frame feature, G = groups of a video, T = frames of a video, Q = questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, SiglipModel
+
+from stts.models.attention import capture
+from stts.models.base import Adapter, Visual
+from stts.models.vit import TowerOutput
+from stts.pruners.base import HostInfo
+from stts.tokens import Grid, Signal
+
+CHUNK_BYTES = 256 * 2**20
+"""Size of the largest intermediate tensor; frames are taken so many at a time."""
+_FIELDS: dict[Signal, str] = {
+    "attn": "salience_G",
+    "probe": "salience_G",
+    "keys": "keys_GD",
+    "frame": "frame_TC",
+    "text": "text_C",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SiglipSource:
+    """The parts of a SigLIP checkpoint that VLM checkpoints built on its tower leave out."""
+
+    name: str
+    post_layernorm: nn.Module
+    head: Any
+    text_model: Any
+    tokenizer: Any
+
+    def check(self, host: HostInfo) -> None:
+        """ValueError unless the head takes patches as wide as this host's tower makes them."""
+        width = self.head.probe.shape[-1]
+        if width != host.vit_width:
+            raise ValueError(
+                f"{self.name} has a vision tower of width {width}, this {host.family} one of {host.vit_width}; "
+                "pass the SigLIP checkpoint that the tower was started from"
+            )
+
+    def pool(self, x_FND: Tensor) -> tuple[Tensor, Tensor]:
+        """Frame features (F, D) and the attention of the probe, mean over heads, (F, N); fp32."""
+        num_frames = _frames_at_once(4 * 4 * x_FND[0].numel())  # fp32: the normed patches, keys, values, one spare
+        parts = [self._pool(x.float()) for x in x_FND.split(num_frames)]
+        return torch.cat([frame for frame, _ in parts]), torch.cat([weight for _, weight in parts])
+
+    def _pool(self, x_FND: Tensor) -> tuple[Tensor, Tensor]:
+        head, device = self.head.to(x_FND.device), x_FND.device
+        x_FND = self.post_layernorm.to(device)(x_FND)
+        y_F1D, weight_F1N = head.attention(head.probe.expand(len(x_FND), -1, -1), x_FND, x_FND)
+        y_F1D = y_F1D + head.mlp(head.layernorm(y_F1D))
+        return y_F1D[:, 0], weight_F1N[:, 0]
+
+    def encode(self, questions: Sequence[str], device: torch.device) -> Tensor:
+        """(Q, C) fp32 pooled outputs of the text tower.
+
+        Padding is not masked and always reaches the full length, as in SigLIP's training; longer text is cut."""
+        length = self.text_model.config.max_position_embeddings
+        ids_QL = self.tokenizer(
+            list(questions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+        text_QC: Tensor = self.text_model.to(device)(input_ids=ids_QL.to(device)).pooler_output
+        return text_QC
+
+
+def load_siglip(path: str | Path) -> SiglipSource:
+    """Post-layernorm, pooling head, text tower and tokenizer of a stock SigLIP, from a local folder or a hub id.
+
+    For LLaVA checkpoints: google/siglip-so400m-patch14-384, whose tokenizer needs the package sentencepiece. fp32,
+    safetensors only, no remote code. ValueError: no SigLIP there, or no pooling head, tokenizer or some tensor."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(
+            f"SigLIP {str(path)!r} is neither a local folder nor reachable on the hub; check the path ({error})"
+        ) from error
+    if config.model_type != "siglip" or not config.vision_config.vision_use_head:
+        raise ValueError(
+            f"{path} holds a {config.model_type!r} model without the parts wanted; expected a whole 'siglip' model "
+            "(text tower, vision tower, pooling head) such as google/siglip-so400m-patch14-384"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer of {path} does not load; SigLIP's own needs spiece.model and tokenizer_config.json in the "
+            "folder, and `pip install sentencepiece protobuf`"
+        ) from error
+    model, info = SiglipModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    wrong = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys") if info[name]}
+    if wrong:
+        raise ValueError(f"{path} does not fit SiglipModel: {wrong}; these weights would stay random")
+    model.eval().requires_grad_(False)
+    vision = model.vision_model
+    return SiglipSource(str(path), vision.post_layernorm, vision.head, model.text_model, tokenizer)
+
+
+def received_attention(q_FNHE: Tensor, k_FNHE: Tensor) -> Tensor:
+    """(F, N) fp32: softmax(q k / sqrt(E)) inside each frame, mean over heads and queries (VisionZip, variant B of the
+    video port cokeshao/HoliTom `siglip_encoder.py`, arXiv 2412.04467)."""
+    _, num_patches, num_heads, width = q_FNHE.shape
+    num_frames = _frames_at_once(4 * num_heads * num_patches**2)
+    parts = [
+        torch.einsum("fqhe,fkhe->fhqk", q.float() * width**-0.5, k.float()).softmax(-1).mean((1, 2))
+        for q, k in zip(q_FNHE.split(num_frames), k_FNHE.split(num_frames), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def mean_query_attention(q_FNHE: Tensor, k_FNHE: Tensor) -> Tensor:
+    """(F, N) fp32: the mean query of each frame on its keys, mean over heads: what Tango (arXiv 2604.09547) and FastVID
+    (arXiv 2503.11187) take where a tower has no pooling head."""
+    width = q_FNHE.shape[-1]
+    num_frames = _frames_at_once(4 * k_FNHE[0].numel())
+    parts = [
+        torch.einsum("fhe,fkhe->fhk", q.float().mean(1) * width**-0.5, k.float()).softmax(-1).mean(1)
+        for q, k in zip(q_FNHE.split(num_frames), k_FNHE.split(num_frames), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+class Collector:
+    """Signals of one forward pass.
+
+    wanted: what the stages of the pass ask for together; nothing else is captured or computed.
+    siglip: makes `probe`, `frame` and `text`; None: `probe` is the mean query, `frame` the mean of projected tokens,
+        `text` is None.
+    sources: signal -> what it was made from, for reports; filled when a signal is made."""
+
+    def __init__(self, adapter: Adapter, wanted: frozenset[Signal], siglip: SiglipSource | None = None) -> None:
+        if siglip is not None:
+            siglip.check(adapter.host)
+        self.sources: dict[str, str] = {}
+        self._adapter = adapter
+        self._wanted = wanted
+        self._siglip = siglip
+        self._qk: tuple[Tensor, Tensor] | None = None
+        self._pooled: tuple[Tensor, Tensor] | None = None
+        self._made: dict[Signal, list[Tensor | None]] = {}
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Around the tower call; does nothing where no wanted signal needs q and k."""
+        if not self._wanted & {"attn", "keys"} and not ("probe" in self._wanted and self._siglip is None):
+            yield
+            return
+
+        def note(q_FHNE: Tensor, k_FHNE: Tensor) -> None:
+            self._qk = q_FHNE.detach(), k_FHNE.detach()
+
+        with capture(self._adapter.tower_attention(), note):
+            yield
+
+    @torch.no_grad()
+    def per_video(
+        self,
+        tower: TowerOutput,
+        visual: Visual,
+        features: Sequence[Tensor],
+        grids: Sequence[Grid],
+        *,
+        questions: Sequence[str] | None,
+        signals: frozenset[Signal],
+    ) -> list[dict[str, Tensor | None]]:
+        """Fields of `VideoTokens` on the whole grid, per video, for a stage that asks for `signals`.
+
+        features: connector outputs of every group of each video. Each signal is computed at most once per pass, however
+        many stages ask. Image tiles are left out. ValueError: a signal that was not in `wanted`, attn and probe at
+        once, or a tower that dropped patches."""
+        if unknown := signals - self._wanted:
+            raise ValueError(f"{sorted(unknown)} were not wanted when the tower ran, only {sorted(self._wanted)}")
+        if {"attn", "probe"} <= signals:
+            raise ValueError("attn and probe both fill salience_G; a stage may ask for one of them")
+        frames = signals - {"text"}
+        if tower.row_S is not None and frames:
+            raise ValueError(
+                f"{sorted(frames)} need whole frames, but a stage inside the tower has dropped patches; let the stage "
+                "that asks for them act alone, without one at site 'vit'"
+            )
+        if not grids:
+            return []
+        counts = [grid.t for grid in grids]
+        with torch.autocast(visual.pixels_FCHW.device.type, enabled=False):
+            for signal in sorted(signals - self._made.keys()):
+                if signal == "text":
+                    self._made[signal] = self._text(questions, len(grids), visual.pixels_FCHW.device)
+                elif signal == "frame":
+                    self._made[signal] = self._frame(tower, visual, features, counts)
+                else:
+                    pooled_FPC = self._adapter.pool_groups(self._patches(signal, tower, visual))
+                    parts = [part.flatten(0, 1) for part in pooled_FPC.split(counts)]
+                    self._made[signal] = [part if signal == "keys" else part.squeeze(1) for part in parts]
+        return [{_FIELDS[signal]: self._made[signal][video] for signal in signals} for video in range(len(grids))]
+
+    def _text(self, questions: Sequence[str] | None, num_videos: int, device: torch.device) -> list[Tensor | None]:
+        """The question of each video; equal ones are encoded once."""
+        if self._siglip is None or questions is None:
+            why = "no aligned text tower" if self._siglip is None else "no question was given"
+            self.sources["text"] = f"none: {why} (global debiasing off)"
+            return [None] * num_videos
+        self.sources["text"] = f"text tower of {self._siglip.name}"
+        different = list(dict.fromkeys(questions))
+        text_QC = self._siglip.encode(different, device)
+        return [text_QC[different.index(question)] for question in questions]
+
+    def _frame(
+        self, tower: TowerOutput, visual: Visual, features: Sequence[Tensor], counts: list[int]
+    ) -> list[Tensor | None]:
+        """(T, C) of each video."""
+        if self._siglip is not None:
+            self.sources["frame"] = f"pooling head of {self._siglip.name}"
+            return [*self._pool(self._siglip, tower, visual)[0].split(counts)]
+        self.sources["frame"] = "mean of each frame's projected tokens (no pooling head loaded)"
+        return [x.float().unflatten(0, (t, -1)).mean(1) for x, t in zip(features, counts, strict=True)]
+
+    def _patches(self, signal: Signal, tower: TowerOutput, visual: Visual) -> Tensor:
+        """(F, N, C) of attn, probe or keys."""
+        if signal == "probe" and self._siglip is not None:
+            self.sources[signal] = f"attention of the pooling head of {self._siglip.name}, mean over heads"
+            return self._pool(self._siglip, tower, visual)[1][..., None]
+        q_FNHE, k_FNHE = self._frames_of_qk(visual)
+        if signal == "keys":
+            self.sources[signal] = "keys of the last tower block, mean over heads"
+            return k_FNHE.float().mean(2)
+        if signal == "attn":
+            self.sources[signal] = "attention of the last tower block, mean over heads and queries"
+            return received_attention(q_FNHE, k_FNHE)[..., None]
+        self.sources[signal] = "mean query of each frame on its keys, last tower block (no pooling head loaded)"
+        return mean_query_attention(q_FNHE, k_FNHE)[..., None]
+
+    def _pool(self, siglip: SiglipSource, tower: TowerOutput, visual: Visual) -> tuple[Tensor, Tensor]:
+        """The head's feature and attention of every frame; `probe` and `frame` share one run."""
+        if self._pooled is None:
+            taps = self._adapter.taps()
+            x_SD = tower.taps[taps.index(max(taps))].detach()
+            self._pooled = siglip.pool(x_SD.unflatten(0, (len(visual.pixels_FCHW), -1))[visual.num_tiles :])
+        return self._pooled
+
+    def _frames_of_qk(self, visual: Visual) -> tuple[Tensor, Tensor]:
+        """(F, N, H, E) each, also where the tower ran on one packed row."""
+        if self._qk is None:
+            raise ValueError("nothing was captured; run the tower inside `with collector.capture()`")
+        first, second = (
+            x.transpose(1, 2).flatten(0, 1).unflatten(0, (len(visual.pixels_FCHW), -1))[visual.num_tiles :]
+            for x in self._qk
+        )
+        return first, second
+
+
+def _frames_at_once(bytes_per_frame: int) -> int:
+    return max(1, CHUNK_BYTES // bytes_per_frame)

@@ -1,0 +1,151 @@
+"""What stages see of a forward pass, and what becomes of their decisions.
+
+Shape suffixes: N = patches of a video, P = groups of a frame, W = patches per group, K = kept groups, S = patches of
+all frames, d = LLM width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stts.models.base import Adapter
+from stts.models.report import Report
+from stts.models.vit import Drop
+from stts.pruners.base import Pruner, Stage
+from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
+
+FROM_FRAMES: frozenset[Signal] = frozenset({"frame", "text"})
+LLM_SOURCES: dict[str, str] = {
+    "last_row": "attention of the last prompt token in the LLM layer before the cut, mean over heads",
+    "keys": "keys of the LLM layer before the cut, rotary embedding applied",
+    "prompt": "hidden states and keys of the prompt behind the video, before the cut",
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What `describe` told about the videos of the next pass."""
+
+    uids: Sequence[str]
+    times: Sequence[Tensor | None]
+    questions: Sequence[str] | None
+
+
+@dataclass
+class Pass:
+    """What stages of one forward pass need to know about its videos."""
+
+    grids: list[Grid]
+    budgets: list[list[Budget]]
+    """[stage][video]."""
+    uids: Sequence[str]
+    times: Sequence[Tensor | None]
+    fields: list[dict[str, Any]]
+    """Per video: frame and text features for stages inside the LLM."""
+    cells: list[Tensor | None]
+    """Cells left of each video, None: all."""
+    report: Report
+
+    def note(self, row: Sequence[Kept]) -> None:
+        """What a stage decided for every video."""
+        for video, kept in enumerate(row):
+            before = self.cells[video]
+            self.cells[video] = kept.index_K if before is None else before[kept.index_K]
+            if kept.scores_G is not None:
+                self.report.scores[video] = kept.scores_G
+            for name, loss in kept.losses.items():
+                losses = self.report.losses
+                losses[name] = losses[name] + loss if name in losses else loss
+        self.report.stage_kept.append([len(kept.index_K) for kept in row])
+
+
+def split_sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage], list[Stage]]:
+    """Stages inside the tower, before the LLM and inside it, checked against this host."""
+    vit, pre_llm, llm = ([s for s in pruner.stages if s.site.kind == kind] for kind in ("vit", "pre_llm", "llm"))
+    kinds = [stage.site.kind for stage in pruner.stages]
+    layers = [stage.site.layer or 0 for stage in llm]
+    if [*vit, *pre_llm, *llm] != list(pruner.stages) or len(vit) > 1 or layers != sorted(layers):
+        raise ValueError(
+            f"stages at {kinds} are not supported; expected at most one 'vit', 'pre_llm', then 'llm' by layer"
+        )
+    for stage in vit:
+        if stage.signals:
+            raise ValueError(
+                f"{type(stage).__name__} asks for {sorted(stage.signals)}, which no tower has yet at site vit"
+            )
+        last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
+        if last > tap:
+            raise ValueError(
+                f"the drop after block {last} comes behind block {tap}, the lowest whose output is used; "
+                f"the largest prune_block for this tower is {tap - 2}"
+            )
+    for stage in pre_llm:
+        if late := stage.signals & set(LLM_SOURCES) - {"keys"}:
+            raise ValueError(
+                f"{type(stage).__name__} at site pre_llm asks for {sorted(late)}, which only an LLM layer has"
+            )
+    return vit, pre_llm, llm
+
+
+def view(
+    fields: dict[str, Any], x_Kd: Tensor, grid: Grid, cell: Tensor | None, time: Tensor | None, uid: str
+) -> VideoTokens:
+    """A video before the LLM; `fields` hold signals of the whole grid."""
+    if cell is None:
+        cell_G = torch.arange(grid.num_groups, device=x_Kd.device)
+    else:
+        cell_G = cell
+        fields = fields | {
+            name: fields[name][cell] for name in ("salience_G", "keys_GD") if fields.get(name) is not None
+        }
+    return VideoTokens(x_ND=x_Kd, grid=grid, cell_G=cell_G, timestamps_T=time, uid=uid, **fields)
+
+
+def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+    """Call the stage once; where nothing is to be dropped, a training-free stage is not even asked."""
+    whole = [budget.num_kept == video.num_groups for video, budget in zip(videos, budgets, strict=True)]
+    everything = [Kept(index_K=torch.arange(video.num_groups, device=video.cell_G.device)) for video in videos]
+    if isinstance(stage, nn.Module):  # a learned stage sees every batch: its parameters are gathered on every rank
+        row = stage(videos, budgets)
+        return [replace(k, index_K=e.index_K) if w else k for k, e, w in zip(row, everything, whole, strict=True)]
+    asked = [number for number, skip in enumerate(whole) if not skip]
+    if asked:
+        for number, kept in zip(asked, stage([videos[i] for i in asked], [budgets[i] for i in asked]), strict=True):
+            everything[number] = kept
+    return everything
+
+
+def windows(group_PW: Tensor, num_frames: int, num_patches: int) -> Tensor:
+    """(T * P, W) patch rows of a video's groups, from those of one frame; -1 stays -1."""
+    offset_T = torch.arange(num_frames, device=group_PW.device) * num_patches
+    shifted = group_PW + offset_T[:, None, None]
+    return torch.where(group_PW >= 0, shifted, -1).flatten(0, 1)
+
+
+def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches: int) -> Drop:
+    """A stage's groups as a decision about patches: a patch lives as long as any kept group needs it."""
+    keep, bias, gate = [], [], []
+    for kept, video in zip(row, videos, strict=True):
+        assert video.group_GW is not None
+        num_patches = video.x_ND.shape[0]
+        rows_KW = video.group_GW[kept.index_K]
+        alive = torch.zeros(num_patches + 1, dtype=torch.bool, device=rows_KW.device)
+        alive[rows_KW.flatten()] = True  # -1 falls into the spare last place
+        keep.append(alive[:-1])
+        if kept.attention_bias_N is not None:
+            bias.append(kept.attention_bias_N)
+        if kept.gate_G is not None:  # value 1; a shared patch passes gradient to every group it belongs to
+            spare = kept.gate_G.new_zeros(num_patches + 1)
+            width = video.group_GW.shape[1]
+            add = (kept.gate_G - 1).repeat_interleave(width)
+            places = torch.where(video.group_GW >= 0, video.group_GW, num_patches).flatten()
+            gate.append(1 + spare.index_add(0, places, add)[:-1])
+    tiles = torch.ones(num_tile_patches, dtype=torch.bool, device=keep[0].device)
+    bias_S = torch.cat([torch.zeros_like(tiles, dtype=bias[0].dtype), *bias]) if bias else None
+    gate_S = torch.cat([torch.ones_like(tiles, dtype=gate[0].dtype), *gate]) if gate else None
+    return Drop(torch.cat([tiles, *keep]), bias_S, gate_S)

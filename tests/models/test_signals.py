@@ -1,0 +1,406 @@
+"""Signals against what stock transformers modules give by themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+
+from stts.models import signals
+from stts.models.attention import capture, switch_off, switch_on
+from stts.models.base import Visual, make_adapter
+from stts.models.signals import Collector, SiglipSource, load_siglip
+from stts.models.vit import Drop, TowerOutput, run_tower
+from stts.packing.segments import Segments
+from stts.tokens import Signal, Site
+from tests.conftest import make_inputs
+
+ROWS = ["v what colour is the circle ?", "i which colour ?", "v is there a cross ?"]
+QUESTIONS = ["what colour is the circle", "is there a cross"]
+SALIENT: tuple[Signal, ...] = ("attn", "probe")
+ALL: frozenset[Signal] = frozenset({"attn", "probe", "keys", "frame", "text"})
+
+
+def write_siglip(folder: Path, *, width: int = 32, use_head: bool = True) -> Path:
+    """A tiny random stock SigLIP with a word-level tokenizer; its text tower reads 6 tokens."""
+    common = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"hidden_size": 24, "projection_size": width, "vocab_size": 20, "max_position_embeddings": 6}
+    vision = {"hidden_size": width, "image_size": 56, "patch_size": 8, "vision_use_head": use_head}
+    config = SiglipConfig(text_config=common | text, vision_config=common | vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SiglipModel(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)  # also norms and biases differ from their start
+    model.save_pretrained(folder)
+    words = ["<pad>", "<unk>", *" ".join(QUESTIONS).split()]
+    vocab = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    description: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    description |= {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    description["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    file = folder / "words.json"
+    file.write_text(json.dumps(description))
+    PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="module")
+def siglip(siglip_folder: Path) -> SiglipSource:
+    return load_siglip(siglip_folder)
+
+
+class Pass:
+    """One pass through tower and connector, with everything `per_video` needs."""
+
+    def __init__(
+        self, model: Any, inputs: Any, wanted: frozenset[Signal], siglip: SiglipSource | None = None, **tower: Any
+    ) -> None:
+        self.adapter = make_adapter(model)
+        visual = self.adapter.take_visual(dict(inputs))
+        assert visual is not None
+        self.visual: Visual = visual
+        self.collector = Collector(self.adapter, wanted, siglip)
+        original = switch_on(self.adapter.configs[0])
+        try:
+            with self.collector.capture():
+                x_FND = self.adapter.embed_patches(visual.pixels_FCHW)
+                self.tower: TowerOutput = run_tower(x_FND, self.adapter.blocks(), self.adapter.taps(), **tower)
+        finally:
+            switch_off(self.adapter.configs[0], original)
+        self.grids = [self.adapter.grid(frames) for frames in visual.frames_per_video]
+        self.features: Sequence[Tensor] = ()
+        if self.tower.row_S is None:
+            self.features = self.adapter.connect(self.tower, visual, [None] * len(self.grids)).videos
+
+    def ask(self, *wanted: Signal, questions: Sequence[str] | None = QUESTIONS) -> list[dict[str, Tensor | None]]:
+        return self.collector.per_video(
+            self.tower, self.visual, self.features, self.grids, questions=questions, signals=frozenset(wanted)
+        )
+
+    @property
+    def frames(self) -> Tensor:
+        return self.visual.pixels_FCHW[self.visual.num_tiles :]
+
+
+def of(row: list[dict[str, Tensor | None]], name: str) -> list[Tensor]:
+    found = [fields[name] for fields in row]
+    assert all(x is not None and not x.requires_grad and x.dtype == torch.float32 for x in found)
+    return [x for x in found if x is not None]
+
+
+def stock_pool(value_FNC: Tensor) -> Tensor:
+    """The resize that pools features, 7 x 7 -> 4 x 4: (F, 49, C) -> (F, 16, C)."""
+    image = value_FNC.transpose(1, 2).unflatten(2, (7, 7))
+    return F.interpolate(image, size=(4, 4), mode="bilinear").flatten(2).transpose(1, 2)
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_is_that_of_the_eager_stock_tower(tiny: Any) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"attn"}))
+    ours = of(now.ask("attn"), "salience_G")
+    assert now.visual.num_tiles > 0, "an image lies before the videos"
+    assert [len(x) for x in ours] == [4 * 16, 4 * 16]
+    model.model.vision_tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights_FHNN = model.model.vision_tower(now.frames, output_attentions=True).attentions[-1]
+    assert weights_FHNN.shape == (8, 2, 49, 49)
+    close(torch.cat(ours), stock_pool(weights_FHNN.mean((1, 2))[..., None]).flatten())
+    assert now.collector.sources == {"attn": "attention of the last tower block, mean over heads and queries"}
+
+
+def test_keys_are_outputs_of_k_proj_meaned_over_heads(tiny: Any) -> None:
+    model, processor = tiny
+    seen: list[Tensor] = []
+    last = model.model.vision_tower.encoder.layers[-1].self_attn
+    handle = last.k_proj.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"keys"}))
+    handle.remove()
+    [ours] = [torch.cat(of(now.ask("keys"), "keys_GD"))]
+    assert ours.shape == (2 * 4 * 16, 16), "two heads of 16"
+    k_FNE = seen[0][now.visual.num_tiles :].unflatten(-1, (2, 16)).mean(2)
+    close(ours, stock_pool(k_FNE).flatten(0, 1))
+
+
+def test_probe_without_a_head_is_the_mean_query_of_each_frame(tiny: Any) -> None:
+    model, processor = tiny
+    outputs: dict[str, Tensor] = {}
+    last = model.model.vision_tower.encoder.layers[-1].self_attn
+    for name in ("q_proj", "k_proj"):
+        getattr(last, name).register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out.detach()}))
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"probe"}))
+    ours = of(now.ask("probe"), "salience_G")
+    rows = []
+    for q_NC, k_NC in zip(*(outputs[n][now.visual.num_tiles :] for n in ("q_proj", "k_proj")), strict=True):
+        heads = [  # one frame, one head: 16 channels
+            ((k_NC[:, h : h + 16] @ q_NC[:, h : h + 16].mean(0)) / 16**0.5).softmax(0) for h in (0, 16)
+        ]
+        rows.append((heads[0] + heads[1]) / 2)
+    close(torch.cat(ours), stock_pool(torch.stack(rows)[..., None]).flatten())
+    assert "no pooling head" in now.collector.sources["probe"]
+
+
+def test_probe_and_frame_are_what_the_siglip_head_itself_gives(
+    tiny: Any, siglip: SiglipSource, siglip_folder: Path
+) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"probe", "frame"}), siglip)
+    row = now.ask("probe", "frame")
+    vision = SiglipModel.from_pretrained(siglip_folder).vision_model.eval()
+    weights: list[Tensor] = []
+    vision.head.attention.register_forward_hook(lambda module, args, out: weights.append(out[1]))
+    with torch.no_grad():
+        features = model.model.vision_tower(now.frames, output_hidden_states=True).hidden_states[-1]
+        pooled = vision.head(vision.post_layernorm(features))
+    close(torch.cat(of(row, "frame_TC")), pooled)
+    close(torch.cat(of(row, "salience_G")), stock_pool(weights[0].transpose(1, 2)).flatten())
+    assert len(set(pooled[:, 0].tolist())) == 8, "frames differ"
+    assert all(str(siglip_folder) in source for source in now.collector.sources.values())
+
+
+def test_frame_without_a_head_is_the_mean_of_its_projected_tokens(tiny: Any) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"frame"}))
+    ours = torch.stack(of(now.ask("frame"), "frame_TC"))
+    assert ours.shape == (2, 4, 32)
+    for video in range(2):
+        for frame in range(4):
+            close(ours[video, frame], now.features[video][frame * 16 : frame * 16 + 16].mean(0).detach())
+
+
+def test_text_is_the_pooled_output_of_the_text_tower_at_full_length(
+    tiny: Any, siglip: SiglipSource, siglip_folder: Path
+) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"text"}), siglip)
+    questions = ["is there a cross", "what colour is the circle what colour is the circle"]
+    ours = of(now.ask("text", questions=questions), "text_C")
+    # words in order of the file: <pad> <unk> what colour is the circle there a cross
+    ids = torch.tensor([[4, 7, 8, 9, 0, 0], [2, 3, 4, 5, 6, 2]])  # padded to 6, cut to 6
+    with torch.no_grad():
+        expected = SiglipModel.from_pretrained(siglip_folder).text_model.eval()(input_ids=ids).pooler_output
+    close(torch.stack(ours), expected)
+    assert now.collector.sources["text"] == f"text tower of {siglip_folder}"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_without_text_tower_or_question_there_is_no_text_and_the_reason_is_told(
+    tiny: Any, siglip: SiglipSource, loaded: bool
+) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"text"}), siglip if loaded else None)
+    assert now.ask("text", questions=None if loaded else QUESTIONS) == [{"text_C": None}] * 2
+    reason = "no question was given" if loaded else "no aligned text tower"
+    assert now.collector.sources["text"] == f"none: {reason} (global debiasing off)"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_stages_may_ask_for_different_salience_and_each_signal_is_made_once(
+    tiny: Any, siglip: SiglipSource, loaded: bool
+) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), ALL, siglip if loaded else None)
+    runs: list[int] = []
+    handle = siglip.head.attention.register_forward_hook(lambda module, args, out: runs.append(len(args[0])))
+    attn, probe = (of(now.ask(signal, "keys", "frame", "text"), "salience_G") for signal in SALIENT)
+    assert not torch.allclose(attn[0], probe[0], atol=1e-4)
+    again = now.ask("attn", "keys", "frame")
+    assert again[0]["salience_G"] is attn[0]
+    assert set(again[0]) == {"salience_G", "keys_GD", "frame_TC"}, "only what was asked"
+    assert set(now.collector.sources) == ALL
+    assert runs == ([8] if loaded else []), "probe and frame share one run of the head, on the frames alone"
+    handle.remove()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_signals_of_a_video_do_not_depend_on_the_batch_or_on_chunks(
+    tiny: Any, siglip: SiglipSource, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    source = siglip if loaded else None
+    together = Pass(model, inputs, ALL, source)
+    rows = [together.ask(signal, "keys", "frame", "text") for signal in SALIENT]
+    alone = {"pixel_values_videos": inputs["pixel_values_videos"][1:]}
+    monkeypatch.setattr(signals, "CHUNK_BYTES", 1)  # one frame at a time
+    single = Pass(model, alone, ALL, source)
+    for row, signal in zip(rows, SALIENT, strict=True):
+        [fields] = single.ask(signal, "keys", "frame", "text", questions=QUESTIONS[1:])
+        for name, value in fields.items():
+            other = row[1][name]
+            assert (value is None) == (other is None) == (name == "text_C" and not loaded)
+            if value is not None and other is not None:
+                close(value, other)
+
+
+def test_low_precision_and_autocast_compute_in_fp32(tiny: Any, siglip: SiglipSource) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
+    now = Pass(model.bfloat16(), inputs, ALL, siglip)
+    q_FHNE, k_FHNE = (x.float()[now.visual.num_tiles :] for x in now.collector._qk or ())
+    exact = (q_FHNE.double() @ k_FHNE.double().mT / 16**0.5).softmax(-1).mean((1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row = now.ask("attn", "keys", "frame", "text")
+    close(torch.cat(of(row, "salience_G")), stock_pool(exact[..., None].float()).flatten())
+    assert {name: x.dtype for name, x in row[0].items() if x is not None} == dict.fromkeys(row[0], torch.float32)
+
+
+@pytest.mark.parametrize("side", [6, 7, 27])
+def test_pooling_to_groups_is_the_bilinear_resize_of_features(tiny: Any, side: int) -> None:
+    adapter = make_adapter(tiny[0])
+    adapter.side = side  # type: ignore[attr-defined]
+    cells = -(-side // 2)
+    x_FNC = torch.randn(3, side * side, 5, generator=torch.Generator().manual_seed(0))
+    image = x_FNC.transpose(1, 2).unflatten(2, (side, side))
+    expected = F.interpolate(image, size=(cells, cells), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(adapter.pool_groups(x_FNC), expected, atol=1e-6, rtol=0)
+    even = adapter.pool_groups(torch.full((1, side * side, 1), 1 / side**2))
+    torch.testing.assert_close(even, torch.full_like(even, 1 / side**2))  # 49 patches sum to 1, 16 cells to 16 / 49
+    assert adapter.host.patches_per_frame == side * side
+
+
+def test_a_tower_that_dropped_patches_gives_text_only(tiny: Any, siglip: SiglipSource) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+
+    def half(x_FND: Tensor) -> Drop:
+        return Drop(torch.arange(x_FND.shape[0] * x_FND.shape[1]) % 2 == 0)
+
+    now = Pass(model, inputs, ALL, siglip, site=Site("vit", 1, 2), decide=half)
+    for signal in sorted(ALL - {"text"}):
+        with pytest.raises(ValueError, match=f"{signal}.*act alone"):
+            now.ask(signal)
+    assert now.ask("text", questions=QUESTIONS[:1])[0]["text_C"] is not None
+
+
+def test_wrong_requests_are_refused(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    now = Pass(model, inputs, frozenset({"attn", "probe"}))
+    with pytest.raises(ValueError, match="one of them"):
+        now.ask("attn", "probe")
+    with pytest.raises(ValueError, match=r"keys.*not wanted"):
+        now.ask("keys")
+    now.collector = Collector(now.adapter, frozenset({"attn"}))
+    with pytest.raises(ValueError, match="nothing was captured"):
+        now.ask("attn")
+
+
+def test_images_alone_have_no_signals(tiny: Any) -> None:
+    model, processor = tiny
+    assert Pass(model, make_inputs(processor, ROWS[1:2]), ALL).ask("attn", "keys", questions=[]) == []
+
+
+def test_the_model_is_bit_identical_afterwards(tiny: Any, siglip: SiglipSource) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    weights, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    with torch.no_grad():
+        before = model(**inputs).logits
+    Pass(model, inputs, ALL, siglip).ask("attn", "keys", "frame", "text")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert not [hook for hook in hooks if getattr(hook, "__module__", "").startswith("stts")]
+
+
+# --- capture ---------------------------------------------------------------------------------------------------------
+
+
+def test_captured_q_and_k_of_an_llm_layer_give_its_attention(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS[:1])
+    llm = model.model.language_model
+    seen: list[tuple[Tensor, Tensor]] = []
+    llm.set_attn_implementation("eager")
+    original = switch_on(llm.config)
+    with torch.no_grad(), capture(llm.layers[1].self_attn, lambda q, k: seen.append((q, k))):
+        weights = model(**inputs, output_attentions=True).attentions[1]
+    switch_off(llm.config, original)
+    [(q_BHSE, k_BJSE)] = seen
+    assert (q_BHSE.shape[1], k_BJSE.shape[1]) == (4, 2), "grouped queries: key heads come unrepeated"
+    logits = q_BHSE @ k_BJSE.repeat_interleave(2, 1).mT / q_BHSE.shape[-1] ** 0.5
+    close(logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf).softmax(-1), weights)
+
+
+def test_capture_sees_packed_rows_of_its_module_only_and_ends_with_its_context(tiny: Any) -> None:
+    attention: Any = make_adapter(tiny[0]).tower_attention()
+    other = tiny[0].model.vision_tower.encoder.layers[0].self_attn
+    x_1SD = torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0))
+    packed = Segments.from_lengths(torch.tensor([4, 6]), 6)
+    seen: list[tuple[Tensor, Tensor]] = []
+    with pytest.raises(ValueError, match="switch_on"), capture(attention, lambda q, k: None):
+        pass
+    original = switch_on(attention.config)
+    try:
+        with capture(attention, lambda q, k: seen.append((q, k))):
+            attention(x_1SD, packed)
+            other(x_1SD, packed)
+            with pytest.raises(ValueError, match="captured already"), capture(attention, lambda q, k: None):
+                pass
+        with pytest.raises(RuntimeError, match="boom"), capture(attention, lambda q, k: None):
+            raise RuntimeError("boom")
+        attention(x_1SD, packed)
+        with capture(attention, lambda q, k: None):
+            pass
+    finally:
+        switch_off(attention.config, original)
+    [(q_1HSE, k_1HSE)] = seen
+    for ours, layer in ((q_1HSE, attention.q_proj), (k_1HSE, attention.k_proj)):
+        assert torch.equal(ours.transpose(1, 2).flatten(2), layer(x_1SD))
+
+
+def test_nothing_is_captured_where_no_signal_needs_it(tiny: Any, siglip: SiglipSource) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    assert Pass(model, inputs, frozenset({"probe", "frame", "text"}), siglip).collector._qk is None
+    assert Pass(model, inputs, frozenset({"frame"})).collector._qk is None
+    assert Pass(model, inputs, frozenset({"probe"})).collector._qk is not None
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_siglip_that_does_not_fit_is_refused(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    wide = load_siglip(write_siglip(tmp_path / "wide", width=40))
+    with pytest.raises(ValueError, match=r"width 40.*one of 32"):
+        Collector(make_adapter(tiny[0]), frozenset({"text"}), wide)
+    with pytest.raises(ValueError, match="without the parts wanted"):
+        load_siglip(write_siglip(tmp_path / "headless", use_head=False))
+    with pytest.raises(ValueError, match="llava_onevision"):
+        load_siglip(tiny_folder)
+    with pytest.raises(ValueError, match="check the path"):
+        load_siglip(tmp_path / "nowhere")
+
+
+def test_a_siglip_with_missing_weights_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = write_siglip(tmp_path / "part")
+    model = SiglipModel.from_pretrained(folder)
+    weights = {name: value for name, value in model.state_dict().items() if "head.probe" not in name}
+    model.save_pretrained(folder, state_dict=weights)
+    with pytest.raises(ValueError, match=r"head\.probe"):
+        load_siglip(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"tokenizer of .* does not load"):
+        load_siglip(folder)
