@@ -1,7 +1,8 @@
 """Let stock modules attend inside packed rows: one attention function, registered beside the stock ones.
 
 Modules that drop unknown keyword arguments (SigLIP, Molmo2) still hand over `attention_mask` untouched, so `Segments`
-ride there. Everything else falls through to the implementation the model was loaded with.
+ride there; modules that set the mask themselves (Qwen towers) hand over unknown keywords, so there they ride as
+`segments`. Everything else falls through to the implementation the model was loaded with.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _attention_or(original: str) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         if module in _captured:
             _captured[module](q_BHSE, k_BJSE)
-        if not isinstance(attention_mask, Segments):
+        segments = kwargs.pop("segments", attention_mask)
+        if not isinstance(segments, Segments):
             stock = (
                 sys.modules[type(module).__module__].eager_attention_forward  # eager lives in the family's own file
                 if original == "eager"
@@ -91,6 +93,6 @@ def _attention_or(original: str) -> Any:
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", False)) if causal is None else causal
-        return packed_attention(q, k, v, attention_mask, scale=scale, causal=causal)[None], None
+        return packed_attention(q, k, v, segments, scale=scale, causal=causal)[None], None
 
     return attention

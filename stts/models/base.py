@@ -8,7 +8,7 @@ is in `pruning.py`, `vit.py` and `prompt.py`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,26 +16,46 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stts.models.vit import TowerOutput
+from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
-ADAPTERS = {"llava_onevision": "stts.models.llava_onevision:LlavaOnevision"}
+ADAPTERS = {
+    "llava_onevision": "stts.models.llava_onevision:LlavaOnevision",
+    "qwen2_5_vl": "stts.models.qwen2_5_vl:Qwen2_5VL",
+    "qwen3_vl": "stts.models.qwen3_vl:Qwen3VL",
+    "molmo2": "stts.models.molmo2:Molmo2",
+}
 TESTED_TRANSFORMERS = ((5, 17), (6, 0))
 
 
 @dataclass(frozen=True)
 class Visual:
-    """The visual input of one forward pass, flat: image tiles first, then the frames of all videos.
+    """The visual input of one forward pass, flat: images first, then the frames of all videos."""
 
-    Shape suffixes: F = tiles and frames together."""
-
-    pixels_FCHW: Tensor
+    pixels: Tensor
+    """As the family's patch embedding takes it."""
+    frames: tuple[int, ...]
+    """Patches of every frame (image tile, temporal patch), in the order of `pixels`."""
     num_tiles: int
-    """Leading entries that belong to images; they are never pruned."""
-    frames_per_video: tuple[int, ...]
+    """Leading frames that belong to images; they are never pruned."""
+    grids: tuple[Grid, ...]
+    """Groups of every video; its frames follow those of the video before."""
     image_args: dict[str, Any]
-    """What the stock code needs to lay out image features (sizes, counts)."""
+    """What the adapter needs to lay out features (sizes, counts)."""
+
+    @property
+    def num_tile_patches(self) -> int:
+        return sum(self.frames[: self.num_tiles])
+
+    @property
+    def patches_per_video(self) -> list[int]:
+        """Patches of each video, all its frames together."""
+        sizes, start = [], self.num_tiles
+        for grid in self.grids:
+            sizes.append(sum(self.frames[start : start + grid.t]))
+            start += grid.t
+        return sizes
 
 
 class Adapter(Protocol):
@@ -61,37 +81,45 @@ class Adapter(Protocol):
         """Names of the visual arguments of a forward call."""
         ...
 
+    @property
+    def pools_keys(self) -> bool:
+        """Whether the mean-query attention of a frame runs over keys averaged per group (True) or over patches, pooled
+        afterwards."""
+        ...
+
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
         """Remove the visual arguments from a forward call; None when there are none."""
         ...
 
-    def blank_frame(self) -> Tensor:
-        """(1, C, H, W) zeros, for a training pass without video: every rank runs the same modules."""
+    def with_blank(self, visual: Visual | None) -> Visual:
+        """The same and one blank video of one frame, for a training pass without video: every rank runs the same
+        modules."""
+        ...
+
+    def runs_stock(self, visual: Visual) -> bool:
+        """Whether the stock code takes this batch of videos as it is (some families want equal lengths)."""
         ...
 
     def grid(self, num_frames: int) -> Grid:
-        """Groups of one video."""
+        """Groups of a video of this many frames; where resolution is free, of the smallest one."""
         ...
 
-    def groups(self) -> Tensor:
-        """(P, W) int64 patches of each group of one frame, -1 = outside."""
+    def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        """Patches of each group of a video, int64 (G, W) rows counted from its first patch, -1 = outside, and their
+        weights (G, W) fp32 when values of patches are pooled to groups as features are, 0 outside."""
         ...
 
-    def embed_patches(self, pixels_FCHW: Tensor) -> Tensor:
-        """(F, N, D) input of block 0."""
+    def embed(self, visual: Visual) -> TowerInput:
+        """Input of block 0."""
         ...
 
-    def blocks(self) -> Sequence[Callable[[Tensor, Any], Tensor]]: ...
+    def blocks(self) -> Sequence[Block]: ...
     def taps(self) -> tuple[int, ...]:
         """Blocks whose outputs the connector reads, in its order."""
         ...
 
     def tower_attention(self) -> nn.Module:
         """The attention module of the last block the connector reads; q and k of signals come from it."""
-        ...
-
-    def pool_groups(self, value_FNC: Tensor) -> Tensor:
-        """(F, P, C): values of all patches brought to groups by the operator that pools features, not renormalised."""
         ...
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
@@ -116,6 +144,8 @@ class Connected:
     """Per image (tokens, d), newlines included."""
     videos: tuple[Tensor, ...]
     """Per video (K, d), without newlines."""
+    early: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...] = ()
+    """Deepstack: for LLM layer 0, 1, ... the same two tuples, to be added to that layer's output."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +158,30 @@ class Placed:
     """int64 number of the video whose group lies here, -1 for text, newlines and images."""
     cell_BL: Tensor
     """int64 cell of that video's grid."""
+    both_BL: Tensor | None = None
+    """bool, tokens that see each other in both directions; None: the LLM is causal throughout."""
+    early: tuple[Tensor, ...] = ()
+    """Features (V, d) added to the output of LLM layer 0, 1, ..."""
+    early_V: Tensor | None = None
+    """int64 places of `early` in the flattened prompt."""
 
     def repeat(self, times: int, num_videos: int) -> Placed:
         """For beams: each row `times` times, the videos of copy c numbered from c * num_videos."""
         keep, video, cell = (x.repeat_interleave(times, 0) for x in (self.keep_BL, self.video_BL, self.cell_BL))
         copy = torch.arange(len(video), device=video.device)[:, None] % times
-        return Placed(keep, torch.where(video >= 0, video + copy * num_videos, -1), cell)
+        early_V = self.early_V
+        if early_V is not None:
+            length = self.keep_BL.shape[1]
+            first_V = early_V + early_V // length * (times - 1) * length
+            early_V = torch.cat([first_V + number * length for number in range(times)])
+        return Placed(
+            keep,
+            torch.where(video >= 0, video + copy * num_videos, -1),
+            cell,
+            None if self.both_BL is None else self.both_BL.repeat_interleave(times, 0),
+            tuple(feature.repeat(times, 1) for feature in self.early),
+            early_V,
+        )
 
 
 def check_family(model_type: str) -> None:

@@ -11,7 +11,7 @@ left in all frames, D = tower width, d = LLM width, K = kept cells of a video.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from stts.models.base import Connected, Placed, Visual
-from stts.models.vit import TowerOutput
+from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
@@ -41,9 +41,18 @@ def pooling_cells(side: int) -> tuple[Tensor, Tensor]:
     return torch.where(weight_PW > 0, patch_PW, -1), weight_PW
 
 
+def _as_block(layer: nn.Module) -> Block:
+    def block(x: Tensor, mask: Any) -> Tensor:
+        y: Tensor = layer(x, None) if mask is None else layer(x[None], mask)[0]
+        return y
+
+    return block
+
+
 class LlavaOnevision:
     """Adapter of `LlavaOnevisionForConditionalGeneration`."""
 
+    pools_keys = False
     visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -95,32 +104,43 @@ class LlavaOnevision:
             parts += [x[:n] for x, n in zip(images, tiles, strict=True)] if images.dim() == 5 else [images]
         clips = [] if videos is None else list(videos)
         parts += clips
-        return Visual(
-            torch.cat(parts), sum(tiles), tuple(len(clip) for clip in clips), {"sizes": sizes, "tiles": tiles}
-        )
+        return self._visual(torch.cat(parts), [len(clip) for clip in clips], {"sizes": sizes, "tiles": tiles})
+
+    def _visual(self, pixels: Tensor, clips: Sequence[int], image_args: dict[str, Any]) -> Visual:
+        frames = (self.side**2,) * len(pixels)
+        return Visual(pixels, frames, len(pixels) - sum(clips), tuple(self.grid(clip) for clip in clips), image_args)
+
+    def with_blank(self, visual: Visual | None) -> Visual:
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        blank = self.inner.image_newline.new_zeros(1, channels, size, size)
+        if visual is None:
+            return self._visual(blank, [1], {"sizes": None, "tiles": []})
+        return self._visual(torch.cat([visual.pixels, blank.to(visual.pixels)]), [1], visual.image_args)
+
+    def runs_stock(self, visual: Visual) -> bool:
+        return len({grid.t for grid in visual.grids}) <= 1
 
     def _num_tiles(self, size: Any) -> int:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return int(image_size_to_num_patches(size, pinpoints, side))
 
-    def blank_frame(self) -> Tensor:
-        weight = self.inner.image_newline
-        size = self.config.vision_config.image_size
-        return weight.new_zeros(1, self.config.vision_config.num_channels, size, size)
-
     def grid(self, num_frames: int) -> Grid:
         cells = -(-self.side // 2)
         return Grid(num_frames, cells, cells)
 
-    def groups(self) -> Tensor:
-        return pooling_cells(self.side)[0].to(self.inner.image_newline.device)
+    def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        patch_PW, weight_PW = (x.to(visual.pixels.device) for x in pooling_cells(self.side))
+        frames = visual.grids[video].t
+        offset_T = torch.arange(frames, device=patch_PW.device)[:, None, None] * self.side**2
+        rows_GW = torch.where(patch_PW >= 0, patch_PW + offset_T, -1).flatten(0, 1)
+        return rows_GW, weight_PW.repeat(frames, 1)
 
-    def embed_patches(self, pixels_FCHW: Tensor) -> Tensor:
-        x_FND: Tensor = self.inner.vision_tower.embeddings(pixels_FCHW)
-        return x_FND
+    def embed(self, visual: Visual) -> TowerInput:
+        x_FND: Tensor = self.inner.vision_tower.embeddings(visual.pixels)
+        return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
 
-    def blocks(self) -> Sequence[Callable[[Tensor, Any], Tensor]]:
-        return list(self.inner.vision_tower.encoder.layers)
+    def blocks(self) -> Sequence[Block]:
+        return [_as_block(layer) for layer in self.inner.vision_tower.encoder.layers]
 
     def taps(self) -> tuple[int, ...]:
         depth = self.config.vision_config.num_hidden_layers
@@ -133,10 +153,6 @@ class LlavaOnevision:
         attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps())].self_attn
         return attention
 
-    def pool_groups(self, value_FNC: Tensor) -> Tensor:
-        patch_PW, weight_PW = (x.to(value_FNC.device) for x in pooling_cells(self.side))
-        return (value_FNC[:, patch_PW.clamp_min(0)] * weight_PW[..., None].to(value_FNC.dtype)).sum(2)
-
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         y_Sd = self.inner.multi_modal_projector(torch.cat(tower.taps, dim=-1))
         num_patches = self.side**2
@@ -148,11 +164,11 @@ class LlavaOnevision:
                 tiles, visual.image_args["sizes"], image_newline=self.inner.image_newline
             )
             images = tuple(packed)
-        if not visual.frames_per_video:
+        if not visual.grids:
             return Connected(images, ())
         if tower.row_S is None:
             pooled = self.inner.apply_pooling(y_Sd[split:].unflatten(0, (-1, num_patches)))
-            chunks = [clip.flatten(0, 1) for clip in pooled.split(visual.frames_per_video)]
+            chunks = [clip.flatten(0, 1) for clip in pooled.split([grid.t for grid in visual.grids])]
             return Connected(
                 images, tuple(x if cell is None else x[cell] for x, cell in zip(chunks, cells, strict=True))
             )
@@ -164,11 +180,11 @@ class LlavaOnevision:
         """Bilinear pooling of the kept cells, as a gather of at most four surviving patches each."""
         patch_PW, weight_PW = (x.to(y_Sd.device) for x in pooling_cells(self.side))
         num_patches, num_cells = self.side**2, len(patch_PW)
-        total = (visual.num_tiles + sum(visual.frames_per_video)) * num_patches
+        total = (visual.num_tiles + sum([grid.t for grid in visual.grids])) * num_patches
         place = torch.zeros(total, dtype=torch.long, device=y_Sd.device)
         place[row_S] = torch.arange(len(row_S), device=y_Sd.device)
         first_frame, wanted = visual.num_tiles, []
-        for frames, cell_K in zip(visual.frames_per_video, cells, strict=True):
+        for frames, cell_K in zip([grid.t for grid in visual.grids], cells, strict=True):
             cell_K = torch.arange(frames * num_cells, device=y_Sd.device) if cell_K is None else cell_K
             wanted.append(cell_K + first_frame * num_cells)
             first_frame += frames
@@ -191,7 +207,7 @@ class LlavaOnevision:
         newline = self.inner.image_newline[None]
         rows, flags = [newline[:0]], [video_BL.new_zeros(0)]
         cells = [torch.zeros(0, dtype=torch.long, device=x_BLd.device)]
-        for x_Kd, index_K, frames in zip(connected.videos, kept, visual.frames_per_video, strict=True):
+        for x_Kd, index_K, frames in zip(connected.videos, kept, [grid.t for grid in visual.grids], strict=True):
             num_groups = self.grid(frames).num_groups
             keep = torch.ones(num_groups + 1, dtype=torch.bool, device=x_BLd.device)  # the newline is never dropped
             if index_K is not None:

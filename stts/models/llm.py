@@ -1,8 +1,9 @@
-"""Cuts inside the language model: before layer k a stage drops visual tokens, deeper layers run on what is left.
+"""Between the layers of the language model: masks of packed rows, features added to early layers, and cuts, before
+which a stage drops visual tokens so that deeper layers run on what is left.
 
-Hooks on the decoder layers from the first cut on. At prefill, the hook of a cutting layer asks for a decision, gathers
-hidden states, and from then on hands every deeper layer rotary tables, positions and a mask for the shorter rows. At
-every decode step each layer gets a mask of its own cache length. Positions of survivors never change here.
+Hooks on the decoder layers. At prefill, the hook of a cutting layer asks for a decision, gathers hidden states, and
+from then on hands every deeper layer rotary tables, positions and a mask for the shorter rows. At every decode step
+each layer gets a mask of its own cache length. Positions of survivors never change here.
 
 Shape suffixes: R = rows of the hidden states (1 when packed), M = slots of a row, B = rows of the prompt, L = its full
 length, S = real tokens of all rows, V = visual tokens, D = width, H = query heads, J = key heads, E = head width,
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from stts.models.attention import capture, stock_name
 from stts.packing.segments import Segments
@@ -39,7 +41,11 @@ class Slots:
     """int64 number of the video the slot shows, -1 for text and newlines."""
     cell_RM: Tensor
     """int64 cell of that video's grid."""
+    both_RM: Tensor | None
+    """bool, tokens that see each other in both directions (Molmo2's visual tokens); None: all is causal."""
     num_rows: int
+    length: int
+    """Slots of a row of the full prompt."""
     packed: bool
     """All rows lie in one, without padding; else one row each, padded."""
     left: bool
@@ -52,7 +58,7 @@ class Slots:
 
     def take(self, index_RM: Tensor, valid_RM: Tensor) -> Slots:
         """The same for the chosen slots of every row."""
-        names = ("full_RM", "row_RM", "video_RM", "cell_RM")
+        names = ("full_RM", "row_RM", "video_RM", "cell_RM", *(("both_RM",) if self.both_RM is not None else ()))
         return replace(self, valid_RM=valid_RM, **{n: getattr(self, n).gather(1, index_RM) for n in names})
 
 
@@ -79,16 +85,17 @@ def pad_rows(keep_BL: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
     return index_BM, valid_BM
 
 
-class LlmCuts:
-    """The stages inside one language model."""
+class Layers:
+    """The hooks on the layers of one language model, with the stages that act there."""
 
     def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide) -> None:
         self.stages = stages
         self._llm: Any = llm
         self._decide = decide
         self._slots: Slots | None = None
-        self._changed = False
         self._inputs: dict[str, Any] = {}
+        self._early: tuple[Tensor, ...] = ()
+        self._place_V: Tensor | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts: list[tuple[int, int]] = []
         self._valid: dict[int, Tensor] = {}
@@ -96,26 +103,32 @@ class LlmCuts:
         self._exit = ExitStack()
 
     def attach(self) -> None:
-        """Put hooks on the layers. Nothing when there is no stage."""
+        """Put hooks on the layers."""
         layers = self._llm.layers
         for number, stage in enumerate(self.stages):
             if stage.signals & {"last_row", "keys", "prompt"}:
                 module = layers[self._layer(number) - 1].self_attn
                 self._exit.enter_context(capture(module, self._note(number)))
-        first = min((self._layer(number) for number in range(len(self.stages))), default=len(layers))
-        for layer in range(first, len(layers)):
-            handle = layers[layer].register_forward_pre_hook(self._before(layer), with_kwargs=True)
-            self._exit.callback(handle.remove)
+        for layer, module in enumerate(layers):
+            for handle in (
+                module.register_forward_pre_hook(self._before(layer), with_kwargs=True),
+                module.register_forward_hook(self._after(layer)),
+            ):
+                self._exit.callback(handle.remove)
 
     def detach(self) -> None:
         """Take them off."""
         self._exit.close()
         self.rest()
 
-    def begin(self, slots: Slots) -> None:
-        """The next pass is a prefill with these slots."""
+    def begin(self, slots: Slots, early: tuple[Tensor, ...] = (), place_V: Tensor | None = None) -> None:
+        """The next pass is a prefill with these slots.
+
+        early: features (V, D) to add to the output of layer 0, 1, ... at the prompt places place_V (deepstack)."""
         self.rest()
-        self._slots, self._changed, self._valid = slots, False, {}
+        self._slots, self._valid, self._early, self._place_V = slots, {}, early, place_V
+        if slots.packed or slots.both_RM is not None:
+            self._inputs = {"attention_mask": make_mask(slots, self._llm)}
         video_V = slots.video_RM[slots.valid_RM & (slots.video_RM >= 0)]
         numbers, counts = torch.unique_consecutive(video_V, return_counts=True)
         self._counts = list(zip(numbers.tolist(), counts.tolist(), strict=True))
@@ -124,12 +137,13 @@ class LlmCuts:
         """The next pass is a decode step; tail_BT: bool mask of the tokens behind the prompt, the new one included."""
         self.rest()
         self._masks = {
-            layer: make_mask(torch.cat([valid_BM, tail_BT], 1), 1, self._llm) for layer, valid_BM in self._valid.items()
+            layer: decode_mask(torch.cat([valid_BM, tail_BT], 1), self._llm) for layer, valid_BM in self._valid.items()
         }
 
     def rest(self) -> None:
         """The next pass is none of ours, or the pass is over."""
         self._slots, self._inputs, self._seen, self._masks = None, {}, {}, {}
+        self._early, self._place_V = (), None
 
     @property
     def slots(self) -> Slots | None:
@@ -160,9 +174,27 @@ class LlmCuts:
             x_RMD = args[0]
             for number in mine:
                 x_RMD = self._cut(number, x_RMD, kwargs)
-            return ((x_RMD, *args[1:]), kwargs | self._inputs) if self._changed else None
+            return ((x_RMD, *args[1:]), kwargs | self._inputs) if self._inputs else None
 
         return before
+
+    def _after(self, layer: int) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, x_RMD: Tensor) -> Any:
+            return self._add(x_RMD, self._early[layer]) if layer < len(self._early) else None
+
+        return after
+
+    def _add(self, x_RMD: Tensor, feature_VD: Tensor) -> Tensor:
+        """Add features at the places that are still there."""
+        slots, place_V = self._slots, self._place_V
+        assert slots is not None and place_V is not None
+        num_slots = slots.valid_RM.numel()
+        slot_L = torch.full((int(slots.num_rows * slots.length),), num_slots, device=place_V.device)
+        number_N = torch.arange(num_slots, device=place_V.device)
+        spare_N = torch.where(slots.valid_RM.flatten(), slots.full_RM.flatten(), len(slot_L))
+        slot_L = torch.cat([slot_L, slot_L[:1]]).scatter(0, spare_N, number_N)
+        x_ND = torch.cat([x_RMD.flatten(0, 1), x_RMD.new_zeros(1, x_RMD.shape[-1])])
+        return x_ND.index_add(0, slot_L[place_V], feature_VD.to(x_ND.dtype))[:num_slots].view_as(x_RMD)
 
     def _cut(self, number: int, x_RMD: Tensor, kwargs: dict[str, Any]) -> Tensor:
         slots = self._slots
@@ -184,7 +216,6 @@ class LlmCuts:
         self._slots = slots = slots.take(index_RM, valid_RM)
         self._valid[self._layer(number)] = valid_RM
         self._inputs = self._shorter(kwargs | self._inputs, index_RM, slots)
-        self._changed = True
         return x_ND.view_as(x_RMD).gather(1, index_RM[..., None].expand(-1, -1, x_RMD.shape[-1]))
 
     def _shorter(self, kwargs: dict[str, Any], index_RM: Tensor, slots: Slots) -> dict[str, Any]:
@@ -193,11 +224,7 @@ class LlmCuts:
         changed: dict[str, Any] = {"position_embeddings": (_take(cos, index_RM), _take(sin, index_RM))}
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = _take(kwargs["position_ids"][..., None], index_RM)[..., 0]
-        if slots.packed:
-            lengths_B = torch.bincount(slots.row_RM[0], minlength=slots.num_rows)
-            changed["attention_mask"] = Segments.from_lengths(lengths_B, index_RM.shape[1])
-        else:
-            changed["attention_mask"] = make_mask(slots.valid_RM, index_RM.shape[1], self._llm)
+        changed["attention_mask"] = make_mask(slots, self._llm)
         return changed
 
     def _present(self, number: int, x_RMD: Tensor, places: Sequence[Tensor]) -> list[Present]:
@@ -259,20 +286,45 @@ def last_row_attention(q_RHME: Tensor, k_RJME: Tensor, slots: Slots, scale: floa
     return torch.zeros(slots.valid_RM.numel(), device=k_SJE.device).index_copy(0, real_S, torch.cat(rows))
 
 
-def make_mask(valid_BM: Tensor, num_queries: int, llm: Any) -> Tensor:
-    """The causal mask of the last `num_queries` slots in the form that the attention implementation reads.
+def make_mask(slots: Slots, llm: Any) -> Any:
+    """The mask of a prefill as the layers read it: `Segments` for packed causal rows, else a 4-D mask in the form of
+    the attention implementation (causal, inside each row, both ways between `both` tokens).
 
-    valid_BM: bool, False at padding. A query at padding sees itself, so that nothing divides by zero."""
+    A query at padding sees itself, so that nothing divides by zero."""
+    if slots.packed and slots.both_RM is None:
+        lengths_B = torch.bincount(slots.row_RM[0], minlength=slots.num_rows)
+        return Segments.from_lengths(lengths_B, slots.row_RM.shape[1])
     name = stock_name(llm.config)
-    if "flash" in name:
-        return valid_BM.to(torch.long)
-    num_keys = valid_BM.shape[1]
-    key_M = torch.arange(num_keys, device=valid_BM.device)
-    query_Q = key_M[num_keys - num_queries :, None]
-    keep = (valid_BM[:, None, None, :] & (key_M <= query_Q)) | (key_M == query_Q)
-    if name == "sdpa":
+    if "flash" in name and slots.both_RM is None:
+        return slots.valid_RM.to(torch.long)
+    number_M = torch.arange(slots.valid_RM.shape[1], device=slots.valid_RM.device)
+    row_RM, valid_RM, both_RM = slots.row_RM, slots.valid_RM, slots.both_RM
+
+    def sees(b: Any, q: Any, k: Any) -> Any:
+        both = False if both_RM is None else both_RM[b, q] & both_RM[b, k]
+        inside = valid_RM[b, k] & (row_RM[b, q] == row_RM[b, k])
+        return (inside & ((q >= k) | both)) | (q == k)
+
+    if name == "flex_attention":
+        size = valid_RM.shape[1]
+        return create_block_mask(lambda b, h, q, k: sees(b, q, k), len(valid_RM), None, size, size, valid_RM.device)
+    batch_R = torch.arange(len(valid_RM), device=valid_RM.device)[:, None, None]
+    return _as_read(sees(batch_R, number_M[:, None], number_M[None, :])[:, None], name, llm)
+
+
+def decode_mask(valid_BM: Tensor, llm: Any) -> Any:
+    """The mask of one new token over a layer's cache; valid_BM: bool, False at padding, the new token included."""
+    name = stock_name(llm.config)
+    return valid_BM.to(torch.long) if "flash" in name else _as_read(valid_BM[:, None, None], name, llm)
+
+
+def _as_read(keep: Tensor, name: str, llm: Any) -> Tensor:
+    """A bool mask as this attention implementation reads it."""
+    if name in ("sdpa", "flex_attention"):
         return keep
     if name != "eager":
-        raise ValueError(f"cuts inside the LLM know the attention of 'sdpa', 'eager' and flash, not {name!r}; reload")
+        raise ValueError(
+            f"this mask cannot be given to the attention {name!r}; reload the model with attn_implementation='sdpa'"
+        )
     low = torch.finfo(llm.dtype).min
     return torch.zeros(keep.shape, dtype=llm.dtype, device=keep.device).masked_fill(~keep, low)

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stts.models.base import Placed
-from stts.models.llm import LlmCuts, Slots, pad_rows
-from stts.packing.segments import Segments
+from stts.models.llm import Layers, Slots, pad_rows
 from stts.pruners.base import Positions
 
 
@@ -31,7 +30,6 @@ class _Prefill:
     """What decode steps need to know about the prompt they continue."""
 
     cache: weakref.ref[Any]
-    index_BM: Tensor
     valid_BM: Tensor
     full_length: int
     next_position_B: Tensor
@@ -41,23 +39,26 @@ class _Prefill:
 class Prompt:
     """State of the hooks on one language model."""
 
-    def __init__(self, positions: Positions, cuts: LlmCuts) -> None:
+    def __init__(self, positions: Positions, layers: Layers) -> None:
         self.positions = positions
-        self.cuts = cuts
+        self.layers = layers
         self.num_tokens = 0
         """Real tokens the language model saw in the last prefill."""
         self.num_slots = 0
         """Slots it computed, padding included."""
         self._placed: Placed | None = None
+        self._mask_BL: Tensor | None = None
         self.pending = False
         """True between `expect` and the call it announces."""
         self._restore: tuple[Tensor, tuple[int, int]] | None = None
         self._valid_BM: Tensor | None = None
         self._prefill: _Prefill | None = None
 
-    def expect(self, placed: Placed) -> None:
-        """Announce the next call: what lies where in the full prompt."""
-        self._placed, self.pending = placed, True
+    def expect(self, placed: Placed, mask_BL: Tensor | None) -> None:
+        """Announce the next call: what lies where in the full prompt, and which of its places are real (None: all)."""
+        if mask_BL is not None and (not isinstance(mask_BL, Tensor) or mask_BL.dim() != 2):
+            raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
+        self._placed, self._mask_BL, self.pending = placed, mask_BL, True
 
     def before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -69,7 +70,7 @@ class Prompt:
                 "the tested range (>= 5.17, < 6)"
             )
         self._restore = None
-        self.cuts.rest()
+        self.layers.rest()
         cache = kwargs.get("past_key_values")
         seen = cache.get_seq_length() if cache is not None else 0
         if self.pending:
@@ -90,12 +91,12 @@ class Prompt:
         if self._restore is None:
             return output
         index_S, (rows, length) = self._restore
-        slots = self.cuts.slots
+        slots = self.layers.slots
         if slots is not None:
             self._valid_BM = None if slots.packed else slots.valid_RM
             index_S = slots.full_RM[slots.valid_RM]
         self._restore = None
-        self.cuts.rest()
+        self.layers.rest()
 
         def full(x: Tensor) -> Tensor:
             flat = x.new_zeros(rows * length, x.shape[-1])
@@ -107,55 +108,51 @@ class Prompt:
         return output
 
     def _shorten(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        x_BLD, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        rows, length = x_BLD.shape[:2]
-        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2):
-            raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
-        real_BL = torch.ones(rows, length, dtype=torch.bool, device=x_BLD.device) if mask is None else mask.bool()
-        placed = self._placed
+        x_BLD, placed = kwargs["inputs_embeds"], self._placed
         assert placed is not None
+        rows, length = x_BLD.shape[:2]
+        real_BL = torch.ones_like(placed.keep_BL) if self._mask_BL is None else self._mask_BL.bool()
         keep_BL = real_BL & placed.keep_BL
-        positions_BL = kwargs.get("position_ids")
-        if positions_BL is None:
-            positions_BL = torch.arange(length, device=x_BLD.device).expand(rows, length)
-        positions_BL = positions_BL.expand(rows, length)
-        if self.cuts.stages and (kwargs.get("output_hidden_states") or module.config.output_hidden_states):
+        if self.layers.stages and (kwargs.get("output_hidden_states") or module.config.output_hidden_states):
             raise ValueError(
                 "output_hidden_states is not supported with a pruner that drops inside the LLM: layers have different "
                 "lengths; leave it off"
             )
-        count_B = keep_BL.sum(1)
-        next_B = positions_BL[:, -1] + 1
+        position_BL = kwargs.get("position_ids")  # mrope: three or four rows of them, (., B, L)
+        if position_BL is None:
+            position_BL = torch.arange(length, device=x_BLD.device)
+        position_BL = position_BL.expand(*position_BL.shape[:-2], rows, length)
+        next_B = position_BL.masked_fill(~real_BL, 0).amax(-1).view(-1, rows).amax(0) + 1
         if self.positions == "compact":
-            positions_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
-            next_B = count_B
+            position_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
+            next_B = keep_BL.sum(1)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (module.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(
                 config=module.config
             )  # the stock default, made here to know it
         if cache is None:
-            index_S = keep_BL.flatten().nonzero().squeeze(1)
-            segments = Segments.from_lengths(count_B, length)
-            self._note(index_S, None, (rows, length), len(index_S), len(index_S))
-            self._begin(index_S[None], torch.ones_like(index_S, dtype=torch.bool)[None], placed, packed=True)
             kinds = set(getattr(module.config, "layer_types", None) or ["full_attention"])
             if kinds != {"full_attention"}:
                 raise ValueError(f"packed rows need full attention in every LLM layer, got {sorted(kinds)}")
+            index_S = keep_BL.flatten().nonzero().squeeze(1)
+            self._note(index_S, None, (rows, length), len(index_S), len(index_S))
+            self._begin(index_S[None], torch.ones_like(index_S, dtype=torch.bool)[None], placed, packed=True)
             return kwargs | {
                 "inputs_embeds": x_BLD.flatten(0, 1)[index_S][None],
-                "position_ids": positions_BL.flatten()[index_S][None],
-                "attention_mask": dict.fromkeys(kinds, segments),
+                "position_ids": position_BL.flatten(-2)[..., None, index_S],
+                # the layers get their own mask; the 4-D form keeps the stock code from making one
+                "attention_mask": torch.zeros(1, 1, 1, 1, dtype=x_BLD.dtype, device=x_BLD.device),
             }
         left = bool(real_BL[:, -1].all())
         index_BM, valid_BM = pad_rows(keep_BL, left=left)
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
-        self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(count_B.sum()), valid_BM.numel())
+        self._note(flat_BM[valid_BM], valid_BM, (rows, length), int(valid_BM.sum()), valid_BM.numel())
         self._begin(flat_BM, valid_BM, placed, packed=False, left=left)
-        self._prefill = _Prefill(weakref.ref(cache), index_BM, valid_BM, length, next_B)
+        self._prefill = _Prefill(weakref.ref(cache), valid_BM, length, next_B)
         return kwargs | {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
-            "position_ids": positions_BL.gather(1, index_BM),
+            "position_ids": position_BL.gather(-1, index_BM.expand(position_BL.shape[:-1] + index_BM.shape[-1:])),
             "attention_mask": valid_BM.to(torch.long),
         }
 
@@ -169,19 +166,21 @@ class Prompt:
         rows, shortened = prefill.valid_BM.shape
         step = seen - shortened
         mask = kwargs.get("attention_mask")
-        tail = prefill.valid_BM.new_ones(rows, step + 1) if mask is None else mask[:, prefill.full_length :].bool()
-        self.cuts.resume(tail)
+        tail = prefill.valid_BM.new_ones(rows, step + 1)
+        if mask is not None and mask.dim() == 2:  # another form was made by the stock code, for the full length
+            tail = mask[:, prefill.full_length :].bool()
+        self.layers.resume(tail)
         return kwargs | {
             "position_ids": (prefill.next_position_B + step)[:, None],
             "attention_mask": torch.cat([prefill.valid_BM, tail], 1).to(torch.long),
         }
 
     def _begin(self, full_RM: Tensor, valid_RM: Tensor, placed: Placed, *, packed: bool, left: bool = False) -> None:
-        if not self.cuts.stages:
-            return
         rows, length = placed.keep_BL.shape
         video_RM, cell_RM = (x.flatten()[full_RM] for x in (placed.video_BL, placed.cell_BL))
-        self.cuts.begin(Slots(full_RM, full_RM // length, valid_RM, video_RM, cell_RM, rows, packed, left))
+        both_RM = None if placed.both_BL is None else placed.both_BL.flatten()[full_RM]
+        slots = Slots(full_RM, full_RM // length, valid_RM, video_RM, cell_RM, both_RM, rows, length, packed, left)
+        self.layers.begin(slots, placed.early, placed.early_V)
 
     def _note(self, index_S: Tensor, valid_BM: Tensor | None, shape: tuple[int, int], tokens: int, slots: int) -> None:
         self._restore = (index_S, shape)

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from stts.budget import adjust, check_ratio, plan
 from stts.models.attention import is_on, switch_off, switch_on
 from stts.models.base import Adapter, Visual, make_adapter
-from stts.models.llm import LlmCuts, Present
+from stts.models.llm import Layers, Present
 from stts.models.prompt import Prompt
 from stts.models.report import Report
 from stts.models.signals import Collector, SiglipSource
-from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, split_sites, to_drop, view, windows
+from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, split_sites, to_drop, view
 from stts.models.vit import Drop, TowerOutput, run_tower
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
@@ -65,8 +65,14 @@ class Pruning:
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
         if positions not in (None, "compact", "original"):
             raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
+        if self.adapter.host.mrope and positions == "compact":
+            raise ValueError(
+                "positions='compact' would lose the time, row and column of every token in a model with mrope "
+                "positions; leave it out or write 'original'"
+            )
+        declared = "original" if self.adapter.host.mrope else declared
         self._prompt = Prompt(
-            positions or declared, LlmCuts(self.adapter.language_model, self._llm, self._decide_in_llm)
+            positions or declared, Layers(self.adapter.language_model, self._llm, self._decide_in_llm)
         )
         self._pass: Pass | None = None
         self._names: Names | None = None
@@ -133,7 +139,7 @@ class Pruning:
             llm.register_forward_pre_hook(self._before_llm, with_kwargs=True),
             llm.register_forward_hook(self._prompt.after, with_kwargs=True),
         ]
-        self._prompt.cuts.attach()
+        self._prompt.layers.attach()
         # generate would encode the video before the forward pass, and copy it per beam; both stay with us
         self._stock_expand = self.model._expand_inputs_for_generation
         self.model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
@@ -142,7 +148,7 @@ class Pruning:
 
     def detach(self) -> None:
         """Take the hooks off; the model is bit-identical to before. Harmless when nothing is attached."""
-        self._prompt.cuts.detach()
+        self._prompt.layers.detach()
         for handle in self._handles:
             handle.remove()
         for config, original in zip(self.adapter.configs, self._originals, strict=False):
@@ -181,19 +187,21 @@ class Pruning:
             if expand > 1 and kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][::expand]
         before = dict(kwargs)
-        visual = self.adapter.take_visual(kwargs) or Visual(self.adapter.blank_frame()[:0], 0, (), {})
-        grids = [self.adapter.grid(frames) for frames in visual.frames_per_video]
+        visual = self.adapter.take_visual(kwargs)
+        blank = learning and not (visual and visual.grids)
+        if visual is None and not blank:
+            return None
+        seen = self.adapter.with_blank(visual) if blank else visual
+        assert seen is not None
+        grids = [] if blank else list(seen.grids)
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        stackable = len(set(visual.frames_per_video)) <= 1  # the stock code takes videos of one length only
-        if whole and stackable and not learning:  # dense is sacred: the stock code runs, untouched
+        if whole and not learning and self.adapter.runs_stock(seen):  # dense is sacred: the stock code runs, untouched
             self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
                 return args, before
-        return args, self._visual_pass(
-            kwargs, visual, grids, budgets, names, blank=learning and not grids, expand=expand
-        )
+        return args, self._visual_pass(kwargs, seen, budgets, names, blank=blank, expand=expand)
 
     def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
         cuts = sorted(stage.site.layer or 0 for stage in self._llm)
@@ -211,8 +219,7 @@ class Pruning:
     def _visual_pass(
         self,
         kwargs: dict[str, Any],
-        visual: Visual,
-        grids: list[Grid],
+        seen: Visual,
         budgets: list[list[Budget]],
         names: Names,
         *,
@@ -223,11 +230,8 @@ class Pruning:
 
         `blank`: a training pass without video runs one blank frame through everything, with weight zero, so that every
         rank calls the same modules and every parameter has a (zero) gradient."""
-        seen, num_videos = visual, len(grids)
+        grids, num_videos = list(seen.grids), 0 if blank else len(seen.grids)
         if blank:
-            pixels = torch.cat([visual.pixels_FCHW, self.adapter.blank_frame().to(visual.pixels_FCHW)])
-            seen = replace(visual, pixels_FCHW=pixels, frames_per_video=(1,))
-            grids = [self.adapter.grid(1)]
             budgets = [[Budget(grids[0].num_groups, 1.0, True)] for _ in self.pruner.stages]
             names = Names([""], [None], None)
         report = self._report(grids, [torch.arange(0)] * len(grids))
@@ -236,7 +240,7 @@ class Pruning:
         with collector.capture():
             tower = self._tower(seen, now)
         if tower.lengths_F is not None:
-            frames = tower.lengths_F[seen.num_tiles :].split(list(seen.frames_per_video))
+            frames = tower.lengths_F[seen.num_tiles :].split([grid.t for grid in grids])
             report.kept_patches = [part.tolist() for part in frames]
         connected = self.adapter.connect(tower, seen, now.cells)
         whole = connected.videos
@@ -268,14 +272,15 @@ class Pruning:
         if self._llm:
             now.fields = collect(frozenset().union(*(stage.signals for stage in self._llm)) & FROM_FRAMES)
         report.signals = {**collector.sources, **self._llm_signals()}
+        mask_BL = kwargs.get("attention_mask")
         shown = replace(connected, videos=tuple(features[:num_videos]))
-        placed = self.adapter.merge(kwargs, shown, visual, now.cells[:num_videos])
+        placed = self.adapter.merge(kwargs, shown, replace(seen, grids=seen.grids[:num_videos]), now.cells[:num_videos])
         if blank:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * features[0].sum()
         if expand > 1:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(expand, 0)
             placed = placed.repeat(expand, num_videos)
-        self._prompt.expect(placed)
+        self._prompt.expect(placed, mask_BL)
         report.grids, report.scores = grids[:num_videos], report.scores[:num_videos]
         self._pass, self.last = now, report
         self._show_index()
@@ -329,34 +334,34 @@ class Pruning:
         return {signal: LLM_SOURCES[signal] for signal in sorted(asked)}
 
     def _tower(self, visual: Visual, now: Pass) -> TowerOutput:
-        adapter = self.adapter
-        x_FND = adapter.embed_patches(visual.pixels_FCHW)
+        adapter, given = self.adapter, self.adapter.embed(visual)
         if not self._vit:
-            return run_tower(x_FND, adapter.blocks(), adapter.taps())
+            return run_tower(given, adapter.blocks(), adapter.taps())
         [stage] = self._vit
-        group_PW = adapter.groups()
-        num_patches = x_FND.shape[1]
+        sizes = [visual.num_tile_patches, *visual.patches_per_video]
+        groups = [adapter.groups(visual, video)[0] for video in range(len(now.grids))]
 
-        def decide(x_FND: Tensor) -> Drop | None:
-            frames = x_FND[visual.num_tiles :].split(list(visual.frames_per_video))
+        def decide(x_SD: Tensor) -> Drop | None:
             videos = [
                 VideoTokens(
-                    x_ND=part.flatten(0, 1),
+                    x_ND=part,
                     grid=grid,
                     cell_G=torch.arange(grid.num_groups, device=part.device),
-                    group_GW=windows(group_PW, grid.t, num_patches),
+                    group_GW=group_GW,
                     timestamps_T=time,
                     uid=uid,
                 )
-                for part, grid, time, uid in zip(frames, now.grids, now.times, now.uids, strict=True)
+                for part, grid, group_GW, time, uid in zip(
+                    x_SD.split(sizes)[1:], now.grids, groups, now.times, now.uids, strict=True
+                )
             ]
             row = ask(stage, videos, now.budgets[0])
             now.note(row)
             if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, now.grids, strict=True)):
                 return None
-            return to_drop(row, videos, visual.num_tiles * num_patches)
+            return to_drop(row, videos, sizes[0])
 
-        return run_tower(x_FND, adapter.blocks(), adapter.taps(), stage.site, decide)
+        return run_tower(given, adapter.blocks(), adapter.taps(), stage.site, decide)
 
     def _plan(self, grids: list[Grid]) -> list[list[Budget]]:
         sites = [stage.site for stage in self.pruner.stages]

@@ -5,7 +5,7 @@ layer leaves its fast kernel, and only the wanted signals are computed, once per
 head and the text tower that VLM checkpoints lack come from a SigLIP checkpoint where one is given; `Collector.sources`
 names what each signal was made from.
 
-Shape suffixes: F = frames of all videos, N = patches of a frame, P = groups of a frame, H = heads, E = head width,
+Shape suffixes: F = frames, N = patches of a frame, P = groups of a frame, H = heads, E = head width,
 D = tower width, C = width of a frame feature, G = groups of a video, T = frames of a video, Q = questions.
 """
 
@@ -154,7 +154,7 @@ class Collector:
         self._wanted = wanted
         self._siglip = siglip
         self._qk: tuple[Tensor, Tensor] | None = None
-        self._pooled: tuple[Tensor, Tensor] | None = None
+        self._pooled: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[Signal, list[Tensor | None]] = {}
 
     @contextmanager
@@ -199,16 +199,14 @@ class Collector:
         if not grids:
             return []
         counts = [grid.t for grid in grids]
-        with torch.autocast(visual.pixels_FCHW.device.type, enabled=False):
+        with torch.autocast(visual.pixels.device.type, enabled=False):
             for signal in sorted(signals - self._made.keys()):
                 if signal == "text":
-                    self._made[signal] = self._text(questions, len(grids), visual.pixels_FCHW.device)
+                    self._made[signal] = self._text(questions, len(grids), visual.pixels.device)
                 elif signal == "frame":
                     self._made[signal] = self._frame(tower, visual, features, counts)
                 else:
-                    pooled_FPC = self._adapter.pool_groups(self._patches(signal, tower, visual))
-                    parts = [part.flatten(0, 1) for part in pooled_FPC.split(counts)]
-                    self._made[signal] = [part if signal == "keys" else part.squeeze(1) for part in parts]
+                    self._made[signal] = [self._groups(signal, tower, visual, video) for video in range(len(grids))]
         return [{_FIELDS[signal]: self._made[signal][video] for signal in signals} for video in range(len(grids))]
 
     def _text(self, questions: Sequence[str] | None, num_videos: int, device: torch.device) -> list[Tensor | None]:
@@ -228,42 +226,55 @@ class Collector:
         """(T, C) of each video."""
         if self._siglip is not None:
             self.sources["frame"] = f"pooling head of {self._siglip.name}"
-            return [*self._pool(self._siglip, tower, visual)[0].split(counts)]
+            return [self._pool(self._siglip, tower, visual, video)[0] for video in range(len(counts))]
         self.sources["frame"] = "mean of each frame's projected tokens (no pooling head loaded)"
         return [x.float().unflatten(0, (t, -1)).mean(1) for x, t in zip(features, counts, strict=True)]
 
-    def _patches(self, signal: Signal, tower: TowerOutput, visual: Visual) -> Tensor:
-        """(F, N, C) of attn, probe or keys."""
+    def _groups(self, signal: Signal, tower: TowerOutput, visual: Visual, video: int) -> Tensor:
+        """(G,) of attn or probe, (G, E) of keys."""
+        rows_GW, weight_GW = self._adapter.groups(visual, video)
+
+        def pool(value_TNx: Tensor) -> Tensor:
+            value_Nx = value_TNx.flatten(0, 1)
+            weights = weight_GW.to(value_Nx.dtype).view(*weight_GW.shape, *[1] * (value_Nx.dim() - 1))
+            return (value_Nx[rows_GW.clamp_min(0)] * weights).sum(1)
+
         if signal == "probe" and self._siglip is not None:
             self.sources[signal] = f"attention of the pooling head of {self._siglip.name}, mean over heads"
-            return self._pool(self._siglip, tower, visual)[1][..., None]
-        q_FNHE, k_FNHE = self._frames_of_qk(visual)
+            return pool(self._pool(self._siglip, tower, visual, video)[1])
+        q_TNHE, k_TNHE = self._qk_of(visual, video)
         if signal == "keys":
             self.sources[signal] = "keys of the last tower block, mean over heads"
-            return k_FNHE.float().mean(2)
+            return pool(k_TNHE.float().mean(2))
         if signal == "attn":
             self.sources[signal] = "attention of the last tower block, mean over heads and queries"
-            return received_attention(q_FNHE, k_FNHE)[..., None]
+            return pool(received_attention(q_TNHE, k_TNHE))
         self.sources[signal] = "mean query of each frame on its keys, last tower block (no pooling head loaded)"
-        return mean_query_attention(q_FNHE, k_FNHE)[..., None]
+        if self._adapter.pools_keys:
+            k_TPHE = pool(k_TNHE.float()).unflatten(0, (len(k_TNHE), -1))
+            return mean_query_attention(q_TNHE, k_TPHE).flatten()
+        return pool(mean_query_attention(q_TNHE, k_TNHE))
 
-    def _pool(self, siglip: SiglipSource, tower: TowerOutput, visual: Visual) -> tuple[Tensor, Tensor]:
-        """The head's feature and attention of every frame; `probe` and `frame` share one run."""
-        if self._pooled is None:
+    def _pool(self, siglip: SiglipSource, tower: TowerOutput, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        """The head's feature and attention of every frame of a video; `probe` and `frame` share one run."""
+        if video not in self._pooled:
             taps = self._adapter.taps()
             x_SD = tower.taps[taps.index(max(taps))].detach()
-            self._pooled = siglip.pool(x_SD.unflatten(0, (len(visual.pixels_FCHW), -1))[visual.num_tiles :])
-        return self._pooled
+            self._pooled[video] = siglip.pool(_frames_of(x_SD, visual, video))
+        return self._pooled[video]
 
-    def _frames_of_qk(self, visual: Visual) -> tuple[Tensor, Tensor]:
-        """(F, N, H, E) each, also where the tower ran on one packed row."""
+    def _qk_of(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        """(T, N, H, E) each, whether the tower ran on a batch of frames or on one packed row."""
         if self._qk is None:
             raise ValueError("nothing was captured; run the tower inside `with collector.capture()`")
-        first, second = (
-            x.transpose(1, 2).flatten(0, 1).unflatten(0, (len(visual.pixels_FCHW), -1))[visual.num_tiles :]
-            for x in self._qk
-        )
-        return first, second
+        q_TNHE, k_TNHE = (_frames_of(x.transpose(1, 2).flatten(0, 1), visual, video) for x in self._qk)
+        return q_TNHE, k_TNHE
+
+
+def _frames_of(x_S: Tensor, visual: Visual, video: int) -> Tensor:
+    """(T, N, ...) rows of one video from those of the whole tower input."""
+    sizes = [visual.num_tile_patches, *visual.patches_per_video]
+    return x_S.split(sizes)[1 + video].unflatten(0, (visual.grids[video].t, -1))
 
 
 def _frames_at_once(bytes_per_frame: int) -> int:

@@ -120,13 +120,6 @@ def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> l
     return everything
 
 
-def windows(group_PW: Tensor, num_frames: int, num_patches: int) -> Tensor:
-    """(T * P, W) patch rows of a video's groups, from those of one frame; -1 stays -1."""
-    offset_T = torch.arange(num_frames, device=group_PW.device) * num_patches
-    shifted = group_PW + offset_T[:, None, None]
-    return torch.where(group_PW >= 0, shifted, -1).flatten(0, 1)
-
-
 def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches: int) -> Drop:
     """A stage's groups as a decision about patches: a patch lives as long as any kept group needs it."""
     keep, bias, gate = [], [], []

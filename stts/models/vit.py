@@ -3,14 +3,13 @@
 Deciding and dropping are two moments: the stage sees the output of block `layer`; blocks up to `drop_after` still run
 on everything, with the stage's key bias; afterwards blocks run on survivors only, at exact lengths, without padding.
 
-Shape suffixes: F = frames, N = patches of one frame, D = width, S = patches that are left, all frames together.
+Shape suffixes: F = frames, N = patches of one frame, D = width, S = patches of all frames, or those left of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,25 @@ from torch import Tensor
 from stts.packing.segments import Segments
 from stts.tokens import Site
 
-Block = Callable[[Tensor, Any], Tensor]
-"""`block(x, attention_mask) -> x` on (batch, tokens, D); the mask is None or `Segments`."""
+Block = Callable[..., Tensor]
+"""`block(x, mask, *aux) -> x`; the mask is `Segments` for x (S, D), or None for x (F, N, D) in a `batched` tower."""
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """Patches of all frames on their way into block 0, image tiles first."""
+
+    x_SD: Tensor
+    frames: tuple[int, ...]
+    """Patches of every frame; attention stays inside a frame."""
+    aux: tuple[Tensor, ...] = ()
+    """What blocks need per patch beside x (rotary tables), first axis S."""
+    windows: tuple[int, ...] = ()
+    """Patches of every attention window, in the order of the rows; a window lies inside one frame."""
+    windowed: frozenset[int] = frozenset()
+    """Blocks that attend inside windows instead of frames."""
+    batched: bool = False
+    """Blocks take frames as a batch while all of them are whole and of one size: the stock path."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +43,11 @@ class Drop:
     """A stage's decision, for the flat patch list of all frames."""
 
     keep_S: Tensor
-    """bool (F * N,)."""
+    """bool (S,)."""
     bias_S: Tensor | None = None
-    """fp32 (F * N,) key bias until the drop."""
+    """fp32 (S,) key bias until the drop."""
     gate_S: Tensor | None = None
-    """(F * N,) factor at the drop; its value is 1, its gradient reaches the scores."""
+    """(S,) factor at the drop; its value is 1, its gradient reaches the scores."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +55,62 @@ class TowerOutput:
     taps: tuple[Tensor, ...]
     """Per tapped block (S, D), survivors of all frames in order."""
     row_S: Tensor | None
-    """int64 place of each survivor in the flat (F * N) list; None: nothing was dropped."""
+    """int64 place of each survivor in the flat list of patches; None: nothing was dropped."""
     lengths_F: Tensor | None
     """int64 survivors per frame; None: nothing was dropped."""
 
 
 def run_tower(
-    x_FND: Tensor,
+    given: TowerInput,
     blocks: Sequence[Block],
     taps: Sequence[int],
     site: Site | None = None,
     decide: Callable[[Tensor], Drop | None] | None = None,
 ) -> TowerOutput:
-    """Run every block once. With `decide`, patches are dropped as `site` says; `decide` may return None (keep all).
+    """Run every block once. With `decide`, patches are dropped as `site` says; `decide` sees (S, D) and may return None
+    (keep all).
 
     One host synchronisation, at the drop (the number of survivors); none in the loop."""
-    num_frames, num_patches, _ = x_FND.shape
-    whole = Segments.from_lengths(
-        torch.full((num_frames,), num_patches, dtype=torch.int32, device=x_FND.device), num_patches
-    )
+    x, aux, device = given.x_SD, given.aux, given.x_SD.device
+    batched = given.batched and len(set(given.frames)) == 1
+    shape = (len(given.frames), given.frames[0]) if given.frames else (0, 1)
+    segments = {
+        inside: Segments.from_lengths(torch.tensor(lengths, dtype=torch.int32, device=device), max(lengths, default=0))
+        for inside, lengths in ((False, given.frames), (True, given.windows))
+    }
     drop: Drop | None = None
-    mask: Segments | None = None
+    bias_S: Tensor | None = None
     row_S = lengths_F = None
     out: dict[int, Tensor] = {}
-    x = x_FND
     if site is not None and decide is not None and site.layer == -1:
-        drop = decide(x_FND)
+        drop = decide(x)
+        bias_S = drop.bias_S if drop is not None else None
     for number, block in enumerate(blocks):
-        x = block(x, mask)
+        if batched and bias_S is None and row_S is None:
+            x = block(x.unflatten(0, shape), None, *aux).flatten(0, 1)
+        else:
+            mask = segments[number in given.windowed]
+            x = block(x, mask if bias_S is None else mask.with_bias(bias_S), *aux)
         if site is not None and number == site.layer and decide is not None:
             drop = decide(x)
-            if drop is not None and drop.bias_S is not None and site.drop_after != number:
-                x, mask = x.flatten(0, 1)[None], whole.with_bias(drop.bias_S)
+            bias_S = drop.bias_S if drop is not None and site.drop_after != number else None
         if drop is not None and site is not None and number == site.drop_after:
             if any(tap < number for tap in taps):
                 raise ValueError(f"feature blocks {tuple(taps)} must not lie before the drop after block {number}")
-            x = x.flatten(0, 1)[None] if mask is None else x
-            row_S = drop.keep_S.nonzero().squeeze(1)
-            x = x[:, row_S]
+            row_S, bias_S = drop.keep_S.nonzero().squeeze(1), None
+            x, aux = x[row_S], tuple(table[row_S] for table in aux)
             if drop.gate_S is not None:
                 x = x * drop.gate_S[row_S, None].to(x.dtype)
-            lengths_F = drop.keep_S.view(num_frames, num_patches).sum(1)
-            mask = Segments.from_lengths(lengths_F, num_patches)
+            segments = {inside: _survivors(whole, row_S, len(drop.keep_S)) for inside, whole in segments.items()}
+            lengths_F = segments[False].lengths.long()
         if number in taps:
-            out[number] = x.flatten(0, 1)
+            out[number] = x
     return TowerOutput(tuple(out[tap] for tap in taps), row_S, lengths_F)
+
+
+def _survivors(whole: Segments, row_S: Tensor, num_patches: int) -> Segments:
+    """The same segments with fewer members; empty ones stay."""
+    if not whole.num_sequences:
+        return whole
+    counts = torch.bincount(whole.ids(num_patches)[row_S], minlength=whole.num_sequences)
+    return Segments.from_lengths(counts, whole.max_seqlen)

@@ -7,12 +7,15 @@ B = batches of points, K = kept tokens, C = clusters, L = tokens that are left o
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.tokens import Grid, Kept, Signal, VideoTokens
+
+_T = TypeVar("_T")
 
 
 def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
@@ -24,16 +27,17 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
     ranking is decided by ties."""
     if x_ND.shape[0] != grid.num_groups:
         raise ValueError(f"got {x_ND.shape[0]} tokens for {grid} = {grid.num_groups}; this needs the full grid")
-    x_TSD = F.normalize(x_ND.float(), dim=-1).view(grid.t, grid.per_frame, -1)
+    x_TSD = x_ND.float().view(grid.t, grid.per_frame, -1)
+    norm_TS = torch.linalg.vector_norm(x_TSD, dim=-1).clamp_min(1e-12)
     s_TS = x_TSD.new_zeros(x_TSD.shape[:2])
-    s_TS[1:] = (x_TSD[1:] * x_TSD[:-1]).sum(-1)
+    s_TS[1:] = torch.linalg.vecdot(x_TSD[1:], x_TSD[:-1]) / (norm_TS[1:] * norm_TS[:-1])
     return s_TS.flatten()
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
 
 
-def need(value: Tensor | None, signal: Signal, video: VideoTokens) -> Tensor:
+def need(value: _T | None, signal: Signal, video: VideoTokens) -> _T:
     """The collected signal; ValueError when the caller did not collect it."""
     if value is None:
         raise ValueError(
@@ -155,6 +159,7 @@ def distances(x_BND: Tensor) -> Tensor:
     x_BND = x_BND - x_BND.mean(1, keepdim=True)
     square_BN = x_BND.square().sum(-1)
     squares_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * x_BND @ x_BND.transpose(1, 2)
+    squares_BNN = torch.maximum(squares_BNN, squares_BNN.transpose(1, 2))  # a product is not symmetric to the last bit
     squares_BNN.diagonal(dim1=1, dim2=2).zero_()
     return squares_BNN.clamp_min(0).sqrt()
 
@@ -176,9 +181,9 @@ def density_peaks(
     sorted_BNK = masked_BNN.topk(min(num_neighbours + skip, num_points), dim=-1, largest=False).values[..., skip:]
     finite_BNK = sorted_BNK.isfinite()
     near_BNK = sorted_BNK.masked_fill(~finite_BNK, 0)
-    rho_BN = torch.exp(-near_BNK.square().sum(-1) / finite_BNK.sum(-1).clamp_min(1))
-    rho_BN = rho_BN.masked_fill(~valid_BN, -1)
-    order_BN = torch.sort(rho_BN, dim=-1, descending=True, stable=True).indices
+    sparse_BN = near_BNK.square().sum(-1) / finite_BNK.sum(-1).clamp_min(1)  # ranked itself: exp(-x) may underflow
+    rho_BN = torch.exp(-sparse_BN)
+    order_BN = torch.sort(sparse_BN.masked_fill(~valid_BN, torch.inf), dim=-1, stable=True).indices
     rank_BN = torch.empty_like(order_BN).scatter_(
         -1, order_BN, torch.arange(num_points, device=order_BN.device).expand_as(order_BN)
     )

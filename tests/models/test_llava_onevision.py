@@ -287,11 +287,11 @@ def test_in_vit_pruning_equals_the_masked_dense_tower(tiny: Any, name: str) -> N
                 block_bias = block_bias.masked_fill(~needed.any(1)[:, None, None, None], 0)  # an emptied frame
             x = layer(x, block_bias)
             if number == stage.site.layer and name == "stts":
-                from stts.models.stages import windows
                 from stts.tokens import Budget, Grid, VideoTokens
 
                 grid = Grid(frames, 4, 4)
-                video = VideoTokens(x.flatten(0, 1), grid, torch.arange(64), windows(patch_PW, frames, 49))
+                rows_GW = torch.stack([torch.where(patch_PW < 0, -1, patch_PW + 49 * t) for t in range(frames)])
+                video = VideoTokens(x.flatten(0, 1), grid, torch.arange(64), rows_GW.flatten(0, 1))
                 [decided] = stage([video], [Budget(len(kept), 0.4, True)])
                 assert torch.equal(decided.index_K, kept) and decided.attention_bias_N is not None
                 block_bias = decided.attention_bias_N.view(frames, 1, 1, 49)

@@ -20,7 +20,7 @@ from stts.models.base import Visual, make_adapter
 from stts.models.signals import Collector, SiglipSource, load_siglip
 from stts.models.vit import Drop, TowerOutput, run_tower
 from stts.packing.segments import Segments
-from stts.tokens import Signal, Site
+from stts.tokens import Grid, Signal, Site
 from tests.conftest import make_inputs
 
 ROWS = ["v what colour is the circle ?", "i which colour ?", "v is there a cross ?"]
@@ -76,11 +76,12 @@ class Pass:
         original = switch_on(self.adapter.configs[0])
         try:
             with self.collector.capture():
-                x_FND = self.adapter.embed_patches(visual.pixels_FCHW)
-                self.tower: TowerOutput = run_tower(x_FND, self.adapter.blocks(), self.adapter.taps(), **tower)
+                self.tower: TowerOutput = run_tower(
+                    self.adapter.embed(visual), self.adapter.blocks(), self.adapter.taps(), **tower
+                )
         finally:
             switch_off(self.adapter.configs[0], original)
-        self.grids = [self.adapter.grid(frames) for frames in visual.frames_per_video]
+        self.grids = list(visual.grids)
         self.features: Sequence[Tensor] = ()
         if self.tower.row_S is None:
             self.features = self.adapter.connect(self.tower, visual, [None] * len(self.grids)).videos
@@ -92,7 +93,7 @@ class Pass:
 
     @property
     def frames(self) -> Tensor:
-        return self.visual.pixels_FCHW[self.visual.num_tiles :]
+        return self.visual.pixels[self.visual.num_tiles :]
 
 
 def of(row: list[dict[str, Tensor | None]], name: str) -> list[Tensor]:
@@ -224,7 +225,7 @@ def test_stages_may_ask_for_different_salience_and_each_signal_is_made_once(
     assert again[0]["salience_G"] is attn[0]
     assert set(again[0]) == {"salience_G", "keys_GD", "frame_TC"}, "only what was asked"
     assert set(now.collector.sources) == ALL
-    assert runs == ([8] if loaded else []), "probe and frame share one run of the head, on the frames alone"
+    assert runs == ([4, 4] if loaded else []), "probe and frame share one run of the head per video, on frames alone"
     handle.remove()
 
 
@@ -271,9 +272,12 @@ def test_pooling_to_groups_is_the_bilinear_resize_of_features(tiny: Any, side: i
     x_FNC = torch.randn(3, side * side, 5, generator=torch.Generator().manual_seed(0))
     image = x_FNC.transpose(1, 2).unflatten(2, (side, side))
     expected = F.interpolate(image, size=(cells, cells), mode="bilinear").flatten(2).transpose(1, 2)
-    torch.testing.assert_close(adapter.pool_groups(x_FNC), expected, atol=1e-6, rtol=0)
-    even = adapter.pool_groups(torch.full((1, side * side, 1), 1 / side**2))
-    torch.testing.assert_close(even, torch.full_like(even, 1 / side**2))  # 49 patches sum to 1, 16 cells to 16 / 49
+    blank = torch.zeros(3, 3, 14, 14)
+    visual = Visual(blank, (side * side,) * 3, 0, (Grid(3, cells, cells),), {})
+    rows_GW, weight_GW = adapter.groups(visual, 0)
+    ours = (x_FNC.flatten(0, 1)[rows_GW.clamp_min(0)] * weight_GW[..., None]).sum(1)
+    torch.testing.assert_close(ours, expected.flatten(0, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight_GW.sum(1), torch.ones(len(ours)))  # not renormalised: 49 patches, 16 cells
     assert adapter.host.patches_per_frame == side * side
 
 
@@ -281,8 +285,8 @@ def test_a_tower_that_dropped_patches_gives_text_only(tiny: Any, siglip: SiglipS
     model, processor = tiny
     inputs = make_inputs(processor, ROWS[:1])
 
-    def half(x_FND: Tensor) -> Drop:
-        return Drop(torch.arange(x_FND.shape[0] * x_FND.shape[1]) % 2 == 0)
+    def half(x_SD: Tensor) -> Drop:
+        return Drop(torch.arange(len(x_SD)) % 2 == 0)
 
     now = Pass(model, inputs, ALL, siglip, site=Site("vit", 1, 2), decide=half)
     for signal in sorted(ALL - {"text"}):
