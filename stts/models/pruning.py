@@ -60,6 +60,8 @@ class Pruning:
         self.pruner = make_pruner(pruner, self.adapter.host, **options) if isinstance(pruner, str) else pruner
         self.exact = exact
         self.last: Report | None = None
+        if siglip is not None:
+            siglip.check(self.adapter.host)
         self.siglip = siglip
         self._vit, self._pre_llm, self._llm = split_sites(self.pruner, self.adapter)
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
@@ -331,7 +333,7 @@ class Pruning:
 
     def _llm_signals(self) -> dict[str, str]:
         asked = {signal for stage in self._llm for signal in stage.signals} - FROM_FRAMES
-        return {signal: LLM_SOURCES[signal] for signal in sorted(asked)}
+        return {f"llm {signal}" if signal == "keys" else signal: LLM_SOURCES[signal] for signal in sorted(asked)}
 
     def _tower(self, visual: Visual, now: Pass) -> TowerOutput:
         adapter, given = self.adapter, self.adapter.embed(visual)

@@ -69,9 +69,17 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Sta
     vit, pre_llm, llm = ([s for s in pruner.stages if s.site.kind == kind] for kind in ("vit", "pre_llm", "llm"))
     kinds = [stage.site.kind for stage in pruner.stages]
     layers = [stage.site.layer or 0 for stage in llm]
-    if [*vit, *pre_llm, *llm] != list(pruner.stages) or len(vit) > 1 or layers != sorted(layers):
+    if [*vit, *pre_llm, *llm] != list(pruner.stages) or len(vit) > 1 or layers != sorted(set(layers)):
         raise ValueError(
-            f"stages at {kinds} are not supported; expected at most one 'vit', 'pre_llm', then 'llm' by layer"
+            f"stages at {kinds} {layers or ''} are not supported; expected at most one 'vit', 'pre_llm', then 'llm' "
+            "at increasing layers"
+        )
+    asked = {signal for stage in pre_llm for signal in stage.signals}
+    asked |= {signal for stage in llm for signal in stage.signals if signal == "frame"}
+    if vit and asked - {"text"}:
+        raise ValueError(
+            f"{sorted(asked - {'text'})} need whole frames from the tower, but {type(vit[0]).__name__} drops patches "
+            "inside it; let one of them act alone"
         )
     for stage in vit:
         if stage.signals:

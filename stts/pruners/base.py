@@ -96,21 +96,27 @@ class PerVideo:
 
     def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         check_finite(videos)
+        check_counts(videos, budgets)
         return [self.prune(video, budget) for video, budget in zip(videos, budgets, strict=True)]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 0
 
 
+def check_counts(videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> None:
+    """ValueError where a budget asks for nothing, or for more groups than a video has."""
+    for video, budget in zip(videos, budgets, strict=True):
+        if not 1 <= budget.num_kept <= video.num_groups:
+            raise ValueError(f"num_kept={budget.num_kept} is outside [1, {video.num_groups}]; see budget.plan")
+
+
 def check_finite(videos: Sequence[VideoTokens]) -> None:
     """ValueError naming the video whose features or salience hold NaN or infinity; one host synchronisation in all."""
     if not videos:
         return
-    flags = [video.x_ND.isfinite().all() for video in videos]
-    flags = [
-        flag if video.salience_G is None else flag & video.salience_G.isfinite().all()
-        for flag, video in zip(flags, videos, strict=True)
-    ]
+    given = [[x for x in (video.x_ND, video.salience_G) if x is not None] for video in videos]
+    # NaN survives a minimum, and two extremes are read faster than every element
+    flags = [torch.stack([end.float() for x in row for end in x.aminmax()]).isfinite().all() for row in given]
     bad = [
         video.uid or f"number {i}"
         for i, (video, ok) in enumerate(zip(videos, torch.stack(flags).tolist(), strict=True))

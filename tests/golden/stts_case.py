@@ -18,7 +18,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from stts.budget import from_removed, plan
 from stts.models import attention
-from stts.models.vit import Drop, run_tower
+from stts.models.vit import Drop, TowerInput, run_tower
 from stts.packing.pack import reference_rows
 from stts.pruners.scorer import WindowPooling
 from stts.pruners.stts import STTS
@@ -192,13 +192,13 @@ class Host(nn.Module):
 
         def recording(number: int, block: Callable[..., Tensor]) -> Callable[[Tensor, Any], Tensor]:
             def run(x: Tensor, mask: Any) -> Tensor:
-                seen[number] = block(x, mask)
+                seen[number] = block(x, None) if mask is None else block(x[None], mask)[0]
                 return seen[number]
 
             return run
 
-        def choose(x_SND: Tensor) -> Drop | None:
-            decided.extend(decide(self.case, stage, x_SND))
+        def choose(x_ND: Tensor) -> Drop | None:
+            decided.extend(decide(self.case, stage, x_ND.view_as(x_SND)))
             bias_SN = patch_bias(self.case, decided)
             if bias_SN is None:
                 return None
@@ -207,13 +207,14 @@ class Host(nn.Module):
 
         blocks = [recording(number, block) for number, block in enumerate(self.blocks)]
         x_SND = self.embed()
-        out = run_tower(x_SND, blocks, sorted(self.case.meta["feature_layers"]), stage.site, choose)
+        given = TowerInput(x_SND.flatten(0, 1), (x_SND.shape[1],) * len(x_SND), batched=True)
+        out = run_tower(given, blocks, sorted(self.case.meta["feature_layers"]), stage.site, choose)
         for number, x in seen.items():
             if x.shape != x_SND.shape:
-                whole = x.shape[1] == x_SND[..., 0].numel()
-                rows = torch.arange(x.shape[1]) if whole else out.row_S
+                whole = len(x) == x_SND[..., 0].numel()
+                rows = torch.arange(len(x)) if whole else out.row_S
                 assert rows is not None
-                seen[number] = torch.zeros_like(x_SND).flatten(0, 1).index_copy(0, rows, x[0]).view_as(x_SND)
+                seen[number] = torch.zeros_like(x_SND).flatten(0, 1).index_copy(0, rows, x).view_as(x_SND)
         return seen, decided
 
     def run_refilled(self, x_SND: Tensor, keep_SN: Tensor, first_block: int) -> dict[int, Tensor]:

@@ -172,7 +172,7 @@ def test_signals_are_those_of_the_stock_model(deep: Any) -> None:
             stage.seen.clear()
             with stts.pruning(model, Cuts((stage,)), retention_ratio=0.75) as pruned:
                 model(**inputs, use_cache=use_cache)
-            assert pruned.last is not None and set(pruned.last.signals) == {"last_row", "keys", "prompt"}
+            assert pruned.last is not None and set(pruned.last.signals) == {"last_row", "llm keys", "prompt"}
             length = inputs["input_ids"].shape[1]
             real = inputs["attention_mask"].bool().flatten()
             keys_ND = stock.past_key_values.layers[2].keys.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -205,7 +205,7 @@ def test_what_cannot_work_is_refused(deep: Any) -> None:
     model.eval()
     with pytest.raises(ValueError, match="lowest reachable"):
         stts.pruning(model, Cuts((Cut(3),)), retention_ratio=0.4)
-    with pytest.raises(ValueError, match="by layer"):
+    with pytest.raises(ValueError, match="increasing layers"):
         stts.pruning(model, Cuts((Cut(3), Cut(2))))
 
 
