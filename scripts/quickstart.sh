@@ -24,7 +24,7 @@ step "2/3 fine-tuning $vlm with STTS into $out/stts"
 
 step "3/3 comparing dense, learned and training-free at equal token budgets"
 "$stts" compare --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" \
-  --out "$out/compare" --pruners '[stts,random,uniform,novelty]' --retention_ratios '[0.5]' --positions original \
+  --out "$out/compare" --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' --retention_ratios '[0.5]' --positions original \
   --name 'ShapesQA, small LLaVA-OneVision'
 
 step "done. The model: $out/stts/model. The table, plot and every answer: $out/compare"

@@ -16,8 +16,8 @@ ORDER = [*LIBRARY, "train", "cli"]
 FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
 # Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
 SHARED = {
-    "pruners": {"base", "ops", "scorer", "simple", "temporal"},  # naive/ needs no more than base
-    "models": {"base", "vit", "attention", "prompt", "positions"},
+    "pruners": {"base", "ops", "scorer", "simple", "st_rope", "temporal"},
+    "models": {"base", "vit", "attention", "llm", "prompt", "qwen_vision", "report", "signals", "stages"},
 }
 DOORS = {"pruners": {"__init__", "registry", "chain"}, "models": {"__init__", "load", "pruning", "small"}}
 

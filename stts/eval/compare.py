@@ -6,9 +6,10 @@ the pruner differs. Batches are noted as they finish; a killed run goes on behin
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,9 @@ from stts.eval.runner import Runner, environment, make_baseline, make_runners
 from stts.eval.store import Store, file_stamps
 from stts.eval.table import ComparisonResult, Record, render_text
 from stts.metrics.accuracy import grade
+from stts.models.base import host_info
 from stts.models.load import load_vlm
+from stts.models.signals import load_siglip
 from stts.pruners.registry import PRUNERS
 
 Positions = Literal["original", "compact"]
@@ -40,10 +43,19 @@ class CompareConfig:
     """JSONL of questions on videos, each with a short answer."""
     out: Path
     """Folder for comparison.json, .csv, .md and .png."""
-    pruners: tuple[str, ...] = ("stts", "random", "uniform", "novelty")
+    pruners: tuple[str, ...] = (
+        "stts", "random", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv"
+    )  # fmt: skip
     """Names (see `stts pruners`) or module:Class. Dense is always run, so `none` adds nothing."""
+    pruner_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by pruner, such as {tango: {compat: official}, fastvid: {variant: lv}}."""
     retention_ratios: tuple[float, ...] = (0.5, 0.25, 0.1)
-    """Fractions of visual tokens kept, each in (0, 1]."""
+    """Fractions of visual tokens kept, each in (0, 1]; a mean over the LLM's layers."""
+    exact: bool = True
+    """Every method keeps exactly the planned count; false: each release's own count, which is measured."""
+    siglip: str | Path | None = None
+    """Folder or hub id of a SigLIP checkpoint whose pooling head and text tower make the signals that the model itself
+    lacks; None: fallbacks, named under the table."""
     baseline_model: str | Path | None = None
     """The same model before fine-tuning, for a dense row that shows what fine-tuning itself changed."""
     num_frames: int = 16
@@ -76,6 +88,9 @@ class CompareConfig:
         for name in self.pruners:
             if name not in PRUNERS and ":" not in name:
                 raise ValueError(f"--pruners: {name!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class")
+        unknown = sorted(set(self.pruner_options) - (set(self.pruners) - {"none"}))
+        if unknown:
+            raise ValueError(f"--pruner_options: {unknown} are not among --pruners {list(self.pruners)}")
         for ratio in self.retention_ratios:
             try:
                 check_ratio(ratio)
@@ -88,7 +103,7 @@ class CompareConfig:
         for flag, allowed in (("on_error", get_args(OnError)), ("positions", (None, *get_args(Positions)))):
             if getattr(self, flag) not in allowed:
                 raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
-        for flag in ("model", "baseline_model"):
+        for flag in ("model", "baseline_model", "siglip"):
             path = getattr(self, flag)
             hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
             if path is not None and not Path(path).is_dir() and not hub_id:
@@ -110,7 +125,7 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
     settings = {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
     identity = {name: value for name, value in settings.items() if name not in ("out", "overwrite", "name")}
     identity["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"  # times never mix
-    identity["files"] = file_stamps(config.model, config.baseline_model, config.data)
+    identity["files"] = file_stamps(config.model, config.baseline_model, config.siglip, config.data)
     store = Store(Path(config.out), identity, overwrite=config.overwrite)
     if store.finished is not None:
         return store.finished
@@ -121,17 +136,24 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
         _check(sample)
     model, processor = load_vlm(config.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    siglip = None if config.siglip is None else load_siglip(config.siglip)
+    if siglip is not None:
+        siglip.check(host_info(model))
     runners = make_runners(
         model,
         config.model,
         pruners=config.pruners,
         retention_ratios=config.retention_ratios,
+        exact=config.exact,
         positions=config.positions,
+        options=config.pruner_options,
+        siglip=siglip,
         seed=config.seed,
     )
     if config.baseline_model is not None:
         runners.insert(0, make_baseline(config.baseline_model, model, processor))
     active = [runner for runner in runners if runner.pruning is not None]
+    failed: dict[str, str] = {key: reason for note in store.batches for key, reason in note["failed"].items()}
     collate = Collator(processor, training=False)
     warm = False
     first = len(store.batches) * config.batch_size
@@ -150,9 +172,11 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
             skipped = [asdict(item) for item in items if isinstance(item, Skipped)]
             bar.update(len(skipped) * len(active))
             batch = collate(items)
-            note: dict[str, Any] = {"records": [], "ms": {}, "skipped": skipped}
+            note: dict[str, Any] = {"records": [], "ms": {}, "signals": {}, "failed": {}, "skipped": skipped}
             if batch is not None:
-                note |= _answer(batch.to(model.device), active, processor, config, bar)
+                running = [runner for runner in active if runner.cell.key not in failed]
+                note |= _answer(batch.to(model.device), running, processor, config, bar)
+                failed |= note["failed"]
                 if not warm or len(batch.uids) < config.batch_size:
                     note["ms"] = {}  # the first pass warms caches, a short batch costs more per sample: not comparable
                 warm = True
@@ -161,13 +185,15 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
     result = ComparisonResult(
         config={**settings, "name": config.title},
         environment=environment(model),
-        cells=tuple(runner.cell for runner in runners),
+        cells=tuple(replace(runner.cell, reason=failed.get(runner.cell.key, runner.cell.reason)) for runner in runners),
         records=tuple(Record.from_json(row) for note in store.batches for row in note["records"]),
         skipped=tuple(item for note in store.batches for item in note["skipped"]),
         batch_ms={
             runner.cell.key: tuple(note["ms"][runner.cell.key] for note in store.batches if note["ms"])
             for runner in active
+            if runner.cell.key not in failed
         },
+        signals={key: made for note in store.batches for key, made in note["signals"].items() if made},
     )
     if not result.records:
         raise ValueError(f"none of the {len(samples)} videos of {config.data} can be read; first: {result.skipped[0]}")
@@ -178,13 +204,25 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
 def _answer(
     batch: Batch, runners: Sequence[Runner], processor: ProcessorMixin, config: CompareConfig, bar: Any
 ) -> dict[str, Any]:
-    """Records (as JSON) and milliseconds per sample of one batch, every method in turn."""
+    """Records (as JSON), milliseconds per sample and signals of one batch, every method in turn.
+
+    A pruner that refuses a video is noted under "failed"; the others go on."""
     found: dict[str, list[dict[str, Any]]] = {}
     ms: dict[str, float] = {}
+    signals: dict[str, Mapping[str, str]] = {}
+    failed: dict[str, str] = {}
     for runner in runners:
-        outcomes, elapsed_ms = runner.answer(batch, processor, config.max_new_tokens)
-        found[runner.cell.key] = [asdict(outcome) for outcome in outcomes]
-        ms[runner.cell.key] = elapsed_ms / len(batch.uids)
+        key = runner.cell.key
+        try:
+            answered = runner.answer(batch, processor, config.max_new_tokens)
+        except ValueError as error:
+            if runner.cell.kind == "unpruned":
+                raise
+            failed[key] = f"stopped at sample {batch.uids[0]!r} or one beside it: {' '.join(str(error).split())}"
+        else:
+            found[key] = [asdict(outcome) for outcome in answered.outcomes]
+            ms[key] = answered.elapsed_ms / len(batch.uids)
+            signals[key] = answered.signals
         bar.update(len(batch.uids))
     base = Path(config.data).parent.resolve()
     records = [
@@ -197,12 +235,12 @@ def _answer(
         }
         for row, (sample, answer) in enumerate(zip(batch.samples, batch.answers, strict=True))
     ]
-    return {"records": records, "ms": ms}
+    return {"records": records, "ms": ms, "signals": signals, "failed": failed}
 
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return json.loads(json.dumps(value, default=str))
 
 
 def _check(sample: Sample) -> None:

@@ -1,58 +1,102 @@
-"""Accuracy over what was kept, and over what it cost: one curve per method, dense as a dashed line and band."""
+"""Accuracy over what was kept, and over what it cost: one curve per method, dense as a dashed line and band.
+
+Colours say where a method drops tokens, markers which method it is. Error bars fade as methods multiply, and stand in
+the left panel only: the accuracies on the right are the same.
+"""
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
+from stts.eval.table import BEFORE, DENSE, ComparisonResult, Kind, Row
 
-# Okabe and Ito's colours: told apart with any colour vision; markers differ too.
-_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+# Within a kind colours run along a part of one map.
+_MAPS: dict[Kind, tuple[str, float, float]] = {
+    "learned": ("Reds", 0.75, 0.5),
+    "in the ViT": ("YlOrBr", 0.45, 0.75),
+    "before the LLM": ("viridis", 0.25, 0.8),
+    "inside the LLM": ("RdPu", 0.55, 0.95),
+}
+_LINES: dict[Kind, str] = {"learned": "-", "in the ViT": "--", "before the LLM": "-", "inside the LLM": "-."}
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
 _GREY = "#555555"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one method is drawn."""
+
+    points: tuple[Row, ...]
+    """Of one method, increasing in the ratio."""
+    colour: tuple[float, float, float, float]
+    line: str
+    marker: str
 
 
 def draw(result: ComparisonResult) -> bytes:
     """The figure as PNG bytes. Error bars are 95 % intervals."""
-    figure = Figure(figsize=(10, 4.8), dpi=160, layout="constrained")
+    rows = [row for row in result.rows if row.accuracy is not None]
+    drawn = curves(rows)
+    figure = Figure(figsize=(12.5, 5.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    rows = [row for row in result.rows if row.accuracy is not None]
-    pruned = [row for row in rows if row.method not in (DENSE, BEFORE)]
-    methods = list(dict.fromkeys(row.method for row in pruned))
     for axes in (left, right):
         _references(axes, rows)
-    ratios = sorted({row.retention_configured for row in pruned})
-    for number, method in enumerate(methods):
-        points = sorted((row for row in pruned if row.method == method), key=lambda row: row.retention_configured)
-        # Error bars of methods at one budget would cover each other: each is moved a little to the side.
-        place = number - (len(methods) - 1) / 2
-        _curve(left, [row.retention_configured * 1.022**place for row in points], points, number)
-        _curve(right, [100 * (row.flops_share or 0) + 0.3 * place for row in points], points, number)
-    _axis_of_ratios(left, ratios)
+    ratios = sorted({row.retention_configured for row in rows if row.kind != "unpruned"})
+    # Error bars of methods at one budget would cover each other: each is moved a little to the side, all of them
+    # together over less than half of the way to the next budget.
+    gap = min((math.log(b / a) for a, b in pairwise(ratios)), default=math.inf)
+    spread = min(0.25 * gap, 0.011 * len(drawn))
+    fade = min(1.0, 5 / max(1, len(drawn)))
+    for curve, offset in zip(drawn, np.linspace(-spread, spread, max(2, len(drawn))), strict=False):
+        kept = [(row.retention_measured or 0) * math.exp(offset) for row in curve.points]
+        _bars(left, kept, curve, fade)
+        _line(left, kept, curve)
+        _line(right, [100 * (row.flops_share or 0) for row in curve.points], curve)
+    _axis_of_ratios(left, ratios, [row.retention_measured or 0 for curve in drawn for row in curve.points])
     left.set_ylabel("accuracy (%)")
     right.set_xlabel("FLOPs of ViT, pruner, connector and LLM (% of dense)")
     for axes in (left, right):
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    _legend(figure, left, drawn)
     first = next(row for row in rows if row.method == DENSE)
     title = f"{result.config['name']}: {first.num_samples} questions on {first.num_videos} videos"
-    figure.suptitle(f"{title}; bars and band are 95 % intervals", fontsize=12)
+    figure.suptitle(f"{title}; bars (left) and band are 95 % intervals", fontsize=12)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
 
 
+def curves(rows: Sequence[Row]) -> list[Curve]:
+    """How each method that was run is drawn: by kind, then in the order of the table."""
+    run = [row for row in rows if row.accuracy is not None]
+    found = []
+    for kind, (name, low, high) in _MAPS.items():
+        methods = list(dict.fromkeys(row.method for row in run if row.kind == kind))
+        for number, method in enumerate(methods):
+            colour = colormaps[name](low + (high - low) * number / max(1, len(methods) - 1))
+            points = sorted((row for row in run if row.method == method), key=lambda row: row.retention_configured)
+            found.append(Curve(tuple(points), colour, _LINES[kind], _MARKERS[number % len(_MARKERS)]))
+    return found
+
+
 def _references(axes: Axes, rows: list[Row]) -> None:
     for row in rows:
-        if row.method not in (DENSE, BEFORE) or row.accuracy is None:
+        if row.kind != "unpruned" or row.accuracy is None:
             continue
         style = "--" if row.method == DENSE else ":"
         axes.axhline(100 * row.accuracy, color=_GREY, linestyle=style, linewidth=1.4, label=row.method, zorder=1)
@@ -60,26 +104,42 @@ def _references(axes: Axes, rows: list[Row]) -> None:
             axes.axhspan(100 * (row.accuracy_low or 0), 100 * (row.accuracy_high or 0), color=_GREY, alpha=0.12, lw=0)
 
 
-def _curve(axes: Axes, x: list[float], points: list[Row], number: int) -> None:
-    turn, place = divmod(number, len(_STYLES))
-    colour, marker = _STYLES[place][0], _STYLES[(place + turn) % len(_STYLES)][1]
-    line = ("-", "--", "-.")[turn % 3]
-    y = [100 * (row.accuracy or 0) for row in points]
-    below = [100 * ((row.accuracy or 0) - (row.accuracy_low or 0)) for row in points]
-    above = [100 * ((row.accuracy_high or 0) - (row.accuracy or 0)) for row in points]
-    axes.errorbar(
-        x, y, yerr=(below, above), label=points[0].method, color=colour, marker=marker, linestyle=line, markersize=6,
-        linewidth=1.8,
-        elinewidth=1, capsize=2.5, zorder=3,
+def _bars(axes: Axes, x: list[float], curve: Curve, fade: float) -> None:
+    low, middle, high = (
+        np.array([100 * (value or 0) for value in values])
+        for values in zip(*((r.accuracy_low, r.accuracy, r.accuracy_high) for r in curve.points), strict=True)
+    )
+    colour = (*curve.colour[:3], fade)
+    axes.errorbar(x, middle, (middle - low, high - middle), fmt="none", ecolor=colour, elinewidth=1, zorder=2)
+
+
+def _line(axes: Axes, x: list[float], curve: Curve) -> None:
+    axes.plot(
+        x, [100 * (row.accuracy or 0) for row in curve.points], label=curve.points[0].method, color=curve.colour,
+        marker=curve.marker, linestyle=curve.line, markersize=7, markeredgecolor="white", markeredgewidth=0.6,
+        linewidth=1.6, zorder=3,
     )  # fmt: skip
 
 
-def _axis_of_ratios(axes: Axes, ratios: list[float]) -> None:
-    axes.set_xlabel("visual tokens kept (%, log scale)")
+def _legend(figure: Figure, axes: Axes, drawn: list[Curve]) -> None:
+    """To the right, under a heading per kind."""
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    handles = [line for method, line in lines.items() if method in (DENSE, BEFORE)]
+    labels = [method for method in lines if method in (DENSE, BEFORE)]
+    for kind in _MAPS:
+        methods = [curve.points[0].method for curve in drawn if curve.points[0].kind == kind]
+        if methods:
+            handles += [Line2D([], [], linestyle="none"), *(lines[method] for method in methods)]
+            labels += [f"$\\bf{{{kind.replace(' ', '~')}}}$", *methods]
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9, handlelength=3)
+
+
+def _axis_of_ratios(axes: Axes, ratios: list[float], measured: list[float]) -> None:
+    axes.set_xlabel("visual tokens kept (%, log scale; methods at one budget side by side)")
     if not ratios:
         return
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ratios))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    axes.set_xlim(ratios[0] / 1.25, ratios[-1] * 1.25)
+    axes.set_xlim(min(*ratios, *measured) / 1.25, max(*ratios, *measured) * 1.25)

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 import stts
 from stts.data.collate import Batch
-from stts.eval.table import BEFORE, DENSE, Cell, Outcome
-from stts.metrics.accuracy import grade
-from stts.metrics.cost import VideoCost, VlmShape, video_cost
+from stts.data.datasets import Sample
+from stts.eval.table import BEFORE, DENSE, Cell, Kind, Outcome
+from stts.metrics.accuracy import grade, normalise
+from stts.metrics.cost import VideoCost, VlmShape, tokens_per_layer, video_cost
 from stts.models.base import host_info
-from stts.models.load import load_pruner, load_vlm
-from stts.models.pruning import Pruning, Report
+from stts.models.load import load_pruner, load_vlm, pruner_settings
+from stts.models.pruning import Pruning
+from stts.models.report import Report
+from stts.models.signals import SiglipSource
 from stts.pruners.base import HostInfo, Positions, Pruner
 
 _SEEDED = ("random", "random-vit")
+_OPTION = re.compile(r"\(?[A-Z][).:]\s")
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A pruner whose name alone would mislead, such as our reconstruction of a method without public code."""
+
+    @property
+    def label(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one method made of one batch."""
+
+    outcomes: list[Outcome]
+    """One per row of the batch."""
+    elapsed_ms: float
+    """Of `generate`."""
+    signals: Mapping[str, str]
+    """Signal -> what it was made from."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +59,13 @@ class Runner:
     cell: Cell
     pruning: Pruning | None
 
-    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> tuple[list[Outcome], float]:
-        """One outcome per row of `batch` (each row shows one video), and the milliseconds that `generate` took."""
+    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
+        """Greedy answers to `batch`, each row of which shows one video."""
         assert self.pruning is not None
         model = self.pruning.model
         with self.pruning, torch.inference_mode():
-            self.pruning.describe(batch.video_uids, batch.timestamps_s)
+            questions = [question_of(sample) for sample in batch.samples]
+            self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
             begin = _now(model.device)
             ids_BL = model.generate(
                 **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
@@ -54,11 +81,30 @@ class Runner:
         for row, (text, answer, sample) in enumerate(zip(texts, batch.answers, batch.samples, strict=True)):
             graded = grade(text, answer, sample.meta.get("options") or ())
             grid = report.grids[row]
-            cost = _cost(shape, host, self.pruning.pruner, report, row)
             outcomes.append(
-                Outcome(text, graded.parsed, graded.correct, grid.t, grid.num_groups, report.num_kept[row], cost)
+                Outcome(
+                    prediction=text,
+                    parsed=graded.parsed,
+                    correct=graded.correct,
+                    num_frames=grid.t,
+                    num_groups=grid.num_groups,
+                    num_kept=report.llm_counts[row][0],
+                    retention=report.retention_per_video[row],
+                    cost=_cost(shape, host, self.pruning.pruner, report, row),
+                )
             )
-        return outcomes, elapsed_ms
+        return Answered(outcomes, elapsed_ms, report.signals)
+
+
+def question_of(sample: Sample) -> str:
+    """The last question of the user, without media markers, and without the answer options and what follows them.
+
+    A line is an option when it is one of the row's `options`, or begins with a letter as in "A. red" or "(B) blue"."""
+    text = next((message.text for message in reversed(sample.messages) if message.role == "user"), "")
+    lines = text.replace("<video>", "").replace("<image>", "").strip().splitlines()
+    options = [normalise(option) for option in sample.meta.get("options") or ()]
+    first = next((n for n, line in enumerate(lines) if n and (_OPTION.match(line) or normalise(line) in options)), None)
+    return "\n".join(lines[:first]).strip()
 
 
 def make_runners(
@@ -67,25 +113,44 @@ def make_runners(
     *,
     pruners: Sequence[str],
     retention_ratios: Sequence[float],
+    exact: bool,
     positions: Positions | None,
+    options: Mapping[str, Mapping[str, Any]],
+    siglip: SiglipSource | None,
     seed: int,
 ) -> list[Runner]:
-    """Dense, then every ratio with every pruner; learned weights come from the folder `path`.
+    """Dense, then every ratio with every pruner; learned weights and their options come from the folder `path`.
+
+    `options` are set by pruner name, on top of those.
 
     ValueError for an unknown pruner and a learned one without weights. A cell that this model cannot run (a ratio no
     video reaches, a site it lacks) is kept, with the reason."""
     runners = [Runner(Cell(DENSE), Pruning(model, "none"))]
-    names = [name for name in pruners if name != "none"]
-    made = {name: load_pruner(path, model, name, {"seed": seed} if name in _SEEDED else None) for name in names}
+    made = {name: _load(path, model, name, seed, options.get(name, {})) for name in pruners if name != "none"}
     for ratio in retention_ratios:
         for name, pruner in made.items():
+            reason, pruning = None, None
             try:
-                pruning = Pruning(model, pruner, retention_ratio=ratio, exact=True, positions=positions)
+                pruning = Pruning(model, pruner, retention_ratio=ratio, exact=exact, positions=positions, siglip=siglip)
             except ValueError as error:
-                runners.append(Runner(Cell(name, ratio, str(error)), None))
-            else:
-                runners.append(Runner(Cell(name, ratio), pruning))
+                reason = str(error)
+            labels = sorted({part.label for part in (pruner, *pruner.stages) if isinstance(part, Labelled)})
+            runners.append(Runner(Cell(name, ratio, reason, kind_of(pruner), ", ".join(labels)), pruning))
     return runners
+
+
+def _load(path: str | Path, model: PreTrainedModel, name: str, seed: int, options: Mapping[str, Any]) -> Pruner:
+    saved = pruner_settings(path)
+    trained = saved["options"] if saved and saved["pruner"] == name else {}
+    return load_pruner(path, model, name, {**trained, **({"seed": seed} if name in _SEEDED else {}), **options})
+
+
+def kind_of(pruner: Pruner) -> Kind:
+    """How the table and the figure group this method."""
+    if any(isinstance(stage, nn.Module) for stage in pruner.stages):
+        return "learned"
+    kinds = {stage.site.kind for stage in pruner.stages}
+    return "inside the LLM" if "llm" in kinds else "before the LLM" if "pre_llm" in kinds else "in the ViT"
 
 
 def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorMixin) -> Runner:
@@ -102,15 +167,18 @@ def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorM
 
 def _cost(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
     grid = report.grids[video]
-    own, drop_after = 0, None
+    own, drop_after, present = 0, None, grid.num_groups
     for stage, kept in zip(pruner.stages, report.stage_kept, strict=False):  # empty where nothing was to be pruned
         inside = stage.site.kind == "vit"
-        own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
+        if kept[video] < present:  # else the stage is skipped: it costs nothing to keep everything
+            own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
+        present = kept[video]
         drop_after = stage.site.drop_after if inside else drop_after
+    entry, *after = report.llm_counts[video]
     return video_cost(
         shape,
         num_frames=grid.t,
-        num_kept=report.num_kept[video],
+        llm_tokens=tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers),
         kept_patches=report.kept_patches[video] if report.kept_patches else None,
         drop_after=drop_after,
         pruner_flops=own,

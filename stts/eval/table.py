@@ -8,13 +8,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Self
+from itertools import groupby
+from typing import Any, Literal, Self
+
+import numpy as np
 
 from stts.metrics.accuracy import accuracy, paired_difference
 from stts.metrics.cost import VideoCost
 
 DENSE = "dense"
 BEFORE = "dense (before fine-tuning)"
+Kind = Literal["unpruned", "learned", "in the ViT", "before the LLM", "inside the LLM"]
+"""Where a method drops tokens, the deepest place if there are several; "learned" wherever it is."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,13 @@ class Cell:
     retention_configured: float = 1.0
     reason: str | None = None
     """Why it could not be run; None: it was."""
+    kind: Kind = "unpruned"
+    label: str = ""
+    """What a reader must know wherever the name stands ("our reconstruction")."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} ({self.label})" if self.label else self.method
 
     @property
     def key(self) -> str:
@@ -42,6 +54,9 @@ class Outcome:
     num_groups: int
     """Visual tokens of the video before pruning."""
     num_kept: int
+    """Visual tokens that the first layer of the LLM sees."""
+    retention: float
+    """Equivalent retention: visual tokens present, meaned over the layers of the LLM, / num_groups."""
     cost: VideoCost
 
 
@@ -68,10 +83,18 @@ class Row:
     """A line of the table. FLOPs are means per video; intervals are 95 %; everything is None where `reason` is not."""
 
     method: str
+    """With its label."""
+    kind: Kind
     retention_configured: float
     reason: str | None = None
     retention_measured: float | None = None
+    """Equivalent retention, mean over samples."""
+    retention_p5: float | None = None
+    retention_p95: float | None = None
+    retention_at_entry: float | None = None
+    """Share of visual tokens that the first layer of the LLM sees: more than measured where a method cuts inside."""
     kept_per_frame: float | None = None
+    """Equivalent tokens."""
     num_samples: int | None = None
     num_videos: int | None = None
     num_unparsed: int | None = None
@@ -93,6 +116,8 @@ class Row:
     ms_per_sample: float | None = None
     """Median over timed batches; None when there was none."""
     num_timed_batches: int = 0
+    signals: Mapping[str, str] = field(default_factory=dict)
+    """Signal the method asked for -> what it was made from."""
     families: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -106,10 +131,15 @@ class ComparisonResult:
     """`uid` and `reason` of every sample whose video could not be read."""
     batch_ms: Mapping[str, tuple[float, ...]]
     """By `Cell.key`: milliseconds per sample of every timed batch."""
+    signals: Mapping[str, Mapping[str, str]]
+    """By `Cell.key`: see `Row`."""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        return tuple(_row(cell, self.records, self.batch_ms.get(cell.key, ())) for cell in self.cells)
+        return tuple(
+            _row(cell, self.records, self.batch_ms.get(cell.key, ()), self.signals.get(cell.key, {}))
+            for cell in self.cells
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
@@ -123,12 +153,13 @@ class ComparisonResult:
             records=tuple(Record.from_json(row) for row in made["records"]),
             skipped=tuple(made["skipped"]),
             batch_ms={key: tuple(values) for key, values in made["batch_ms"].items()},
+            signals=made["signals"],
         )
 
 
-def _row(cell: Cell, records: Sequence[Record], batch_ms: Sequence[float]) -> Row:
+def _row(cell: Cell, records: Sequence[Record], batch_ms: Sequence[float], signals: Mapping[str, str]) -> Row:
     if cell.reason is not None:
-        return Row(cell.method, cell.retention_configured, cell.reason)
+        return Row(cell.title, cell.kind, cell.retention_configured, cell.reason)
     outcomes = [record.outcomes[cell.key] for record in records]
     dense = [record.outcomes[DENSE] for record in records]
     videos = [record.video for record in records]
@@ -142,11 +173,16 @@ def _row(cell: Cell, records: Sequence[Record], batch_ms: Sequence[float]) -> Ro
         return sum(values) / len(values)
 
     total = mean([outcome.cost.total for outcome in outcomes])
+    low, high = np.percentile([outcome.retention for outcome in outcomes], [5, 95]).tolist()
     return Row(
-        method=cell.method,
+        method=cell.title,
+        kind=cell.kind,
         retention_configured=cell.retention_configured,
-        retention_measured=mean([outcome.num_kept / outcome.num_groups for outcome in outcomes]),
-        kept_per_frame=mean([outcome.num_kept / outcome.num_frames for outcome in outcomes]),
+        retention_measured=mean([outcome.retention for outcome in outcomes]),
+        retention_p5=low,
+        retention_p95=high,
+        retention_at_entry=mean([outcome.num_kept / outcome.num_groups for outcome in outcomes]),
+        kept_per_frame=mean([outcome.retention * outcome.num_groups / outcome.num_frames for outcome in outcomes]),
         num_samples=share.num_samples,
         num_videos=share.num_videos,
         num_unparsed=sum(outcome.parsed is None for outcome in outcomes),
@@ -165,6 +201,7 @@ def _row(cell: Cell, records: Sequence[Record], batch_ms: Sequence[float]) -> Ro
         flops_share=total / mean([outcome.cost.total for outcome in dense]),
         ms_per_sample=statistics.median(batch_ms) if batch_ms else None,
         num_timed_batches=len(batch_ms),
+        signals=signals,
         families=_families(cell.key, records),
     )
 
@@ -184,12 +221,16 @@ def _families(key: str, records: Sequence[Record]) -> dict[str, dict[str, float]
 
 
 def render_text(result: ComparisonResult) -> str:
-    """The table for a terminal, with what it rests on above and below."""
+    """The table for a terminal, a block per ratio, with what it rests on above and below."""
     head, body = _cells_of(result)
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [head, *body]]
     rule = "-" * max(len(line.rstrip()) for line in lines)
-    return "\n".join(line.rstrip() for line in [_title(result), "", lines[0], rule, *lines[1:], "", *_notes(result)])
+    shown = [_title(result), "", lines[0], rule]
+    blocks = [list(block) for _, block in groupby(zip(body, lines[1:], strict=True), key=lambda pair: pair[0][1])]
+    for place, block in enumerate(blocks):
+        shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
+    return "\n".join(line.rstrip() for line in [*shown, "", *_notes(result)])
 
 
 def render_markdown(result: ComparisonResult) -> str:
@@ -205,7 +246,10 @@ def render_csv(result: ComparisonResult) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
-    writer.writerows([[getattr(row, name) for name in names] for row in result.rows])
+    for row in result.rows:
+        line = {name: getattr(row, name) for name in names}
+        line["signals"] = "; ".join(f"{signal}: {source}" for signal, source in row.signals.items())
+        writer.writerow(line.values())
     return text.getvalue()
 
 
@@ -261,18 +305,67 @@ def _notes(result: ComparisonResult) -> list[str]:
         f"{where}."
         if timed
         else "ms/sample: no full batch after the one to warm up, so nothing was timed.",
+        *_notes_on_counts(result),
+        *_notes_on_methods(result),
     ]
-    unparsed = [
-        f"{row.method} {row.retention_configured:g}: {row.num_unparsed}" for row in result.rows if row.num_unparsed
-    ]
+    unparsed = sorted((row for row in result.rows if row.num_unparsed), key=lambda row: -(row.num_unparsed or 0))
     if unparsed:
-        notes.append(f"Answers that could not be parsed (counted as wrong): {', '.join(unparsed)}.")
+        most = _five([f"{row.method} {row.retention_configured:g}: {row.num_unparsed}" for row in unparsed])
+        notes.append(f"Answers that could not be parsed (counted as wrong): {most}.")
     if result.skipped:
         names = ", ".join(item["uid"] for item in result.skipped[:5]) + (", ..." if len(result.skipped) > 5 else "")
         notes.append(f"Skipped, video not readable: {len(result.skipped)} ({names}); reasons in comparison.json.")
-    notes += [
-        f"Not run: {cell.method} at {cell.retention_configured:g}: {cell.reason}"
-        for cell in result.cells
-        if cell.reason
-    ]
+    refused: dict[tuple[float, str], list[str]] = {}
+    for row in result.rows:
+        if row.reason is not None:
+            refused.setdefault((row.retention_configured, row.reason), []).append(row.method)
+    notes += [f"Not run at {ratio:g}: {_names(names)}: {reason}" for (ratio, reason), names in refused.items()]
     return notes
+
+
+def _notes_on_counts(result: ComparisonResult) -> list[str]:
+    run = [row for row in result.rows if row.retention_measured is not None]
+    notes = []
+    inside = [row.method for row in run if (row.retention_at_entry or 0) - (row.retention_measured or 0) > 1e-9]
+    if inside:
+        notes.append(
+            "measured and tokens/frame are means over the LLM's layers (equivalent retention): "
+            f"{_names(inside)} drop tokens inside the LLM, whose first layers see more."
+        )
+    if not result.config["exact"]:
+        notes.append("Counts are each release's own (--exact false): budgets are not equal, compare at `measured`.")
+        varying = [row for row in run if f"{row.retention_p5:.3f}" != f"{row.retention_p95:.3f}"]
+        varying.sort(key=lambda row: (row.retention_p5 or 0) - (row.retention_p95 or 0))
+        if varying:
+            ranges = [
+                f"{row.method} {row.retention_configured:g}: {row.retention_p5:.3f} to {row.retention_p95:.3f}"
+                for row in varying
+            ]
+            notes.append(f"measured varies by video (5th to 95th percentile): {_five(ranges)}.")
+    return notes
+
+
+def _notes_on_methods(result: ComparisonResult) -> list[str]:
+    """Options that were set, and what signals were made from: one line per signal and source."""
+    notes = []
+    options = [
+        f"{name} {', '.join(f'{key}={value}' for key, value in given.items())}"
+        for name, given in result.config["pruner_options"].items()
+    ]
+    if options:
+        notes.append(f"Options: {'; '.join(options)}.")
+    users: dict[tuple[str, str], list[str]] = {}
+    for row in result.rows:
+        for signal in row.signals.items():
+            users.setdefault(signal, []).append(row.method)
+    notes += [f"Signal {signal} of {_names(methods)}: {source}." for (signal, source), methods in users.items()]
+    return notes
+
+
+def _names(methods: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(methods))
+
+
+def _five(texts: Sequence[str]) -> str:
+    rest = f", and {len(texts) - 5} more rows in comparison.csv" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + rest

@@ -142,6 +142,19 @@ def equivalent_retention(num_tokens: Sequence[int], num_dense: int) -> float:
     return sum(num_tokens) / (len(num_tokens) * num_dense)
 
 
+def tokens_per_layer(entry: int, cuts: Sequence[int], counts: Sequence[int], layers: int) -> list[int]:
+    """Visual tokens in every LLM layer: `entry` of them at first, `counts[i]` from layer `cuts[i]` on.
+
+    Of two cuts before the same layer the later one counts. ValueError for cuts that are not one per count, not in order
+    or outside [1, layers - 1]."""
+    if len(cuts) != len(counts):
+        raise ValueError(f"got {len(cuts)} cuts and {len(counts)} counts; give the tokens left after each cut")
+    edges = [0, *cuts, layers]
+    if any(start > end for start, end in pairwise(edges)) or not all(0 < cut < layers for cut in cuts):
+        raise ValueError(f"cuts before layers {list(cuts)} must be in order and in [1, {layers - 1}]")
+    return [n for n, (start, end) in zip([entry, *counts], pairwise(edges), strict=True) for _ in range(end - start)]
+
+
 def vit_block_flops(shape: VitShape, num_patches: int) -> int:
     """One block on `num_patches` patches of one frame."""
     n, d = num_patches, shape.width
@@ -180,14 +193,15 @@ def video_cost(
     shape: VlmShape,
     *,
     num_frames: int,
-    num_kept: int,
+    llm_tokens: int | Sequence[int],
     kept_patches: Sequence[int] | None = None,
     drop_after: int | None = None,
     pruner_flops: int = 0,
     formula: Formula = "exact",
 ) -> VideoCost:
-    """Cost of one video of which the LLM sees `num_kept` tokens; text and frame separators are left out.
+    """Cost of one video; text and frame separators are left out.
 
+    llm_tokens: visual tokens in the LLM, the same in every layer or one count per layer (`tokens_per_layer`).
     kept_patches: survivors per frame after ViT block `drop_after`; None: the tower ran on everything."""
     num_patches = num_frames * shape.vit.patches if kept_patches is None else sum(kept_patches)
     return VideoCost(
@@ -195,5 +209,5 @@ def video_cost(
         vit_embed=vit_embed_flops(shape.vit, num_frames),
         connector=mlp_flops(shape.connector, num_patches),
         pruner=pruner_flops,
-        llm=llm_prefill_flops(shape.llm, num_kept, formula),
+        llm=llm_prefill_flops(shape.llm, llm_tokens, formula),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
 from stts.metrics.cost import VlmShape, video_cost
 from stts.models.load import load_vlm, save_pruned
 from stts.models.small import write_small_vlm
+from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY
+from tests.models.test_signals import write_siglip
 
 CLIPS, FRAMES = 4, 6
 CELLS = 16  # 7 x 7 patches are pooled to 4 x 4 tokens a frame
@@ -120,14 +123,14 @@ def test_budgets_are_met_and_costs_are_those_of_the_formulas(config: CompareConf
     shape = VlmShape.from_config(tiny[0].config)
     for ratio in (0.5, 0.25):
         planned = round(ratio * FRAMES * CELLS)
-        cost = video_cost(shape, num_frames=FRAMES, num_kept=planned)
+        cost = video_cost(shape, num_frames=FRAMES, llm_tokens=planned)
         for method in ("random", "uniform", "novelty"):
             row = row_of(result, method, ratio)
             assert row.retention_measured == ratio and row.kept_per_frame == planned / FRAMES
             assert (row.flops_vit, row.flops_llm, row.flops_connector) == (cost.vit, cost.llm, cost.connector)
         assert row_of(result, "random", ratio).flops_pruner == 0
         assert row_of(result, "novelty", ratio).flops_pruner == 4 * FRAMES * CELLS * TINY["llm_width"]
-    dense = video_cost(shape, num_frames=FRAMES, num_kept=FRAMES * CELLS)
+    dense = video_cost(shape, num_frames=FRAMES, llm_tokens=FRAMES * CELLS)
     assert row_of(result, DENSE).flops_total == dense.total
     assert row_of(result, "random", 0.25).flops_share == cost.total / dense.total
 
@@ -217,20 +220,138 @@ def test_broken_videos_are_counted_and_named(config: CompareConfig) -> None:
         run(config, on_error="skip", overwrite=True)
 
 
-def test_a_cell_that_cannot_be_says_why(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "late_pruner.py").write_text(
-        "from stts.pruners.simple import Uniform\n"
-        "from stts.tokens import Site\n"
-        "class Late(Uniform):\n"
-        "    site = Site('llm', layer=2)\n"
-    )
+PRUNERS_OF_A_USER = """
+from dataclasses import dataclass, replace
+from stts.pruners.simple import Uniform
+from stts.tokens import Site
+
+class Late(Uniform):
+    label = "a sketch"
+    site = Site("llm", layer=1)
+
+class Generous(Uniform):  # its own count: two more a frame
+    count_known = False
+    def prune(self, video, budget):
+        extra = 0 if budget.exact else 2 * video.grid.t
+        return super().prune(video, replace(budget, num_kept=budget.num_kept + extra))
+    def flops(self, grid, width, num_kept):
+        return width * num_kept
+
+@dataclass(frozen=True)
+class Picky(Uniform):
+    refuses: str = ""
+    def prune(self, video, budget):
+        if video.uid.startswith(self.refuses):
+            raise ValueError(f"{video.uid} is not to my taste")
+        return super().prune(video, budget)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruners `mine:Late`, `mine:Generous`, `mine:Picky`."""
+    (tmp_path / "mine.py").write_text(PRUNERS_OF_A_USER)
     monkeypatch.syspath_prepend(tmp_path)
-    result = run(config, pruners=("late_pruner:Late", "uniform"))
-    late = row_of(result, "late_pruner:Late", 0.5)
-    assert late.accuracy is None and late.reason is not None and "not supported" in late.reason
-    assert row_of(result, "uniform", 0.5).accuracy is not None, "the others go on"
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_cell_that_cannot_be_says_why(config: CompareConfig) -> None:
+    result = run(config, pruners=("mine:Late", "uniform"), retention_ratios=(0.5, 0.3))
+    late = row_of(result, "mine:Late (a sketch)", 0.3)
+    assert (
+        late.accuracy is None and late.reason is not None and "lowest reachable value is just above 0.33" in late.reason
+    )
+    assert row_of(result, "mine:Late (a sketch)", 0.5).accuracy is not None
+    assert row_of(result, "uniform", 0.3).accuracy is not None, "the others go on"
     table = (config.out / "comparison.md").read_text()
-    assert "| late_pruner:Late | 0.5 | - | - |" in table and late.reason in table
+    assert "| mine:Late (a sketch) | 0.3 | - | - |" in table and late.reason in table
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_cut_inside_the_llm_counts_every_layer(config: CompareConfig, tiny: tuple[Any, Any]) -> None:
+    result = run(config, pruners=("mine:Late", "uniform"))
+    late, uniform = row_of(result, "mine:Late (a sketch)", 0.5), row_of(result, "uniform", 0.5)
+    dense = FRAMES * CELLS  # half of 3 x 96 tokens: 96 before the cut, then 24 in both layers behind it
+    cost = video_cost(VlmShape.from_config(tiny[0].config), num_frames=FRAMES, llm_tokens=[dense, 24, 24])
+    assert (late.retention_measured, late.retention_at_entry, late.kept_per_frame) == (0.5, 1.0, CELLS / 2)
+    assert late.flops_llm == cost.llm and uniform.flops_llm is not None and cost.llm > uniform.flops_llm
+    assert (late.kind, uniform.kind) == ("inside the LLM", "before the LLM")
+    assert result.records[0].outcomes["mine:Late@0.5"].num_kept == dense
+    assert "mine:Late (a sketch) drop tokens inside the LLM" in (config.out / "comparison.md").read_text()
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_pruner_that_refuses_a_video_does_not_stop_the_others(config: CompareConfig) -> None:
+    last = sorted({row["id"] for row in map(json.loads, config.data.read_text().splitlines())})[-1]
+    options = {"mine:Picky": {"refuses": last.rsplit("-", 1)[0]}}
+    result = run(config, pruners=("mine:Picky", "uniform"), pruner_options=options)
+    picky = row_of(result, "mine:Picky", 0.5)
+    assert picky.accuracy is None and picky.reason is not None
+    assert picky.reason.startswith("stopped at sample") and picky.reason.endswith("is not to my taste")
+    assert row_of(result, "uniform", 0.5).num_samples == 3 * CLIPS
+    assert run(config, pruners=("mine:Picky", "uniform"), pruner_options=options) == result, "as written"
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_refusal_is_remembered_when_a_run_goes_on(config: CompareConfig) -> None:
+    first = json.loads(config.data.read_text().splitlines()[0])["id"].rsplit("-", 1)[0]
+    changes = {"pruners": ("mine:Picky",), "pruner_options": {"mine:Picky": {"refuses": first}}}
+    straight = run(config, **changes, out=config.out.with_name("straight"))
+    last = sorted((config.data.parent / "test").iterdir())[-1]
+    hidden = last.rename(last.with_suffix(".hidden"))
+    with pytest.raises(ValueError, match="no video file"):
+        run(config, **changes)
+    hidden.rename(last)
+    resumed = run(config, **changes)
+    assert resumed.cells == straight.cells and resumed.records == straight.records
+    assert row_of(resumed, "mine:Picky", 0.5).reason is not None
+
+
+@pytest.mark.usefixtures("mine")
+def test_without_exact_the_count_is_the_methods_own(config: CompareConfig) -> None:
+    own = run(config, pruners=("mine:Generous", "uniform"), exact=False, limit=3)
+    row = row_of(own, "mine:Generous", 0.5)
+    assert (row.retention_measured, row.kept_per_frame) == ((CELLS / 2 + 2) / CELLS, CELLS / 2 + 2)
+    assert row.flops_pruner == TINY["llm_width"] * FRAMES * (CELLS / 2 + 2)
+    assert row_of(own, "uniform", 0.5).retention_measured == 0.5
+    assert "budgets are not equal" in (config.out / "comparison.md").read_text()
+    whole = run(config, pruners=("mine:Generous",), retention_ratios=(1.0,), limit=3, out=config.out.with_name("whole"))
+    assert row_of(whole, "mine:Generous", 1.0).flops_pruner == 0, "a stage that is skipped costs nothing"
+
+
+def test_an_option_that_the_pruner_lacks_stops_the_run(config: CompareConfig) -> None:
+    with pytest.raises(ValueError, match=r"'random' does not take the options \['colour', 'seed'\]"):
+        run(config, pruner_options={"random": {"colour": 1}})
+
+
+def test_every_pruner_can_be_compared_at_one_budget(config: CompareConfig) -> None:
+    frozen = tuple(name for name in PRUNERS if name != "stts")
+    result = run(config, model=Path("stts/assets/shapes_vlm"), pruners=frozen, limit=3)
+    assert [cell.reason for cell in result.cells] == [None] * len(frozen), "`none` is dense"
+    for row in result.rows[1:]:
+        assert row.retention_measured == pytest.approx(0.5, abs=0.02), row.method
+    assert any(row.method == "adatp (our reconstruction)" for row in result.rows)
+
+
+def test_a_siglip_checkpoint_makes_the_signals(config: CompareConfig, tmp_path: Path) -> None:
+    siglip = write_siglip(tmp_path / "siglip")
+    methods: dict[str, Any] = {"pruners": ("tango", "adatp"), "limit": 3}
+    plain = run(config, **methods)
+    given = run(config, **methods, siglip=siglip, out=config.out.with_name("given"))
+    assert "no pooling head" in row_of(plain, "tango", 0.5).signals["probe"]
+    assert row_of(given, "tango", 0.5).signals["probe"] == f"attention of the pooling head of {siglip}, mean over heads"
+    adatp = row_of(given, "adatp (our reconstruction)", 0.5)
+    assert adatp.signals["text"] == f"text tower of {siglip}", "the question is passed on"
+    table = (config.out / "comparison.md").read_text()
+    assert "Signal text of adatp (our reconstruction): none: no aligned text tower (global debiasing off)." in table
+    with pytest.raises(ValueError, match="has a vision tower of width 64"):
+        run(config, **methods, siglip=write_siglip(tmp_path / "wide", width=64), out=config.out.with_name("never"))
+
+
+def test_the_default_pruners_are_in_the_registry(config: CompareConfig) -> None:
+    default = CompareConfig(model=config.model, data=config.data, out=config.out)  # checks the names
+    assert len(default.pruners) >= 6
 
 
 def test_a_learned_pruner_brings_its_weights_or_is_refused(config: CompareConfig, tmp_path: Path) -> None:
@@ -238,7 +359,7 @@ def test_a_learned_pruner_brings_its_weights_or_is_refused(config: CompareConfig
         run(config, pruners=("stts",))
     small = write_small_vlm(tmp_path / "small")  # six blocks: room for a drop inside the tower
     model, processor = load_vlm(small)
-    pruning = stts.pruning(model, "stts", retention_ratio=0.5)
+    pruning = stts.pruning(model, "stts", retention_ratio=0.5, prune_block=1)
     trained = save_pruned(tmp_path / "trained", model, processor, pruning)
     result = run(config, model=trained, pruners=("stts", "random-vit"), baseline_model=small)
     row, other = row_of(result, "stts", 0.5), row_of(result, "random-vit", 0.5)
@@ -248,6 +369,12 @@ def test_a_learned_pruner_brings_its_weights_or_is_refused(config: CompareConfig
     assert row.flops_vit is not None and dense.flops_vit is not None and row.flops_vit < dense.flops_vit
     assert row.flops_connector is not None and dense.flops_connector is not None
     assert row.flops_connector < dense.flops_connector, "dropped patches do not reach the connector"
+    official = {"stts": {"compat": "official"}, "random-vit": {"prune_block": 1}}
+    again = run(config, model=trained, pruners=("stts", "random-vit"), pruner_options=official, out=tmp_path / "again")
+    assert other.flops_vit is not None, "at its own default, behind block 3"
+    for name in official:  # the option that stts was trained with stays, the one given to random-vit counts
+        shallow = row_of(again, name, 0.5).flops_vit
+        assert shallow is not None and shallow < 0.95 * other.flops_vit, "behind block 1"
     before = [record.outcomes[BEFORE].prediction for record in result.records]
     assert before == [record.outcomes[DENSE].prediction for record in result.records], "the same weights here"
 
@@ -287,6 +414,11 @@ def test_times_leave_out_the_first_and_short_batches(config: CompareConfig) -> N
         ({"data": Path("nowhere.jsonl")}, "--data 'nowhere.jsonl' is no file; check the path"),
         ({"data": Path(".")}, "name the JSONL file in it"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
+        (
+            {"pruner_options": {"tango": {}}},
+            r"--pruner_options: \['tango'\] are not among --pruners \['none', 'random'",
+        ),
+        ({"siglip": Path("nowhere")}, "--siglip 'nowhere' is no folder"),
         ({"limit": 0}, "--limit 0"),
         ({"on_error": "ignore"}, "--on_error 'ignore'"),
         ({"positions": "none"}, "--positions 'none'"),
@@ -323,13 +455,15 @@ def test_rows_that_cannot_be_scored_stop_the_run_at_once(
 
 def test_command_line(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", str(config.model), "--data", str(config.data), "--out", str(config.out), "--limit", "3"]
-    args += ["--num_frames=6", "--max_new_tokens", "1", "--name", "tiny"]
+    args += ["--num_frames=6", "--max_new_tokens", "1", "--name", "tiny", "--exact=false"]
+    args += ["--pruner_options", "{random: {seed: 3}}"]
     assert main([*args, "--pruners", "uniform", "random", "--retention_ratios=0.5,0.25"]) == 0
     shown = capsys.readouterr().out
     assert "tiny: 3 questions on 1 videos, 6 frames (uniform_inclusive)" in shown
     assert [line.split()[:2] for line in shown.splitlines() if line.startswith(("uniform", "random"))] == [
         ["uniform", "0.5"], ["random", "0.5"], ["uniform", "0.25"], ["random", "0.25"]
     ]  # fmt: skip
+    assert "Options: random seed=3." in shown and "--exact false" in shown
     assert main([*args, "--pruners", "[nothing]"]) == 2
     assert capsys.readouterr().err.startswith("error: --pruners: 'nothing' is unknown")
     with pytest.raises(SystemExit) as stopped:

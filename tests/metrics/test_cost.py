@@ -14,6 +14,7 @@ from stts.metrics.cost import (
     llm_block_flops,
     llm_prefill_flops,
     mlp_flops,
+    tokens_per_layer,
     video_cost,
     vit_block_flops,
     vit_embed_flops,
@@ -64,7 +65,7 @@ def test_published_numbers_come_out() -> None:
     ],
 )
 def test_a_cut_inside_the_llm(layer: int, kept: int, flops: int, retention: float) -> None:
-    counts = [DENSE] * layer + [kept] * (28 - layer)
+    counts = tokens_per_layer(DENSE, [layer], [kept], 28)
     assert llm_prefill_flops(QWEN2_7B, counts) == flops
     assert round(equivalent_retention(counts, DENSE), 6) == retention
 
@@ -74,6 +75,13 @@ def test_equivalent_retention_of_two_stages() -> None:
     assert llm_prefill_flops(QWEN2_7B, counts) == 8_348_156_436_480
     assert round(equivalent_retention(counts, DENSE), 6) == 0.0999
     assert equivalent_retention([576] * 2 + [144] * 30, 576) * 576 == pytest.approx(171)  # FastV on LLaVA-1.5, not 144
+
+
+def test_tokens_per_layer() -> None:
+    assert tokens_per_layer(763, [18], [381], 28) == [763] * 18 + [381] * 10  # Tango and HoliTom: two places
+    assert tokens_per_layer(100, [2, 5], [60, 7], 8) == [100, 100, 60, 60, 60, 7, 7, 7]
+    assert tokens_per_layer(100, [1, 1, 3], [80, 50, 9], 4) == [100, 50, 50, 9], "two cuts before one layer"
+    assert tokens_per_layer(100, [], [], 3) == [100, 100, 100]
 
 
 @pytest.mark.parametrize(
@@ -122,10 +130,12 @@ def test_causal_halves_only_the_quadratic_part() -> None:
 
 def test_a_video_is_the_sum_of_its_parts() -> None:
     shape = VlmShape(QWEN2_7B, SIGLIP, (1152, 3584, 3584))
-    cost = video_cost(shape, num_frames=2, num_kept=100, kept_patches=[729, 80], drop_after=4, pruner_flops=7)
+    cost = video_cost(shape, num_frames=2, llm_tokens=100, kept_patches=[729, 80], drop_after=4, pruner_flops=7)
     assert cost.vit == vit_flops(SIGLIP, 2, [729, 80], 4) and cost.pruner == 7
     assert cost.connector == mlp_flops(shape.connector, 809), "the connector runs on survivors"
     assert cost.llm == llm_prefill_flops(QWEN2_7B, 100)
+    cut = video_cost(shape, num_frames=2, llm_tokens=[100] * 3 + [25] * 25)
+    assert cut.llm == llm_prefill_flops(QWEN2_7B, [100] * 3 + [25] * 25) < cost.llm
     assert cost.total == cost.vit + cost.vit_embed + cost.connector + cost.pruner + cost.llm
 
 
@@ -147,6 +157,11 @@ def test_errors_name_what_came() -> None:
         llm_block_flops(QWEN2_7B, 1, "flops")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 2 token counts for 28 layers"):
         llm_prefill_flops(QWEN2_7B, [1, 2])
+    with pytest.raises(ValueError, match="got 2 cuts and 1 counts"):
+        tokens_per_layer(9, [1, 2], [3], 4)
+    for cuts in ([2, 1], [0, 1], [1, 4]):
+        with pytest.raises(ValueError, match=r"must be in order and in \[1, 3\]"):
+            tokens_per_layer(9, cuts, [3, 2], 4)
     with pytest.raises(ValueError, match="drop_after=26"):
         vit_flops(SIGLIP, 1, [3], drop_after=26)
     with pytest.raises(ValueError, match="expected 1 counts in \\[0, 729\\]"):
