@@ -125,6 +125,37 @@ def test_fixed_shares_alone_cost_what_they_cost():
         plan([site], 0.5, [Grid(1, 10, 10)], 8)
 
 
+def test_a_floor_lets_the_deepest_cuts_fall_away():
+    sites = [Site("llm", layer=layer, floor=0.3) for layer in (2, 4, 6)]
+    # Three cuts: 2 + 2 s + 2 s^2 + 4 s^3 = 5 gives s = 0.624 and leaves 0.24: too little. Two: 2 + 2 s + 6 s^2 = 5
+    # gives s = 0.56 and leaves 0.31, so the cut at layer 6 falls away.
+    assert counts(sites, 0.5, [Grid(1, 100, 100)], 10) == [[5598], [3134], [3134]]
+    ratios = [row[0].retention_ratio for row in plan(sites, 0.5, [Grid(1, 100, 100)], 10)]
+    assert ratios == [pytest.approx(0.55982, abs=1e-5)] * 2 + [1.0]
+    lower = [Site("llm", layer=layer, floor=0.2) for layer in (2, 4, 6)]
+    ratios = [row[0].retention_ratio for row in plan(lower, 0.5, [Grid(1, 10, 10)], 10)]
+    assert ratios == [pytest.approx(0.62415, abs=1e-5)] * 3
+
+
+def test_a_floor_leaves_the_first_cut_whatever_it_keeps():
+    sites = [Site("llm", layer=layer, floor=0.5) for layer in (2, 4, 6)]
+    # One cut: 2 + 8 s = 3 gives s = 0.125, below the floor, but there is nothing left to let fall away.
+    assert counts(sites, 0.3, [Grid(1, 8, 10)], 10) == [[10], [10], [10]]
+    with pytest.raises(ValueError, match=r"LLM layer 2 of 10.*just above 0\.2000"):
+        plan(sites, 0.2, [Grid(1, 8, 10)], 10)
+
+
+def test_a_floor_spares_cuts_of_fixed_share():
+    sites = [Site("llm", layer=2, floor=0.5), Site("llm", layer=4, floor=0.5), Site("llm", layer=8, share=0.5)]
+    # Both free: 2 + 2 s + 4 s^2 + s^2 = 4.5 leaves 0.29. One: 2 + 6 s + s = 4.5 gives s = 0.357; the fixed half stays.
+    assert counts(sites, 0.45, [Grid(1, 10, 100)], 10) == [[357], [357], [178]]
+
+
+def test_everything_kept_is_kept_at_any_floor():
+    sites = [Site("llm", layer=layer, floor=0.03) for layer in (2, 4)]
+    assert counts(sites, 1.0, [Grid(1, 8, 10)], 10) == [[80], [80]]
+
+
 @given(
     ratio=st.integers(1, 1000).map(lambda n: n / 1000),
     grid=st.builds(Grid, st.integers(1, 20), st.integers(1, 5), st.integers(1, 5)),

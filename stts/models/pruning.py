@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.budget import adjust, check_ratio, plan
-from stts.models.attention import is_on, switch_off, switch_on
+from stts.models.attention import check_device, is_on, switch_off, switch_on
 from stts.models.base import Adapter, Visual, make_adapter
 from stts.models.llm import Layers, Present
 from stts.models.prompt import Prompt
@@ -100,7 +100,9 @@ class Pruning:
     @property
     def module(self) -> nn.Module | None:
         """The learned part, or None for a training-free pruner."""
-        return self.pruner if isinstance(self.pruner, nn.Module) else None
+        if isinstance(self.pruner, nn.Module):
+            return self.pruner
+        return next((stage for stage in self.pruner.stages if isinstance(stage, nn.Module)), None)
 
     @property
     def positions(self) -> Positions:
@@ -134,6 +136,8 @@ class Pruning:
         """Put the hooks on. ValueError when the model already carries some."""
         if self._handles or any(is_on(config) for config in self.adapter.configs):
             raise ValueError("this model is already inside a pruning context; leave that one first")
+        for config in self.adapter.configs:
+            check_device(config, self.model.device)
         self._originals = [switch_on(config) for config in self.adapter.configs]
         inner, llm = self.adapter.inner, self.adapter.language_model
         self._handles = [
@@ -247,6 +251,7 @@ class Pruning:
         connected = self.adapter.connect(tower, seen, now.cells)
         whole = connected.videos
         features = list(whole)
+        early = [list(videos) for _, videos in connected.early]
 
         def collect(signals: frozenset[Signal]) -> list[dict[str, Any]]:
             if blank or not signals:
@@ -270,15 +275,17 @@ class Pruning:
                 x if kept.gate_G is None else x * kept.gate_G[kept.index_K, None].to(x.dtype)
                 for x, kept in zip(features, kept_row, strict=True)
             ]
+            early = [[x[kept.index_K] for x, kept in zip(layer, kept_row, strict=True)] for layer in early]
             now.note(kept_row)
         if self._llm:
             now.fields = collect(frozenset().union(*(stage.signals for stage in self._llm)) & FROM_FRAMES)
         report.signals = {**collector.sources, **self._llm_signals()}
         mask_BL = kwargs.get("attention_mask")
-        shown = replace(connected, videos=tuple(features[:num_videos]))
+        layers = [(x[0], tuple(y[:num_videos])) for x, y in zip(connected.early, early, strict=True)]
+        shown = replace(connected, videos=tuple(features[:num_videos]), early=tuple(layers))
         placed = self.adapter.merge(kwargs, shown, replace(seen, grids=seen.grids[:num_videos]), now.cells[:num_videos])
         if blank:
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * features[0].sum()
+            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(layer[0].sum() for layer in [features, *early])
         if expand > 1:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(expand, 0)
             placed = placed.repeat(expand, num_videos)

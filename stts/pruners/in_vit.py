@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ class InVit(PerVideo):
     **Differs** from the baselines of the STTS release (arXiv 2603.18004), which drop one block earlier and have another
     budget: equal tokens are equal tower cost here."""
 
+    paper: ClassVar[str] = "2603.18004"
     prune_block: int = 3
     patches_per_group: int = 9
     """For `flops` only."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stts.pruners import temporal
-from stts.pruners.base import HostInfo, Newlines, Positions, Stage
+from stts.pruners.base import HostInfo, Newlines, Positions, Stage, check_finite
 from stts.pruners.scorer import Scorer
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
@@ -46,6 +46,7 @@ class STTS(nn.Module):
     side by side that is the release's range over a row of patches).
     """
 
+    paper: ClassVar[str] = "2603.18004"
     signals: frozenset[Signal] = frozenset()
     count_known: bool = True
     positions: Positions = "compact"
@@ -120,6 +121,7 @@ class STTS(nn.Module):
         """One scorer call for all videos of the batch."""
         if not videos:
             return []
+        check_finite(videos)
         batch = _flatten(videos, budgets, self.rescale_scope, across_videos=self.compat == "official")
         scores_G = self.scorer(batch.x_ND, batch.group_GW, batch.previous_G)
         grids = [video.grid for video in videos]

@@ -1,0 +1,187 @@
+"""What deciding costs: every pruner of the registry on one video, beside the plain loops that say what it means.
+
+    python scripts/bench_pruners.py --quick               8 frames of 7x7 tokens, seconds on a CPU
+    python scripts/bench_pruners.py --json pruners.json   32 frames of 14x14 tokens of width 3584, minutes on a CPU
+
+Runs in float32 on the CPU, in bfloat16 on CUDA where there is one. The video has scenes, static places and moving ones.
+Times are medians after a warm-up, the plain loops (`stts/pruners/naive/`) run once. `extra` is the most memory that
+torch holds at any moment beyond the input. `same` is the share of kept tokens that both agree on; VisionZip's loops
+round 14x14 tokens down where the release has a table. Collecting the signals (attention maps, keys) is not in the
+times: `stts compare` measures whole forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stts  # noqa: F401  (before torch's profiler pulls in torchvision)
+from stts.budget import plan
+from stts.pruners.base import Stage
+from stts.pruners.check import example_video, map_tensors
+from stts.pruners.registry import EXAMPLE_HOST, PRUNERS, make_pruner
+from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
+
+# The reference of HoliTom takes no threshold from a table.
+OPTIONS: dict[str, dict[str, Any]] = {"holitom": {"tau": 0.8}, "holitom+inner": {"tau": 0.8}}
+
+
+@dataclass(frozen=True)
+class Row:
+    pruner: str
+    stage: str
+    site: str
+    tokens: int
+    kept: int
+    ms: float
+    extra_mib: float
+    naive_ms: float | None = None
+    ratio: float | None = None
+    """naive_ms / ms"""
+    same: float | None = None
+
+
+def bench(name: str, stage: Stage, grid: Grid, width: int, ratio: float, device: torch.device, repeats: int) -> Row:
+    """One stage; inside the LLM it keeps half of what is left there, elsewhere `ratio`."""
+    site = stage.site
+    video = example_video(
+        stage,
+        grid,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        width=width if site.kind != "vit" else EXAMPLE_HOST.vit_width * width // EXAMPLE_HOST.llm_width,
+        key_width=512 if site.kind == "llm" else 72,  # 4 key heads of 128 in the LLM; one of 72 in the tower
+        frame_width=EXAMPLE_HOST.vit_width,
+    )
+    video = map_tensors(video, lambda tensor: tensor.to(device))
+    here, share = (Site("pre_llm"), 0.5) if site.kind == "llm" else (site, ratio)
+    [[budget]] = plan([here], share, [grid if site.kind == "vit" else Grid(1, 1, video.num_groups)], 2, exact=False)
+
+    def decide() -> Kept:
+        [kept] = stage([video], [budget])
+        return kept
+
+    label = getattr(stage, "label", None)  # what must stand beside every number of the method
+    kind = type(stage).__name__ + (f" ({label})" if label else "")
+    kept = decide()
+    ms = statistics.median(timed(decide, device) for _ in range(repeats))
+    row = Row(name, kind, site.kind, video.num_groups, len(kept.index_K), ms, extra_mib(decide, device))
+    reference = reference_of(stage)
+    if reference is None:
+        return row
+    found: list[Kept] = []
+    naive_ms = timed(lambda: found.append(reference(video, budget)), device)
+    agreed = torch.isin(kept.index_K.cpu(), found[0].index_K.cpu()).float().mean().item()
+    return replace(row, naive_ms=naive_ms, ratio=naive_ms / ms, same=agreed)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def extra_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Peak of what torch's allocator holds beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()  # negative where memory is given back
+        peak = max(peak, now)
+    return peak / 2**20
+
+
+def reference_of(stage: Stage) -> Callable[[VideoTokens, Budget], Kept] | None:
+    """`naive/<file>.py` holds a function named like the file, and `<file>_inner` for a stage inside the LLM."""
+    method = getattr(stage, "method", stage)  # AdaTP: the settings are on what its stages share
+    file = type(stage).__module__.rpartition(".")[2]
+    try:
+        module = importlib.import_module(f"stts.pruners.naive.{file}")
+    except ModuleNotFoundError:
+        return None
+    function = getattr(module, file + "_inner" * type(stage).__name__.endswith("Inner"), None)
+    if function is None:
+        return None
+    names = list(inspect.signature(function).parameters)[2:]
+    options = {name: value for name in names if (value := getattr(method, name, None)) is not None}
+    return lambda video, budget: function(video, budget, **options)
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [["pruner", "stage", "site", "tokens", "kept", "ms", "extra MiB", "naive ms", "ratio", "same"]]
+    for row in rows:
+        compared = ["-"] * 3
+        if row.naive_ms is not None and row.ratio is not None and row.same is not None:
+            compared = [f"{row.naive_ms:.0f}", f"{row.ratio:.0f}x", f"{100 * row.same:.1f} %"]
+        numbers = [str(row.tokens), str(row.kept), f"{row.ms:.2f}", f"{row.extra_mib:.1f}"]
+        lines.append([row.pruner, row.stage, row.site, *numbers, *compared])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    justify = [str.ljust] * 3 + [str.rjust] * 7
+    return "\n".join(
+        "  ".join(place(text, width) for place, text, width in zip(justify, line, widths, strict=True))
+        for line in lines
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 frames of 7x7 tokens of width 448")
+    parser.add_argument("--pruners", nargs="+", choices=list(PRUNERS), default=list(PRUNERS), metavar="NAME")
+    parser.add_argument("--retention-ratio", type=float, default=0.2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+
+    grid, width = (Grid(8, 7, 7), 448) if args.quick else (Grid(32, 14, 14), EXAMPLE_HOST.llm_width)
+    host = replace(EXAMPLE_HOST, llm_width=width, vit_width=EXAMPLE_HOST.vit_width * width // EXAMPLE_HOST.llm_width)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[Row] = []
+    seen: list[Stage] = []
+    with torch.no_grad():
+        for name in args.pruners:
+            torch.manual_seed(0)  # a learned pruner starts from random weights
+            kinds: set[type[Stage]] = set()
+            for stage in make_pruner(name, host, **OPTIONS.get(name, {})).stages:
+                if isinstance(stage, torch.nn.Module):
+                    stage.to(device).eval()
+                # Stages that another pruner shares, or that differ in the layer only (AdaTP), are timed once.
+                if stage in seen or type(stage) in kinds:
+                    continue
+                kinds.add(type(stage))
+                seen.append(stage)
+                rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats))
+                print(f"{name}: {rows[-1].ms:.1f} ms", file=sys.stderr)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{grid.t} frames of {grid.h}x{grid.w} tokens, width {width}, {where}, torch {torch.__version__}\n")
+    print(table(rows))
+    if args.json:
+        setting = {"grid": [grid.t, grid.h, grid.w], "width": width, "device": where, "torch": torch.__version__}
+        setting |= {"retention_ratio": args.retention_ratio, "repeats": args.repeats}
+        args.json.write_text(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""HoliTom: merge what stands still, rank what moves by attention; and its second stage inside the LLM.
+
+Shape suffixes: G = groups present, T = frames, S = places of a frame, W = windows, P = static places of a window,
+C = cluster centres, K = kept groups, M = groups that move, R = groups that are dropped, D = width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.pruners import ops
+from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoliTom(PerVideo):
+    """Merge places that stand still over a window of frames and cluster them; of what moves keep the most attended.
+
+    A place is static in a window if cos(x[t, p], x[t+1, p]) > tau for all of its pairs of frames. The windows are cut
+    so that merging static places saves the most tokens, g in all; what is left is pruned at the ratio that makes up for
+    it, R' = min(1, R / ((N - g) / N)), N tokens in all:
+
+        static, per window:   mean over its frames, then round(P R') cluster centres, placed in the first frame:
+                              beta centre + (1 - beta) mean(other members)
+        moving, per frame:    the ceil(M R') places with the highest attention, as they are
+
+    arXiv 2505.21334 (outer stage); `holitom/llava_arch.py` of the release. One frame: nothing is static. A window with
+    round(P R') = 0 loses its static places. R' = 1: static places are still merged over time, not clustered.
+
+    **Differs:** in order: the release puts the static tokens of a window before all of its frames, unless every row
+    ends with a newline; here the order is that of the video (compat="official": the release's). The release adds noise
+    to break ties of the density; here the earlier of two equally dense places counts as denser (two that are each
+    other's nearest always tie if there are two centres, and everything ties if there is one). The release keeps R'
+    for the next video of a batch; here every video starts from R. A share of the moving budget for clustering (0 in
+    every published run, other values crash in the release) is not offered. An exact budget drops the static centres of
+    the lowest density score first, and is in the order of the video under both values of `compat`. A video that would
+    lose every token gets its planned number by attention. Hosts with (t, h, w) positions keep the original ones."""
+
+    paper: ClassVar[str] = "2505.21334"
+    signals: ClassVar[frozenset[Signal]] = frozenset({"attn"})
+    count_known: ClassVar[bool] = False
+    newlines: ClassVar[Newlines] = "kept_rows"
+
+    tau: float | None = None
+    """Similarity above which a place stands still; None: as published for the ratio, see `published_tau`."""
+    static_tau: float | None = None
+    """The same for what is merged inside the windows that `tau` cut; None: equal to `tau` (SToP: 0.8)."""
+    beta: float = 0.6
+    """Weight of a cluster's centre against the mean of its other members."""
+    num_neighbours: int = 7
+    max_window: int = 1024
+    newline_per_row: bool = False
+    """The host ends every row with a newline; official order only."""
+    positions: Positions = "compact"  # type: ignore[misc]
+    compat: Literal["official"] | None = None
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """The published values, in the layout and positions of this host."""
+        positions = "original" if host.mrope else "compact"
+        return cls(**{"newline_per_row": host.newline_per_row, "positions": positions, **options})
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        ops.need_full_grid(video)
+        num_groups, num_places = video.num_groups, video.grid.per_frame
+        salience_G = ops.rank_salience(video)
+        tau = published_tau(budget.retention_ratio) if self.tau is None else self.tau
+        with torch.no_grad():
+            similarity_TS = ops.neighbour_similarity(video.x_ND, video.grid).view(-1, num_places)[1:]
+        windows, gain = ops.temporal_windows(similarity_TS > tau, self.max_window)
+        ratio = min(budget.retention_ratio / ((num_groups - gain) / num_groups), 1.0)
+        stays_TS = ops.is_static(video, similarity_TS, tau if self.static_tau is None else self.static_tau)
+        static_WS = torch.stack([stays_TS[start : end - 1].all(0) & (end - start > 1) for start, end in windows])
+        num_static_W = static_WS.sum(1).tolist()
+
+        size_W = torch.tensor([end - start for start, end in windows])
+        num_moving_W = torch.tensor([math.ceil((num_places - n) * ratio) for n in num_static_W])
+        window_T = torch.arange(len(windows)).repeat_interleave(size_W).to(salience_G.device)
+        num_moving_T = num_moving_W.to(salience_G.device)[window_T]
+        index_M = _most_attended(salience_G.view(-1, num_places), static_WS[window_T], num_moving_T)
+
+        place_WS = ops.top(static_WS.to(torch.uint8), num_places)  # static places first, ascending
+        merged = [
+            self._merge_static(video, start, end, place_S[:num_static], round(num_static * ratio))
+            for (start, end), place_S, num_static in zip(windows, place_WS, num_static_W, strict=True)
+            if round(num_static * ratio)
+        ]
+        index_K = torch.cat([index_M, *(index_C for index_C, _, _ in merged)])
+        x_KD = torch.cat([video.x_ND[index_M], *(x_CD for _, x_CD, _ in merged)]) if merged else None
+        score_K = torch.cat([torch.full_like(salience_G[index_M], torch.inf), *(score_C for _, _, score_C in merged)])
+        place_K = index_K
+        if self.compat == "official" and not self.newline_per_row:
+            moves_K = torch.arange(len(index_K), device=index_K.device) < len(index_M)
+            place_K = index_K + num_groups * (2 * window_T[index_K // num_places] + moves_K)
+        order_K = place_K.argsort()
+        kept = Kept(index_K=index_K[order_K], x_KD=None if x_KD is None else x_KD[order_K])
+        if budget.exact or not len(index_K):
+            return ops.fit_count(video, kept, budget.num_kept, salience_G, score_K[order_K])
+        return kept
+
+    def _merge_static(
+        self, video: VideoTokens, start: int, end: int, place_P: Tensor, num_centres: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Groups of the centres, their tokens, and the density scores they were chosen by."""
+        x_TSD = video.x_ND.reshape(video.grid.t, video.grid.per_frame, -1)[start:end]
+        y_PD = x_TSD.mean(0, dtype=torch.float32)[place_P]
+        with torch.no_grad():
+            distance_PP = ops.distances(y_PD[None])[0] / math.sqrt(y_PD.shape[1])
+            score_P = ops.density_peaks(distance_PP[None], min(self.num_neighbours, num_centres), count_self=True)[0]
+            score_P = ops.rank_density(video, score_P, place_P)
+            centre_C = ops.top(score_P, num_centres).sort().values
+            cluster_P = distance_PP[:, centre_C].argmin(1)
+            cluster_P[centre_C] = -1  # the mean is that of the other members
+        mean_CD, count_C = ops.cluster_mean(y_PD, cluster_P, num_centres)
+        centre_CD = y_PD[centre_C]
+        x_CD = torch.where(count_C[:, None] > 0, self.beta * centre_CD + (1 - self.beta) * mean_CD, centre_CD)
+        return start * video.grid.per_frame + place_P[centre_C], x_CD.to(video.x_ND.dtype), score_P[centre_C]
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """At most: windows of two frames in which nothing moves cost the most."""
+        static = (grid.t // 2) * grid.per_frame  # places that are compared with the others of their window
+        return 8 * grid.num_groups * width + 2 * static * grid.per_frame * width  # norms, cosines, two means; distances
+
+
+def _most_attended(salience_TS: Tensor, static_TS: Tensor, num_moving_T: Tensor) -> Tensor:
+    """(M,) groups, increasing: in each frame the given number of places that move, by attention."""
+    ranked_TS = ops.top(salience_TS.masked_fill(static_TS, -torch.inf), salience_TS.shape[1])
+    first_TS = torch.arange(salience_TS.shape[1], device=salience_TS.device) < num_moving_T[:, None]
+    return torch.zeros_like(static_TS).scatter(1, ranked_TS, first_TS).flatten().nonzero()[:, 0]
+
+
+def published_tau(retention_ratio: float) -> float:
+    """0.65 at a ratio of 0.10, 0.8 at 0.15, 0.20 and 0.25 (arXiv 2505.21334); other ratios take the nearest one's."""
+    return 0.65 if retention_ratio < (0.10 + 0.15) / 2 else 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoliTomInner(PerVideo):
+    """Keep what the last prompt token attends to, and merge each dropped token into the kept one most like it.
+
+        h_k <- (h_k + h_r) / 2,   for every dropped r that has k as its target, one after the other, ascending
+
+    arXiv 2505.21334 (inner stage); `holitom/modeling_qwen2.py` of the release: before layer 18 of 28, half stays. Later
+    sources weigh more. Computed in closed form, equal to 1e-5: of m sources the j-th weighs 2^-(m - j + 1), the kept
+    token 2^-m. Nothing dropped: every token stays as it is.
+
+    **Differs:** newline tokens are no candidates, they all stay; in the release they are ranked and merged with the
+    rest. Hidden states are averaged in fp32. In shallow LLMs the layer number is scaled."""
+
+    paper: ClassVar[str] = "2505.21334"
+    signals: ClassVar[frozenset[Signal]] = frozenset({"last_row"})
+    positions: ClassVar[Positions] = "original"
+
+    layer: int = 18
+    share: float = 0.5
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """The published layer, scaled to this host."""
+        return cls(**{"layer": host.llm_layer(18), **options})
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]  # fields decide, so it cannot be a class variable
+        return Site("llm", layer=self.layer, share=self.share)
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        salience_G = ops.need(video.salience_G, "last_row", video).float()
+        index_K = keep_top(video, salience_G, budget.num_kept).index_K
+        dropped_G = torch.ones_like(video.cell_G, dtype=torch.bool)
+        dropped_G[index_K] = False
+        index_R = dropped_G.nonzero()[:, 0]
+        x_GD = video.x_ND.float()
+        unit_GD = F.normalize(x_GD.detach(), dim=-1)
+        target_R = (unit_GD[index_R] @ unit_GD[index_K].T).argmax(1)
+        sorted_R, order_R = target_R.sort(stable=True)
+        to_come_R = torch.empty_like(order_R)  # sources, this one included, that the same target has yet to take
+        to_come_R[order_R] = torch.searchsorted(sorted_R, sorted_R, right=True) - torch.arange(
+            len(order_R), device=order_R.device
+        )
+        weighted_RD = x_GD[index_R] * torch.exp2(-to_come_R.float())[:, None]
+        mean_KD, count_K = ops.cluster_mean(weighted_RD, target_R, len(index_K))
+        x_KD = x_GD[index_K] * torch.exp2(-count_K.float())[:, None] + mean_KD * count_K[:, None]
+        return Kept(index_K=index_K, x_KD=x_KD.to(video.x_ND.dtype), scores_G=salience_G)
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        present = min(
+            grid.num_groups, round(num_kept / self.share)
+        )  # an earlier stage may have left fewer than the grid
+        return 2 * (present - num_kept) * num_kept * width + 4 * present * width  # cosines; norms and weighted sums

@@ -1,0 +1,227 @@
+"""SToP: a pruner by attention stops keeping sink tokens, which are attended whatever the video shows.
+
+Shape suffixes: G = groups, D = width, T = frames, S = places of a frame, B = subsets of equally many tokens,
+P = tokens of a subset, K = kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.pruners import ops
+from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, Stage
+from stts.tokens import Budget, Grid, Kept, Signal, SinkPenalty, Site, VideoTokens
+
+SIGLIP_PATCHES = 729
+"""The published strengths are for attention that sums to 1 over this many patches,"""
+SIGLIP_PLACES = 196
+"""and the published number of slots for frames of this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SToP:
+    """Run another pruner with attention sinks counted less: places that every frame attends to, whatever is there.
+
+    The sink score of a place, once per video, from attention A averaged over heads and queries:
+
+        a_p = mean_t A[t, p],   u = a^w,   s_p = (u_p - min u) / (max u - min u + 1e-12)
+
+    It reaches the base through `VideoTokens.sink`, in up to four ways, each off at 0:
+
+        salience    tokens are ranked by A[t, p] - mu_s s_p  (STSP)
+        temporal    a place is static if cos + mu_t s_p > tau  (STTP; HoliTom)
+        density     cluster centres are ranked by density - h s_p  (FastVID, HoliTom)
+        num_slots   this many worst places are no targets of merging  (VisionZip)
+
+    arXiv:2604.20937; `pruning/{visionzip,fastvid,holitom}/llava_arch.py` and `eval/utils/config.py` of rlqja1107/SToP.
+    Every base then ranks by mean-query attention, FastVID too. Equal attention everywhere is no sink.
+
+    **Differs:** the release moves a merge slot by comparing its number in the list of left-over tokens with places of
+    the frame; here the place that the slot stands for is compared (compat="official": as released). With mu_s = 0 the
+    releases of VisionZip and HoliTom still apply `num_slots` and `density`, and so does this; compare with the plain
+    base instead. `rescale`, on for towers of other than 729 patches, is ours."""
+
+    paper: ClassVar[str] = "2604.20937"
+    base: Stage
+    salience: float = 0.0
+    """mu_s, on the scale of the attention."""
+    temporal: float = 0.0
+    """mu_t, on the scale of a cosine."""
+    density: float = 0.0
+    num_slots: int = 0
+    power: float = 1.1
+    rescale: bool = False
+    """Ours, not the paper's: mu_s in proportion to the mean attention, num_slots to the tokens of a frame."""
+    positions: Positions = "compact"
+    without_newlines: bool = False
+    """Whatever the base says, no newline of a row stays."""
+    compat: Literal["official"] | None = None
+
+    @classmethod
+    def for_visionzip(cls, host: HostInfo, base: Stage, **options: Any) -> Self:
+        """The published values on VisionZip."""
+        return cls._published(host, base, {"salience": 0.03, "num_slots": 20, **options})
+
+    @classmethod
+    def for_fastvid(cls, host: HostInfo, base: Stage, **options: Any) -> Self:
+        """The published values on FastVID, whose centres are penalised only if attention is.
+
+        Its release renumbers positions, unlike FastVID's own, and forgets the newlines of rows, which is not repeated
+        here (compat="official": as released)."""
+        salience = options.get("salience", 0.02)
+        published = {
+            "salience": salience,
+            "density": 0.3 if salience else 0.0,
+            "positions": "original" if host.mrope else "compact",
+            "without_newlines": host.newline_per_row and options.get("compat") == "official",
+        }
+        return cls._published(host, base, {**published, **options})
+
+    @classmethod
+    def for_holitom(cls, host: HostInfo, base: Stage, **options: Any) -> Self:
+        """The published values on the outer stage of HoliTom; tuned for a retention ratio of 0.1."""
+        return cls._published(host, base, {"salience": 0.04, "temporal": 0.07, "density": 0.3, **options})
+
+    @classmethod
+    def _published(cls, host: HostInfo, base: Stage, options: dict[str, Any]) -> Self:
+        rescale = host.patches_per_frame != SIGLIP_PATCHES
+        return cls(**{"base": base, "rescale": rescale, "positions": base.positions, **options})
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (self,)
+
+    @property
+    def site(self) -> Site:
+        return self.base.site
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.base.signals - {"probe"} | {"attn"}
+
+    @property
+    def count_known(self) -> bool:
+        return self.base.count_known
+
+    @property
+    def newlines(self) -> Newlines:
+        return "none" if self.without_newlines else self.base.newlines
+
+    def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        return self.base([replace(video, sink=self.penalty(video)) for video in videos], budgets)
+
+    def penalty(self, video: VideoTokens) -> SinkPenalty:
+        """What the base sees; one host synchronisation if rescaled."""
+        ops.need_full_grid(video)
+        salience_G = ops.need(video.salience_G, "attn", video).detach().float()
+        salience, num_slots, num_places = self.salience, self.num_slots, video.grid.per_frame
+        if self.rescale:
+            salience *= float(salience_G.mean()) * SIGLIP_PATCHES
+            num_slots = round(num_slots * num_places / SIGLIP_PLACES)
+        return SinkPenalty(
+            penalty_S=sink_score(salience_G.view(-1, num_places).mean(0), self.power),
+            salience=salience,
+            temporal=self.temporal,
+            density=self.density,
+            num_slots=num_slots,
+            official=self.compat == "official",
+        )
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """The base's, and a mean and a subtraction per token."""
+        return self.base.flops(grid, width, num_kept) + 3 * grid.num_groups
+
+
+def sink_score(attention_BP: Tensor, power: float) -> Tensor:
+    """`attention ** power`, brought to [0, 1] along the last axis; all zeros where everything is equal."""
+    raised_BP = attention_BP**power
+    low_B1 = raised_BP.amin(-1, keepdim=True)
+    return (raised_BP - low_B1) / (raised_BP.amax(-1, keepdim=True) - low_B1 + 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNormSToP(PerVideo):
+    """Pins the function that SToP's release has for Qwen2.5-VL; not in the registry: use SToP on VisionZip instead.
+
+    There importance is not attention but I = |x| (1 + cos(x, mean of the frame)). Windows and static places are those
+    of HoliTom, with mu_t s from I of the whole video. Then the static means of a window, and the moving tokens of each
+    frame, keep max(1, round(P R')) by I - mu_s s, both from these P tokens alone, and every dropped token joins the
+    kept one most like it: (kept + mean of those that join) / 2. The release puts the static tokens of a window before
+    its frames (compat="official"); otherwise the order is that of the video.
+
+    arXiv:2604.20937; `pruning/qwen2vl/wrapper.py` of rlqja1107/SToP, where the model around it cannot run."""
+
+    paper: ClassVar[str] = "2604.20937"
+    salience: float = 3.7
+    temporal: float = 0.0
+    power: float = 1.1
+    tau: float = 0.8
+    compat: Literal["official"] | None = None
+
+    count_known: ClassVar[bool] = False
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        ops.need_full_grid(video)
+        num_frames, num_places = video.grid.t, video.grid.per_frame
+        x_TSD = video.x_ND.float().view(num_frames, num_places, -1)
+        with torch.no_grad():
+            penalty_S = sink_score(feature_importance(x_TSD).mean(0), self.power)
+            similarity_TS = ops.neighbour_similarity(video.x_ND, video.grid).view(num_frames, num_places)[1:]
+            windows, _ = ops.temporal_windows(similarity_TS > self.tau)
+            static_TS = similarity_TS + self.temporal * penalty_S > self.tau
+        static = [static_TS[start : end - 1].all(0) & (end - start > 1) for start, end in windows]
+        removed = sum(
+            int(mask_S.sum()) * (end - start - 1) for mask_S, (start, end) in zip(static, windows, strict=True)
+        )
+        ratio = min(budget.retention_ratio / max(1 - removed / video.num_groups, 0.1), 1.0)
+
+        index, rows = [], []
+        for mask_S, (start, end) in zip(static, windows, strict=True):
+            here_TSD = x_TSD[start:end]
+            for x_BSD, chosen_S in ((here_TSD.mean(0, keepdim=True), mask_S), (here_TSD, ~mask_S)):
+                place_P = chosen_S.nonzero()[:, 0]
+                if len(place_P):
+                    kept_BK, x_BKD = self._reduce(x_BSD[:, place_P], ratio)
+                    frame_B1 = torch.arange(start, start + len(x_BSD), device=place_P.device)[:, None]
+                    index.append((frame_B1 * num_places + place_P[kept_BK]).flatten())
+                    rows.append(x_BKD.flatten(0, 1).to(video.x_ND.dtype))
+        kept = Kept(index_K=torch.cat(index), x_KD=torch.cat(rows))
+        if self.compat == "official" and not budget.exact:
+            return kept
+        num_kept = budget.num_kept if budget.exact else len(kept.index_K)
+        return ops.fit_count(video, kept, num_kept, feature_importance(x_TSD).detach().flatten())
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """Norms and means, then similarity and sum for each pair of a token and a kept one of its frame."""
+        return 8 * grid.num_groups * width + 4 * (grid.num_groups * num_kept // grid.t) * width
+
+    def _reduce(self, x_BPD: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """(B, K) kept tokens of each subset, and (B, K, D) these with the others merged in."""
+        num_tokens = x_BPD.shape[1]
+        num_kept = max(1, round(num_tokens * ratio))
+        with torch.no_grad():
+            importance_BP = feature_importance(x_BPD)
+            score_BP = importance_BP - self.salience * sink_score(importance_BP, self.power)
+            kept_BK = ops.top(score_BP, num_kept).sort(-1).values
+            unit_BPD = F.normalize(x_BPD, dim=-1)
+            row_B1 = torch.arange(len(x_BPD), device=x_BPD.device)[:, None]
+            nearest_BP = (unit_BPD @ unit_BPD[row_B1, kept_BK].transpose(1, 2)).argmax(-1)
+            joins_BPK = F.one_hot(nearest_BP, num_kept).float()
+            joins_BPK[row_B1, kept_BK] = 0
+        count_BK1 = joins_BPK.sum(1)[..., None]
+        mean_BKD = joins_BPK.transpose(1, 2) @ x_BPD / count_BK1.clamp_min(1)
+        x_BKD = x_BPD[row_B1, kept_BK]
+        return kept_BK, torch.where(count_BK1 > 0, (x_BKD + mean_BKD) / 2, x_BKD)
+
+
+def feature_importance(x_BPD: Tensor) -> Tensor:
+    """(B, P) |x| (1 + cos(x, mean of its subset))."""
+    cosine_BP = F.cosine_similarity(x_BPD, x_BPD.mean(1, keepdim=True), dim=-1)
+    norm_BP: Tensor = torch.linalg.vector_norm(x_BPD, dim=-1)
+    return norm_BP * (1 + cosine_BP)
