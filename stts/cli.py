@@ -36,12 +36,54 @@ def _init(argv: list[str]) -> int:
     return 0
 
 
-def _pruners(argv: list[str]) -> int:
-    from stts.pruners.registry import describe_pruners
+def _export(argv: list[str]) -> int:
+    import argparse
 
-    if argv:
-        raise ValueError(f"stts pruners takes no arguments, got {argv}")
-    print(describe_pruners())
+    from stts.models.hub import export, export_reference
+
+    usage = "stts export [options] FOLDER OUT | stts export --from_reference FILE --base_model MODEL [options] OUT"
+    parser = argparse.ArgumentParser(prog="stts export", usage=usage, description=export.__doc__)
+    parser.add_argument("paths", nargs="+", help="a trained folder or a scorer alone, and a new or empty folder")
+    parser.add_argument("--scorer_only", action="store_true", help="write the scorer alone, without model weights")
+    parser.add_argument("--merge", action="store_true", help="put a scorer alone together with the weights of its base")
+    parser.add_argument("--base_model", help="folder or hub id with the weights a scorer alone belongs to")
+    parser.add_argument("--pruner", help="name of the folder's pruner, where it is 'module:Class'")
+    parser.add_argument("--from_reference", metavar="FILE", help="checkpoint of the STTS release, for its scorer")
+    parser.add_argument("--retention_ratio", type=float, help="fraction kept, for --from_reference (default 0.5)")
+    args = parser.parse_intermixed_args(argv)
+    reference = args.from_reference is not None
+    misplaced = args.merge or args.pruner or not args.base_model if reference else args.retention_ratio
+    if misplaced or len(args.paths) != 2 - reference:
+        raise ValueError(f"got {argv}; usage: {usage}")
+    if reference:
+        ratio = 0.5 if args.retention_ratio is None else args.retention_ratio
+        scorer_only, base_model = args.scorer_only, args.base_model
+        out = export_reference(
+            args.from_reference, *args.paths, base_model=base_model, retention_ratio=ratio, scorer_only=scorer_only
+        )
+    else:
+        names = ("pruner", "scorer_only", "merge", "base_model")
+        out = export(*args.paths, **{name: getattr(args, name) for name in names})
+    print(f"wrote {out}")
+    return 0
+
+
+def _pruners(argv: list[str]) -> int:
+    from stts.pruners.check import check_pruner
+    from stts.pruners.registry import describe_pruner, describe_pruners, make_pruner
+
+    match argv:
+        case []:
+            print(describe_pruners())
+        case ["--check", name]:
+            promises = check_pruner(lambda host: make_pruner(name, host))
+            for promise in promises:
+                print(f"{'ok    ' if promise.ok else 'FAILED'}  {promise.name} ({promise.found})")
+            return 0 if all(promise.ok for promise in promises) else 1
+        case [name] if not name.startswith("-"):
+            print(describe_pruner(name))
+        case _:
+            raise ValueError(f"got {argv}; usage: stts pruners [NAME | --check NAME], NAME as listed or module:Class")
     return 0
 
 
@@ -50,7 +92,8 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "data": ("write a data set: stts data shapes --out DIR", _data),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
-    "pruners": ("list the pruners", _pruners),
+    "export": ("write a trained model to publish: a complete folder, or its scorer alone", _export),
+    "pruners": ("list the pruners; stts pruners NAME: one of them; --check NAME: try its promises", _pruners),
 }
 
 

@@ -17,9 +17,20 @@ FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
 # Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
 SHARED = {
     "pruners": {"base", "ops", "scorer", "simple", "st_rope", "temporal"},
-    "models": {"base", "vit", "attention", "llm", "prompt", "qwen_vision", "report", "signals", "stages"},
+    "models": {
+        "base",
+        "vit",
+        "attention",
+        "llm",
+        "prompt",
+        "qwen_vision",
+        "report",
+        "signals",
+        "stages",
+        "video_layout",
+    },
 }
-DOORS = {"pruners": {"__init__", "registry", "chain"}, "models": {"__init__", "load", "pruning", "small"}}
+DOORS = {"pruners": {"__init__", "registry", "chain"}, "models": {"__init__", "load", "hub", "pruning", "small"}}
 
 
 def imported_modules(path: Path, package: list[str]) -> Iterator[tuple[int, list[str]]]:

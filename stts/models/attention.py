@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,6 +51,16 @@ def is_on(config: Any) -> bool:
 def stock_name(config: Any) -> str:
     """The attention implementation that runs outside packed rows."""
     return str(config._attn_implementation).removeprefix(_PREFIX)
+
+
+def check_device(config: Any, device: torch.device) -> None:
+    """ValueError when this attention implementation cannot run where the model is."""
+    name = stock_name(config)
+    if "flash" in name and device.type == "cpu":
+        raise ValueError(
+            f"attn_implementation={name!r} runs on GPUs only, but the model is on the CPU; move the model first, or "
+            "load it with attn_implementation='sdpa'"
+        )
 
 
 @contextmanager

@@ -7,17 +7,20 @@ is in `pruning.py`, `vit.py` and `prompt.py`.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.models.vit import Block, TowerInput, TowerOutput
-from stts.pruners.base import HostInfo
+from stts.pruners.base import HostInfo, Newlines
 from stts.tokens import Grid
 
 ADAPTERS = {
@@ -146,6 +149,8 @@ class Connected:
     """Per video (K, d), without newlines."""
     early: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...] = ()
     """Deepstack: for LLM layer 0, 1, ... the same two tuples, to be added to that layer's output."""
+    newlines: Newlines = "all"
+    """Which newlines stay where tokens are dropped, in families that end every row of a frame with one."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,22 @@ class Placed:
         )
 
 
+@functools.cache
+def check_transformers(version: str = transformers.__version__) -> None:
+    """ValueError below the range this library was tested with; above it a warning, once.
+
+    Hooks rely on how the stock code calls its parts, which versions may change."""
+    lowest, above = TESTED_TRANSFORMERS
+    tested = f"transformers >= {lowest[0]}.{lowest[1]}, < {above[0]}.{above[1]}"
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < lowest:
+        raise ValueError(f"transformers {version} is too old; install {tested}")
+    if found >= above:
+        warnings.warn(
+            f"transformers {version} was not tested; if a pruned model misbehaves, use {tested}", stacklevel=2
+        )
+
+
 def check_family(model_type: str) -> None:
     """ValueError, naming the families there are, for a model type without an adapter."""
     if model_type not in ADAPTERS:
@@ -192,6 +213,7 @@ def check_family(model_type: str) -> None:
 
 def make_adapter(model: PreTrainedModel) -> Adapter:
     """The adapter of this model's family."""
+    check_transformers()
     check_family(model.config.model_type)
     module, _, name = ADAPTERS[model.config.model_type].partition(":")
     adapter: Adapter = getattr(importlib.import_module(module), name)(model)

@@ -12,6 +12,7 @@ Shape suffixes: B = rows, L = full prompt length, M = longest shortened row, S =
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -122,10 +123,14 @@ class Prompt:
         if position_BL is None:
             position_BL = torch.arange(length, device=x_BLD.device)
         position_BL = position_BL.expand(*position_BL.shape[:-2], rows, length)
-        next_B = position_BL.masked_fill(~real_BL, 0).amax(-1).view(-1, rows).amax(0) + 1
+        rotary_BL = position_BL[-3:] if position_BL.dim() == 3 else position_BL  # four rows: the first only counts text
+        next_B = rotary_BL.masked_fill(~real_BL, 0).amax(-1).view(-1, rows).amax(0) + 1
         if self.positions == "compact":
             position_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
             next_B = keep_BL.sum(1)
+        limit: int = module.config.max_position_embeddings
+        if self.positions == "original" or length > limit:  # else nothing can be too long, and nobody needs to wait
+            self._check_window(next_B, limit, placed, real_BL, renumbers=position_BL.dim() < 3)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (module.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(
@@ -156,6 +161,37 @@ class Prompt:
             "attention_mask": valid_BM.to(torch.long),
         }
 
+    def _check_window(self, length_B: Tensor, limit: int, placed: Placed, real_BL: Tensor, *, renumbers: bool) -> None:
+        """ValueError when positions go beyond those the language model was made for.
+
+        length_B: last position + 1 of every row. renumbers: positions='compact' is possible in this family."""
+        longest = int(length_B.max())
+        if longest <= limit:
+            return
+        visual_BL = real_BL & (placed.video_BL >= 0)
+        kept_B = (real_BL & placed.keep_BL).sum(1)
+        room_B = limit - (real_BL & placed.keep_BL & ~visual_BL).sum(1)
+        rows = [(n, room) for n, room in zip(visual_BL.sum(1).tolist(), room_B.tolist(), strict=True) if n]
+        videos = int(placed.video_BL.max()) + 1
+        spare = videos - len(rows)  # a row has at most one video more; counts may be rounded up in all but one
+        ratio = min((math.floor(1000 * (room - spare) / n) / 1000 for n, room in rows), default=0.0)
+        if ratio <= 0:
+            advice = "text and images alone fill it; shorten them"
+        elif self.positions == "original" and not renumbers:
+            advice = (
+                "dropping tokens does not shorten the positions of this family; use fewer frames or a lower resolution"
+            )
+        elif self.layers.stages:
+            advice = "this pruner drops inside the LLM; use one that drops before it, or fewer frames"
+        else:
+            advice = f"retention_ratio={min(ratio, 1.0)} fits" + " with positions='compact'" * (
+                self.positions == "original"
+            )
+        raise ValueError(
+            f"the prompt has {int(kept_B.max())} tokens after pruning and positions up to {longest - 1}, but the "
+            f"language model's window is {limit} (max_position_embeddings): {advice}"
+        )
+
     def _decode(self, prefill: _Prefill, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
         new = kwargs["inputs_embeds"].shape[1]
         if new != 1:
@@ -167,7 +203,7 @@ class Prompt:
         step = seen - shortened
         mask = kwargs.get("attention_mask")
         tail = prefill.valid_BM.new_ones(rows, step + 1)
-        if mask is not None and mask.dim() == 2:  # another form was made by the stock code, for the full length
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # another form was made by the stock code, for the full length
             tail = mask[:, prefill.full_length :].bool()
         self.layers.resume(tail)
         return kwargs | {

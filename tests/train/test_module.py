@@ -172,8 +172,10 @@ def test_export_reloads_with_its_scorer_and_goes_on_from_it(tiny_folder: Path, t
     module = VideoFinetune(str(tiny_folder), "stts", retention_ratio=0.4, pruner_options={"prune_block": 1}, **FAST)
     fit(module, [batch_for(module)])
     folder = module.export(tmp_path / "model")
-    expected = {"pruner": "stts", "options": {"prune_block": 1}, "retention_ratio": 0.4, "positions": "compact"}
-    assert pruner_settings(folder) == expected
+    assert pruner_settings(folder) == {
+        "pruner": "stts", "options": {"prune_block": 1}, "retention_ratio": 0.4, "positions": "compact", "exact": True,
+        "family": "llava_onevision", "base": str(tiny_folder),
+    }  # fmt: skip
     model, _ = load_vlm(folder)
     scorer = load_pruner(folder, model)
     again = VideoFinetune(str(folder), "stts", pruner_options={"prune_block": 1}, **FAST)

@@ -1,0 +1,227 @@
+"""A stock VLM with its pruner attached, to load, save and publish as one thing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedModel, ProcessorMixin
+
+from stts.models.attention import is_on
+from stts.models.load import (
+    PRUNER_FILE,
+    WEIGHTS_FILE,
+    absolute,
+    fill,
+    load_vlm,
+    load_weights,
+    pruner_settings,
+    recorded_pruner,
+    save_pruned,
+)
+from stts.models.pruning import Pruning
+from stts.models.reference import read_reference
+from stts.models.report import Report
+from stts.models.signals import SiglipSource
+from stts.pruners.base import Positions
+
+
+class PrunedVLM:
+    """A stock model, its processor and a `Pruning` that stays attached until `detach`.
+
+    Holds the model and is none itself, so every tool for the stock class works on `.model`, pruned."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, pruning: Pruning, *, base: str | None = None
+    ) -> None:
+        """base: the checkpoint the model was started from (default: where it was loaded from)."""
+        self.model, self.processor, self.pruning = model, processor, pruning
+        self.base = absolute(model.name_or_path if base is None else base)
+        pruning.attach()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        pruner: str | None = None,
+        retention_ratio: float | None = None,
+        *,
+        base_model: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        positions: Positions | None = None,
+        exact: bool | None = None,
+        siglip: SiglipSource | None = None,
+        **options: Any,
+    ) -> PrunedVLM:
+        """Load `base`, a folder or hub id: a stock checkpoint, or one that we wrote, complete or a scorer alone.
+
+        What is None, and options left out, come from what we wrote there; for a stock checkpoint `pruner` must be
+        named, and the rest is as in `Pruning`. base_model: where to load the model of a scorer alone from (default:
+        the base it names). ValueError when anything does not fit; a pruner that learns is never left random."""
+        folder = _our_files(base)
+        settings = pruner_settings(folder) or {}
+        alone = bool(settings) and not (folder / "config.json").is_file()
+        if base_model is not None and not alone:
+            raise ValueError(f"{base} has weights of its own; base_model={str(base_model)!r} is for a scorer alone")
+        if pruner is None and not settings:
+            raise ValueError(f"{base} has no {PRUNER_FILE}, so name a pruner, for example pruner='novelty'")
+        name = pruner or recorded_pruner(folder, settings)
+        origin = str(base_model or settings.get("base") or base)
+        model, processor = _load_base(folder, origin, dtype) if alone else load_vlm(base, dtype=dtype)
+        if device is not None:
+            model.to(device)
+        if name == settings.get("pruner"):
+            options = {**settings["options"], **options}
+        pruning = Pruning(
+            model,
+            name,
+            retention_ratio=settings.get("retention_ratio", 0.5) if retention_ratio is None else retention_ratio,
+            exact=settings.get("exact", True) if exact is None else exact,
+            positions=positions or settings.get("positions"),
+            siglip=siglip,
+            **options,
+        )
+        load_weights(folder, model, name, pruning.pruner)
+        return cls(model, processor, pruning, base=origin)
+
+    @property
+    def last(self) -> Report | None:
+        """What the last forward pass with video did."""
+        return self.pruning.last
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A forward pass of the model."""
+        return self.model(**inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """`generate` of the model."""
+        return self.model.generate(**inputs)
+
+    def detach(self) -> None:
+        """Take the pruner off; the model is the stock one again, bit for bit."""
+        self.pruning.detach()
+
+    def save_pretrained(self, directory: str | Path, *, scorer_only: bool = False) -> Path:
+        """Write a complete folder, which the stock class can load alone, or the scorer and the name of its base.
+
+        The folder appears whole or not at all. ValueError: it is there and not empty; or `scorer_only` where weights of
+        the model differ from the base, which is loaded once more to compare."""
+        return self._save(Path(directory), scorer_only, public=False)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        scorer_only: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes, with no local base named in it; returns the commit's URL."""
+        if scorer_only and Path(self.base).exists():
+            raise ValueError(
+                f"the base {self.base} is a local folder, which nobody else can load; upload without scorer_only, or "
+                "load this scorer with base_model= a hub id"
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self._save(Path(scratch) / "model", scorer_only, public=True)
+            api = HfApi(token=token)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            message = commit_message or f"Upload with pruner {self.pruning.name}"
+            return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))
+
+    def _save(self, directory: Path, scorer_only: bool, *, public: bool) -> Path:
+        _check_empty(directory)
+        if self.pruning.name is None or not self.pruning.pruner.stages:
+            raise ValueError("there is no pruner to write; give Pruning a name other than 'none', not an object")
+        if scorer_only:
+            self._check_unmodified()
+        attached = any(is_on(config) for config in self.pruning.adapter.configs)
+        self.pruning.detach()  # the switched-on attention must not end up in config.json
+        try:
+            parts = (self.model, self.processor, self.pruning)
+            return save_pruned(directory, *parts, base=self.base, scorer_only=scorer_only, public=public)
+        finally:
+            if attached:
+                self.pruning.attach()
+
+    def _check_unmodified(self) -> None:
+        theirs = load_vlm(self.base, dtype=self.model.dtype)[0].state_dict()
+        own = self.model.state_dict()
+        changed = [name for name in own if name not in theirs or not torch.equal(own[name].cpu(), theirs[name])]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} tensors of the model differ from its base {self.base} ({changed[0]} is the first), "
+                "so a scorer alone would not give this model; write the complete folder"
+            )
+
+
+def export(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    pruner: str | None = None,
+    scorer_only: bool = False,
+    merge: bool = False,
+    base_model: str | Path | None = None,
+) -> Path:
+    """Write a trained folder, or a scorer alone, anew: complete, or with `scorer_only` as a scorer alone.
+
+    merge: put a scorer alone together with the weights of its base. ValueError: `out` is not empty, or the two
+    folders differ in kind without `merge` or `scorer_only` saying so."""
+    _check_empty(Path(out))
+    alone = pruner_settings(folder) is not None and not (Path(folder) / "config.json").is_file()
+    if merge and (scorer_only or not alone):
+        raise ValueError(
+            f"merge is for a scorer alone that becomes complete; {folder} is complete or scorer_only is on"
+        )
+    if alone and not (merge or scorer_only):
+        raise ValueError(f"{folder} holds a scorer alone; add --merge for a complete folder, or --scorer_only")
+    vlm = PrunedVLM.from_pretrained(folder, pruner, base_model=base_model)
+    return vlm.save_pretrained(out, scorer_only=scorer_only)
+
+
+def export_reference(
+    file: str | Path,
+    out: str | Path,
+    *,
+    base_model: str | Path,
+    retention_ratio: float = 0.5,
+    scorer_only: bool = False,
+) -> Path:
+    """Write a scorer of the authors' release beside the stock checkpoint `base_model`."""
+    _check_empty(Path(out))
+    tensors = read_reference(file)
+    model, processor = load_vlm(base_model)
+    pruning = Pruning(model, "stts", retention_ratio=retention_ratio)
+    assert pruning.module is not None
+    fill(pruning.module, tensors, str(file))
+    return PrunedVLM(model, processor, pruning).save_pretrained(out, scorer_only=scorer_only)
+
+
+def _check_empty(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; choose another one or remove it")
+
+
+def _load_base(folder: Path, base: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    try:
+        return load_vlm(base, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} holds a scorer for the base {base!r}; name its place with base_model=: {error}"
+        ) from error
+
+
+def _our_files(base: str | Path) -> Path:
+    """The local folder with what we wrote; for a hub id a download of just that. It may hold nothing of ours."""
+    if Path(base).exists():
+        return Path(base)
+    try:
+        return Path(snapshot_download(str(base), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json"]))
+    except (OSError, ValueError):
+        return Path(base)  # no such repository, or no way to it: loading the model says so
