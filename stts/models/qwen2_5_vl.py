@@ -1,0 +1,54 @@
+"""Qwen2.5-VL on stock transformers classes: attention inside windows, inside temporal patches in a few blocks.
+
+The tower sees merge units window by window, so rows of a video are permuted inside each temporal patch; groups and the
+connector undo that. Which segments hold in a block (`fullatt_block_indexes`: temporal patches, else windows) is kept
+after the drop, with fewer members; the key bias of STTS acts inside whatever segments its block has.
+
+Shape suffixes: S = patches of all frames, U = merge units of all frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+from stts.models.base import Visual
+from stts.models.qwen_vision import QwenVision, Size
+from stts.models.vit import TowerInput
+
+
+class Qwen2_5VL(QwenVision):
+    """Adapter of `Qwen2_5_VLForConditionalGeneration`."""
+
+    family = "qwen2_5_vl"
+    visual_args = (*QwenVision.visual_args, "second_per_grid_ts")
+
+    def _visual(self, pixels: Tensor, images: Sequence[Size], videos: Sequence[Size], given: dict[str, Any]) -> Visual:
+        visual = super()._visual(pixels, images, videos, given)
+        unit_U, boundaries = get_vision_window_index(
+            visual.image_args["grid_thw"],
+            spatial_merge_size=self.side,
+            window_size=self.vision.window_size,
+            patch_size=self.vision.patch_size,
+        )
+        layout = {"units": unit_U.to(pixels.device), "windows": tuple(boundaries.diff().tolist())}
+        return replace(visual, image_args=visual.image_args | layout)
+
+    def units(self, visual: Visual) -> Tensor:
+        unit_U: Tensor = visual.image_args["units"]
+        return unit_U
+
+    def embed(self, visual: Visual) -> TowerInput:
+        given = super().embed(visual)
+        x_SD, *aux = (
+            self.tower.permute_input_for_window_attn(x, self.units(visual), len(x)) for x in (given.x_SD, *given.aux)
+        )
+        windowed = frozenset(range(self.vision.depth)) - frozenset(self.vision.fullatt_block_indexes)
+        return replace(given, x_SD=x_SD, aux=tuple(aux), windows=visual.image_args["windows"], windowed=windowed)
+
+    def times(self, visual: Visual) -> dict[str, Any]:
+        return {"second_per_grid_ts": visual.image_args["given"].get("second_per_grid_ts")}

@@ -1,0 +1,44 @@
+"""Qwen3-VL on stock transformers classes: attention inside temporal patches, a resampled position table, deepstack.
+
+Mergers on early blocks (`deepstack_visual_indexes`) make features that the first LLM layers add to their outputs at the
+visual places, so nothing may be dropped behind the lowest of these blocks. The prompt shows every temporal patch behind
+its time; times, starts and ends of patches without survivors stay.
+
+Shape suffixes: S = patches of all frames, D = tower width, Q = entries of the table that a patch mixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+from stts.models.base import Visual
+from stts.models.qwen_vision import QwenVision
+from stts.models.vit import TowerInput
+
+
+class Qwen3VL(QwenVision):
+    """Adapter of `Qwen3VLForConditionalGeneration`."""
+
+    family = "qwen3_vl"
+
+    def embed(self, visual: Visual) -> TowerInput:
+        given, tower = super().embed(visual), self.tower
+        entry_SQ, weight_SQ = get_vision_interpolation_indices_and_weights(
+            visual.image_args["grid_thw"].to(given.x_SD.device),
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=self.side,
+        )
+        table_SD = (tower.pos_embed(entry_SQ) * weight_SQ[..., None]).sum(1)
+        return replace(given, x_SD=given.x_SD + table_SD.to(given.x_SD.dtype))
+
+    def taps(self) -> tuple[int, ...]:
+        return (*self.vision.deepstack_visual_indexes, *super().taps())
+
+    def mergers(self) -> Sequence[nn.Module]:
+        return [*self.tower.deepstack_merger_list, *super().mergers()]

@@ -1,0 +1,231 @@
+"""What the Qwen-VL families share: flat patches of any resolution, merge units as groups, mrope positions.
+
+A frame is a temporal patch (two video frames); an image is a frame that is never pruned. The processor lays patches out
+unit by unit, so a group is a run of `spatial_merge_size` ** 2 rows, also where a tower permutes units into windows.
+Nothing but video placeholders belongs to a group: timestamps and vision start and end tokens are text and stay.
+
+Shape suffixes: S = patches of all frames, U = merge units of all frames, G = groups of a video, W = patches per unit,
+D = tower width, B = rows, L = prompt length, K = kept groups of a video, V = visual tokens left in the prompt, d = LLM
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.vision_utils import get_vision_position_ids
+
+from stts.models.base import Connected, Placed, Visual
+from stts.models.vit import Block, TowerInput, TowerOutput
+from stts.packing.segments import Segments
+from stts.pruners.base import HostInfo
+from stts.tokens import Grid
+
+Size = Sequence[int]
+"""Temporal patches, rows and columns of patches: one line of `image_grid_thw` or `video_grid_thw`."""
+
+
+def _as_block(layer: nn.Module) -> Block:
+    def block(x_SD: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
+        # one chunk, known on the host, so that the stock loop runs once; our attention sees the segments
+        whole = torch.tensor([0, len(x_SD)], dtype=torch.int32)
+        y_SD: Tensor = layer(x_SD, cu_seqlens=whole, position_embeddings=(cos, sin), segments=segments)
+        return y_SD
+
+    return block
+
+
+class QwenVision:
+    """The common part of the adapters; a family adds its name and what its tower does differently."""
+
+    family: ClassVar[str]
+    pools_keys = True
+    visual_args: tuple[str, ...] = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.inner: Any = model.model
+        self.tower: Any = self.inner.visual
+        self.language_model: nn.Module = self.inner.language_model
+        self.vision = self.tower.config
+        self.configs = (self.vision, self.language_model.config)
+        self.side: int = self.vision.spatial_merge_size
+
+    @property
+    def host(self) -> HostInfo:
+        vision, text = self.configs
+        return HostInfo(
+            family=self.family,
+            vit_width=vision.hidden_size,
+            vit_mlp=vision.intermediate_size,
+            vit_heads=vision.num_heads,
+            vit_depth=vision.depth,
+            lowest_tap=min(self.taps()),
+            llm_width=text.hidden_size,
+            llm_layers=text.num_hidden_layers,
+            patches_per_group=self.side**2,
+            patches_per_frame=0,  # another number for every resolution
+            mrope=True,
+        )
+
+    # --- the visual input --------------------------------------------------------------------------------------------
+
+    def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
+        given = {name: kwargs.pop(name, None) for name in self.visual_args}
+        if kwargs.get("mm_encoder_outputs"):
+            raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
+        pixels, sizes = [], []
+        for values, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+            if (given[values] is None) != (given[grid] is None):
+                missing, there = (values, grid) if given[values] is None else (grid, values)
+                raise ValueError(f"{there} came without {missing}; pass everything the processor returned")
+            sizes.append([] if given[grid] is None else given[grid].tolist())
+            pixels += [] if given[values] is None else [given[values]]
+        if not pixels:
+            return None
+        images, videos = sizes
+        return self._visual(torch.cat(pixels), images, videos, given)
+
+    def _visual(self, pixels: Tensor, images: Sequence[Size], videos: Sequence[Size], given: dict[str, Any]) -> Visual:
+        frames = tuple(h * w for t, h, w in (*images, *videos) for _ in range(t))
+        if sum(frames) != len(pixels) or any(h % self.side or w % self.side for _, h, w in (*images, *videos)):
+            raise ValueError(
+                f"image_grid_thw {list(images)} and video_grid_thw {list(videos)} do not fit {len(pixels)} patches in "
+                f"units of {self.side} x {self.side}; pass pixels and grids of the same processor call"
+            )
+        grids = tuple(Grid(t, h // self.side, w // self.side) for t, h, w in videos)
+        layout = {"grid_thw": torch.tensor([*images, *videos]), "images": images, "given": given}
+        return Visual(pixels, frames, sum(t for t, _, _ in images), grids, layout)
+
+    def with_blank(self, visual: Visual | None) -> Visual:
+        vision = self.vision
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        blank = self.tower.patch_embed.proj.weight.new_zeros(self.side**2, width)
+        size = (1, self.side, self.side)
+        if visual is None:
+            return self._visual(blank, [], [size], {})
+        pixels = torch.cat([visual.pixels, blank.to(visual.pixels)])
+        return self._visual(pixels, visual.image_args["images"], [size], visual.image_args["given"])
+
+    def runs_stock(self, visual: Visual) -> bool:
+        return True
+
+    def grid(self, num_frames: int) -> Grid:
+        return Grid(-(-num_frames // self.vision.temporal_patch_size), 1, 1)
+
+    def units(self, visual: Visual) -> Tensor:
+        """int64 (U,): number, in the order of `visual.pixels`, of the merge unit at each place of the tower."""
+        return torch.arange(len(visual.pixels) // self.side**2, device=visual.pixels.device)
+
+    def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        width = self.side**2
+        sizes = [size // width for size in (visual.num_tile_patches, *visual.patches_per_video)]
+        place_G = self.units(visual).split(sizes)[1 + video].argsort()  # units of a video stay together
+        rows_GW = place_G[:, None] * width + torch.arange(width, device=place_G.device)
+        return rows_GW, torch.full(rows_GW.shape, 1 / width, device=rows_GW.device)
+
+    # --- tower and connector -----------------------------------------------------------------------------------------
+
+    def embed(self, visual: Visual) -> TowerInput:
+        x_SD: Tensor = self.tower.patch_embed(visual.pixels)
+        position_S2 = get_vision_position_ids(visual.image_args["grid_thw"], self.side).to(x_SD.device)
+        return TowerInput(x_SD, visual.frames, aux=self.tower.rotary_pos_emb(x_SD, position_S2))
+
+    def blocks(self) -> Sequence[Block]:
+        return [_as_block(layer) for layer in self.tower.blocks]
+
+    def taps(self) -> tuple[int, ...]:
+        return (self.vision.depth - 1,)
+
+    def mergers(self) -> Sequence[nn.Module]:
+        """One per tap; the last makes the features of the prompt, those before it go to early LLM layers."""
+        return [self.tower.merger]
+
+    def tower_attention(self) -> nn.Module:
+        attention: nn.Module = self.tower.blocks[max(self.taps())].attn
+        return attention
+
+    def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
+        width = self.side**2
+        unit_U, sizes = self.units(visual), [grid.num_groups for grid in visual.grids]
+        if tower.row_S is not None:  # whole units live or die
+            unit_U = unit_U[tower.row_S[::width] // width]
+            sizes = [size if cell is None else len(cell) for size, cell in zip(sizes, cells, strict=True)]
+            cells = [None] * len(sizes)
+        order_U = unit_U.argsort()
+        tiles = [t * h * w // width for t, h, w in visual.image_args["images"]]
+
+        def lay_out(merger: nn.Module, x_SD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            parts = merger(x_SD)[order_U].split([*tiles, *sizes])
+            videos = zip(parts[len(tiles) :], cells, strict=True)
+            return parts[: len(tiles)], tuple(x if cell is None else x[cell] for x, cell in videos)
+
+        *early, last = [lay_out(merger, x_SD) for merger, x_SD in zip(self.mergers(), tower.taps, strict=True)]
+        return Connected(*last, early=tuple(early))
+
+    # --- the prompt --------------------------------------------------------------------------------------------------
+
+    def merge(
+        self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
+    ) -> Placed:
+        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (input_ids is None) == (x_BLd is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if x_BLd is None:
+            x_BLd = self.inner.get_input_embeddings()(input_ids)
+        image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
+        counts = [grid.num_groups for grid in visual.grids]
+        tiles = [t * h * w // self.side**2 for t, h, w in visual.image_args["images"]]
+        for kind, mask_BL, number in (("image", image_BL, sum(tiles)), ("video", video_BL, sum(counts))):
+            if (places := int(mask_BL.sum())) != number:
+                raise ValueError(
+                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {number}; "
+                    "build both with the same processor call and do not truncate the prompt"
+                )
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self._positions(kwargs, x_BLd, visual)
+        device = x_BLd.device
+        cell_G = torch.cat([torch.arange(0), *map(torch.arange, counts)]).to(device)
+        video_G = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long)).to(device)
+        keep_G = torch.zeros(len(cell_G), dtype=torch.bool, device=device)
+        for mine_G, index_K in zip(keep_G.split(counts), kept, strict=True):
+            mine_G[slice(None) if index_K is None else index_K] = True
+        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, keep_G)
+        none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
+        place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
+
+        def flat(images: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
+            return torch.cat([x_BLd[0, :0], *images, *videos]).to(x_BLd)
+
+        x_Nd = x_BLd.masked_fill(~keep_BL[..., None], 0).flatten(0, 1)
+        x_Nd = x_Nd.index_copy(0, place_V, flat(connected.images, connected.videos))
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_Nd.view_as(x_BLd)
+        return Placed(
+            keep_BL,
+            none_BL.masked_scatter(video_BL, video_G),
+            none_BL.masked_scatter(video_BL, cell_G),
+            early=tuple(flat(*layer) for layer in connected.early),
+            early_V=place_V,
+        )
+
+    def _positions(self, kwargs: dict[str, Any], x_BLd: Tensor, visual: Visual) -> Tensor:
+        """What the stock forward would compute here, from the full prompt; without visual input, plain counting."""
+        grid_thw, num_images = visual.image_args["grid_thw"], len(visual.image_args["images"])
+        position: Tensor | None = self.inner.compute_3d_position_ids(
+            input_ids=kwargs.get("input_ids"),
+            inputs_embeds=x_BLd,
+            image_grid_thw=grid_thw[:num_images] if num_images else None,
+            video_grid_thw=grid_thw[num_images:] if visual.grids else None,
+            attention_mask=kwargs.get("attention_mask"),
+            past_key_values=kwargs.get("past_key_values"),
+            mm_token_type_ids=kwargs.get("mm_token_type_ids"),
+            **self.times(visual),
+        )
+        return torch.arange(x_BLd.shape[1], device=x_BLd.device)[None] if position is None else position
+
+    def times(self, visual: Visual) -> dict[str, Any]:
+        """Arguments of the stock position code that only some families have."""
+        return {}
