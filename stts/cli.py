@@ -70,7 +70,7 @@ def _export(argv: list[str]) -> int:
 
 def _pruners(argv: list[str]) -> int:
     from stts.pruners.check import check_pruner
-    from stts.pruners.registry import describe_pruner, describe_pruners, make_pruner
+    from stts.pruners.registry import MATRIX, describe_pruner, describe_pruners, make_pruner
 
     match argv:
         case []:
@@ -80,10 +80,17 @@ def _pruners(argv: list[str]) -> int:
             for promise in promises:
                 print(f"{'ok    ' if promise.ok else 'FAILED'}  {promise.name} ({promise.found})")
             return 0 if all(promise.ok for promise in promises) else 1
+        case ["--matrix"]:
+            print(
+                MATRIX.read_text(encoding="utf-8"),
+                "\nall: fit, forward and generate, as run by the tests on tiny models",
+            )
         case [name] if not name.startswith("-"):
             print(describe_pruner(name))
         case _:
-            raise ValueError(f"got {argv}; usage: stts pruners [NAME | --check NAME], NAME as listed or module:Class")
+            raise ValueError(
+                f"got {argv}; usage: stts pruners [NAME | --check NAME | --matrix], NAME as listed or module:Class"
+            )
     return 0
 
 
@@ -93,7 +100,10 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
     "export": ("write a trained model to publish: a complete folder, or its scorer alone", _export),
-    "pruners": ("list the pruners; stts pruners NAME: one of them; --check NAME: try its promises", _pruners),
+    "pruners": (
+        "list the pruners; stts pruners NAME: one of them; --check NAME: try its promises; --matrix: families",
+        _pruners,
+    ),
 }
 
 

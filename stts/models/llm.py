@@ -94,6 +94,8 @@ class Layers:
         self._decide = decide
         self._slots: Slots | None = None
         self._inputs: dict[str, Any] = {}
+        self._index_RM: Tensor | None = None
+        self._tables: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._early: tuple[Tensor, ...] = ()
         self._place_V: Tensor | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -143,6 +145,7 @@ class Layers:
     def rest(self) -> None:
         """The next pass is none of ours, or the pass is over."""
         self._slots, self._inputs, self._seen, self._masks = None, {}, {}, {}
+        self._index_RM, self._tables = None, {}
         self._early, self._place_V = (), None
 
     @property
@@ -174,7 +177,7 @@ class Layers:
             x_RMD = args[0]
             for number in mine:
                 x_RMD = self._cut(number, x_RMD, kwargs)
-            return ((x_RMD, *args[1:]), kwargs | self._inputs) if self._inputs else None
+            return ((x_RMD, *args[1:]), kwargs | self._inputs | self._rotary(kwargs)) if self._inputs else None
 
         return before
 
@@ -215,17 +218,27 @@ class Layers:
         index_RM, valid_RM = pad_rows(keep_N.view_as(slots.valid_RM), left=slots.left)
         self._slots = slots = slots.take(index_RM, valid_RM)
         self._valid[self._layer(number)] = valid_RM
-        self._inputs = self._shorter(kwargs | self._inputs, index_RM, slots)
+        self._index_RM = index_RM if self._index_RM is None else self._index_RM.gather(1, index_RM)
+        self._tables = {}
+        self._inputs = self._shorter(kwargs)
         return x_ND.view_as(x_RMD).gather(1, index_RM[..., None].expand(-1, -1, x_RMD.shape[-1]))
 
-    def _shorter(self, kwargs: dict[str, Any], index_RM: Tensor, slots: Slots) -> dict[str, Any]:
-        """What depends on the slots among the arguments of a layer."""
-        cos, sin = kwargs["position_embeddings"]
-        changed: dict[str, Any] = {"position_embeddings": (_take(cos, index_RM), _take(sin, index_RM))}
+    def _shorter(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What depends on the slots among the arguments of a layer and is the same for all deeper ones."""
+        assert self._slots is not None and self._index_RM is not None
+        changed: dict[str, Any] = {"attention_mask": make_mask(self._slots, self._llm)}
         if kwargs.get("position_ids") is not None:
-            changed["position_ids"] = _take(kwargs["position_ids"][..., None], index_RM)[..., 0]
-        changed["attention_mask"] = make_mask(slots, self._llm)
+            changed["position_ids"] = _take(kwargs["position_ids"][..., None], self._index_RM)[..., 0]
         return changed
+
+    def _rotary(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The layer's own rotary tables behind a cut: layers may differ in them, but most share one pair (Molmo2)."""
+        if self._index_RM is None:
+            return {}
+        cos, sin = kwargs["position_embeddings"]
+        if cos not in self._tables:
+            self._tables[cos] = (_take(cos, self._index_RM), _take(sin, self._index_RM))
+        return {"position_embeddings": self._tables[cos]}
 
     def _present(self, number: int, x_RMD: Tensor, places: Sequence[Tensor]) -> list[Present]:
         slots, signals = self._slots, self.stages[number].signals
@@ -319,10 +332,10 @@ def decode_mask(valid_BM: Tensor, llm: Any) -> Any:
 
 
 def _as_read(keep: Tensor, name: str, llm: Any) -> Tensor:
-    """A bool mask as this attention implementation reads it."""
-    if name in ("sdpa", "flex_attention"):
+    """A bool mask as this attention implementation reads it (flex attention adds tensors to the scores)."""
+    if name == "sdpa":
         return keep
-    if name != "eager":
+    if name not in ("eager", "flex_attention"):
         raise ValueError(
             f"this mask cannot be given to the attention {name!r}; reload the model with attn_implementation='sdpa'"
         )

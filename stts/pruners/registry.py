@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,9 @@ def _known(method: Any, options: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(method)}
     return {name: value for name, value in options.items() if name in names}
 
+
+MATRIX = Path(__file__).parents[1] / "assets" / "support" / "matrix.md"
+"""Which pruner runs on which family, written by the test that runs them (`stts pruners --matrix`)."""
 
 PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the options of the method
     "none": lambda host: Dense(),

@@ -1,0 +1,247 @@
+"""Molmo2 on stock transformers classes: SigLIP2 tower with two feature layers, attention pooling, Qwen3: STTS's home.
+
+Groups are the windows of `video_token_pooling`, 3 x 3 patches side by side (-1 outside the frame). The pooling indexes
+a flat list of patches, so survivors only need new numbers. Images (2 x 2 windows, several crops) are never pruned. All
+frame and image tokens of a row, markers included, see each other in both directions inside the LLM.
+
+Shape suffixes: F = crops or frames, N = patches of one of them, C = values of a patch, S = patches left in all of them,
+D = tower width, G = windows of a video, K = windows pooled, W = patches per window, B = rows, L = prompt length,
+d = LLM width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stts.models.attention import stock_name
+from stts.models.base import Connected, Placed, Visual
+from stts.models.vit import Block, TowerInput, TowerOutput
+from stts.pruners.base import HostInfo
+from stts.tokens import Grid
+
+POOL = 3
+"""Side of a video's pooling windows in every release; the processor holds it (`pooling_size`), the config does not."""
+
+
+def pooling_windows(height: int, width: int) -> Tensor:
+    """Patches of every window of one frame, int64 (G, W), -1 outside; the stock video processor centres the padding."""
+    top, left = -height % POOL, -width % POOL
+    padding = (left // 2, left - left // 2, top // 2, top - top // 2)
+    patches = F.pad(torch.arange(height * width).view(height, width), padding, value=-1)
+    return patches.unfold(0, POOL, POOL).unfold(1, POOL, POOL).flatten(2).flatten(0, 1)
+
+
+def _as_block(layer: nn.Module) -> Block:
+    def block(x: Tensor, mask: Any) -> Tensor:
+        y: Tensor = layer(x, None) if mask is None else layer(x[None], mask)[0]
+        return y
+
+    return block
+
+
+class Molmo2:
+    """Adapter of `Molmo2ForConditionalGeneration`."""
+
+    pools_keys = True
+    visual_args = (
+        "pixel_values",
+        "image_token_pooling",
+        "image_grids",
+        "image_num_crops",
+        "pixel_values_videos",
+        "video_token_pooling",
+        "video_grids",
+    )
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        kernel = stock_name(config.text_config)
+        if "flash" in kernel:
+            raise ValueError(
+                f"the language model runs {kernel!r}, which silently drops the two-way attention between visual "
+                'tokens; reload Molmo2 with attn_implementation={"text_config": "sdpa"}, flash is fine in the tower'
+            )
+        self.model = model
+        self.config = config
+        self.inner: Any = model.model
+        self.language_model: nn.Module = self.inner.language_model
+        self.configs = (config.vision_config, config.text_config)
+
+    @property
+    def host(self) -> HostInfo:
+        vision, text = self.config.vision_config, self.config.text_config
+        return HostInfo(
+            family="molmo2",
+            vit_width=vision.hidden_size,
+            vit_mlp=vision.intermediate_size,
+            vit_heads=vision.num_attention_heads,
+            vit_depth=vision.num_hidden_layers,
+            lowest_tap=min(self.taps()),
+            llm_width=text.hidden_size,
+            llm_layers=text.num_hidden_layers,
+            patches_per_group=POOL**2,
+            patches_per_frame=vision.num_position_embeddings,
+        )
+
+    def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
+        given = {name: kwargs.pop(name, None) for name in self.visual_args}
+        if kwargs.get("mm_encoder_outputs") is not None:
+            raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
+        kinds = [name for name in ("pixel_values", "pixel_values_videos") if given[name] is not None]
+        if not kinds:
+            return None
+        if len(kinds) == 2:
+            raise ValueError(
+                "images and videos came in one call, but Molmo2 has one placeholder token for both; put samples with "
+                "images and samples with videos into different batches"
+            )
+        names = ("image_token_pooling", "image_grids") if kinds == ["pixel_values"] else self.visual_args[5:]
+        if missing := [name for name in names if given[name] is None]:
+            raise ValueError(f"{kinds[0]} came without {missing}; pass everything the processor returned")
+        pixels_FNC: Tensor = given[kinds[0]].flatten(0, -3)
+        windows, grids = (given[name].to(pixels_FNC.device) for name in names)
+        if kinds == ["pixel_values"]:  # rows and columns of the small view, then of the crops
+            tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
+            return self._visual(pixels_FNC, windows, tokens, windows[:0], ())
+        videos = tuple(Grid(*grid) for grid in grids.tolist())
+        frames, groups = sum(grid.t for grid in videos), sum(grid.num_groups for grid in videos)
+        if (frames, groups) != (len(pixels_FNC), len(windows)):
+            raise ValueError(
+                f"video_grids tell of {frames} frames and {groups} windows, but pixel_values_videos has "
+                f"{len(pixels_FNC)} frames and video_token_pooling {len(windows)} rows; all must come from one "
+                "processor call"
+            )
+        return self._visual(pixels_FNC, windows[:0], [], windows, videos)
+
+    def _visual(
+        self, pixels_FNC: Tensor, image_KW: Tensor, tokens: list[int], video_GW: Tensor, grids: tuple[Grid, ...]
+    ) -> Visual:
+        """image_KW: windows of all images, counted from their first patch, video_GW: of all videos, from theirs;
+        tokens: windows of each image."""
+        frames = (pixels_FNC.shape[1],) * len(pixels_FNC)
+        layout = {"image_windows": image_KW.long(), "image_tokens": tokens, "video_windows": video_GW.long()}
+        return Visual(pixels_FNC, frames, len(frames) - sum(grid.t for grid in grids), grids, layout)
+
+    def with_blank(self, visual: Visual | None) -> Visual:
+        embedding = self.inner.vision_tower.patch_embedding
+        num_patches = self.config.vision_config.num_position_embeddings
+        blank = embedding.weight.new_zeros(1, num_patches, embedding.in_features)
+        windows = pooling_windows(*self._sides).to(blank.device)
+        if visual is None:
+            return self._visual(blank, windows[:0], [], windows, (self.grid(1),))
+        images, tokens = visual.image_args["image_windows"], visual.image_args["image_tokens"]
+        pixels = torch.cat([visual.pixels, blank.to(visual.pixels)])
+        return self._visual(pixels, images, tokens, windows, (self.grid(1),))
+
+    def runs_stock(self, visual: Visual) -> bool:
+        return True
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        """Patches of a frame, down and across."""
+        vision = self.config.vision_config
+        height, width = (pixels // vision.patch_size for pixels in vision.image_size)
+        return height, width
+
+    def grid(self, num_frames: int) -> Grid:
+        height, width = self._sides
+        return Grid(num_frames, -(-height // POOL), -(-width // POOL))
+
+    def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        rows_GW = self._windows(visual)[video]
+        rows_GW = torch.where(rows_GW >= 0, rows_GW - sum(visual.patches_per_video[:video]), -1)
+        inside_GW = rows_GW >= 0
+        return rows_GW, inside_GW.float() / inside_GW.sum(1, keepdim=True).clamp_min(1)
+
+    def _windows(self, visual: Visual) -> tuple[Tensor, ...]:
+        windows: Tensor = visual.image_args["video_windows"]
+        return windows.split([grid.num_groups for grid in visual.grids])
+
+    def embed(self, visual: Visual) -> TowerInput:
+        tower = self.inner.vision_tower
+        x_FND: Tensor = tower.patch_embedding(visual.pixels.to(tower.dtype))
+        x_FND = x_FND + tower.positional_embedding.to(x_FND)
+        return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
+
+    def blocks(self) -> Sequence[Block]:
+        return [_as_block(layer) for layer in self.inner.vision_tower.layers]
+
+    def taps(self) -> tuple[int, ...]:
+        depth = self.config.vision_config.num_hidden_layers
+        return tuple(layer % depth for layer in self.config.adapter_config.vision_feature_layer)
+
+    def tower_attention(self) -> nn.Module:
+        attention: nn.Module = self.inner.vision_tower.layers[max(self.taps())].self_attn
+        return attention
+
+    def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
+        videos = [
+            window_GW if cell is None else window_GW[cell]
+            for window_GW, cell in zip(self._windows(visual), cells, strict=True)
+        ]
+        images, tokens = visual.image_args["image_windows"], visual.image_args["image_tokens"]
+        behind = [torch.where(rows >= 0, rows + visual.num_tile_patches, -1) for rows in videos]
+        parts = [rows for rows in (images, *behind) if len(rows)]
+        width = max(rows.shape[1] for rows in parts)
+        rows_KW = torch.cat([F.pad(rows, (0, width - rows.shape[1]), value=-1) for rows in parts])
+        if tower.row_S is not None:  # numbers of survivors instead of patches
+            number = torch.full((sum(visual.frames),), -1, device=rows_KW.device)
+            number[tower.row_S] = torch.arange(len(tower.row_S), device=rows_KW.device)
+            rows_KW = torch.where(rows_KW >= 0, number[rows_KW.clamp_min(0)], -1)
+        pooled_Kd = self.inner.multi_modal_projector(torch.cat(tower.taps, dim=-1), rows_KW).last_hidden_state
+        features = pooled_Kd.split([*tokens, *map(len, videos)])
+        return Connected(features[: len(tokens)], features[len(tokens) :])
+
+    def merge(
+        self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
+    ) -> Placed:
+        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (input_ids is None) == (x_BLd is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        embed, patch = self.inner.get_input_embeddings(), self.config.image_patch_id
+        if x_BLd is None:
+            x_BLd = embed(input_ids)
+            place_BL = input_ids == patch
+        else:
+            place_BL = (x_BLd == embed(torch.tensor(patch, device=x_BLd.device))).all(-1)
+        num_image_tokens, device = sum(map(len, connected.images)), x_BLd.device
+        rows = [x_BLd.new_zeros(0, x_BLd.shape[-1]), *connected.images]
+        flags = [torch.ones(num_image_tokens, dtype=torch.bool, device=device)]
+        numbers = [torch.full((num_image_tokens,), -1, device=device)]
+        cells = [torch.full((num_image_tokens,), -1, device=device)]
+        for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
+            keep = torch.ones(grid.num_groups, dtype=torch.bool, device=device)
+            if index_K is not None:
+                index_K = index_K.sort().values
+                keep = torch.zeros_like(keep).index_fill(0, index_K, True)
+                x_Kd = x_Kd.new_zeros(grid.num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
+            rows.append(x_Kd)
+            flags.append(keep)
+            numbers.append(torch.full((grid.num_groups,), video, device=device))
+            cells.append(torch.arange(grid.num_groups, device=device))
+        features, places = torch.cat([x.to(x_BLd) for x in rows]), int(place_BL.sum())
+        if places != len(features):
+            raise ValueError(
+                f"the prompt has {places} placeholders, the visual input fills {len(features)}; "
+                "build both with the same processor call and do not truncate the prompt"
+            )
+        none_BL = torch.full_like(place_BL, -1, dtype=torch.long)
+        kwargs["input_ids"] = None
+        kwargs["inputs_embeds"] = x_BLd + torch.zeros_like(x_BLd).masked_scatter(place_BL[..., None], features)
+        # `Prompt` has the 2-D mask; a ready 4-D one keeps the stock code from making one for the full prompt
+        kwargs["attention_mask"] = x_BLd.new_zeros(1, 1, 1, 1)
+        kinds_BL = kwargs.get("mm_token_type_ids")
+        if kinds_BL is not None and len(kinds_BL) != len(x_BLd):  # beams: once per row
+            kinds_BL = kinds_BL[:: len(kinds_BL) // len(x_BLd)]
+        return Placed(
+            torch.ones_like(place_BL).masked_scatter(place_BL, torch.cat(flags)),
+            none_BL.masked_scatter(place_BL, torch.cat(numbers)),
+            none_BL.masked_scatter(place_BL, torch.cat(cells)),
+            None if kinds_BL is None else kinds_BL.to(device) == 1,
+        )
