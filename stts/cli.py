@@ -50,7 +50,17 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--pruner", help="name of the folder's pruner, where it is 'module:Class'")
     parser.add_argument("--from_reference", metavar="FILE", help="checkpoint of the STTS release, for its scorer")
     parser.add_argument("--retention_ratio", type=float, help="fraction kept, for --from_reference (default 0.5)")
+    parser.add_argument(
+        "--from_llava_video", action="store_true", help="make the original files of LLaVA-Video (FOLDER) a stock folder"
+    )
     args = parser.parse_intermixed_args(argv)
+    if args.from_llava_video:
+        from stts.models.llava_video import convert_llava_video
+
+        if len(args.paths) != 2:
+            raise ValueError(f"got {argv}; usage: stts export --from_llava_video FOLDER OUT")
+        print(f"wrote {convert_llava_video(*args.paths)}")
+        return 0
     reference = args.from_reference is not None
     misplaced = args.merge or args.pruner or not args.base_model if reference else args.retention_ratio
     if misplaced or len(args.paths) != 2 - reference:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from stts.data.collate import Batch, Collator
+from stts.data.collate import Batch, Collator, Step
 from stts.data.datasets import Example, OnError, Skipped, VideoJsonl
 from stts.data.shapes import ShapesConfig, ShapesFrames
 from stts.packing.pack import pack_samples
@@ -90,14 +91,23 @@ class ResumableLoader:
 
     The order is a pure function of (seed, epoch, rank) and items depend on nothing but their number, so nothing else
     has to be stored, and a resumed run may use another number of workers. Every epoch has as many batches as epoch 0:
-    with a token budget the count differs a little, and then some batches are left out or the first ones come twice."""
+    with a token budget the count differs a little, and then some batches are left out or the first ones come twice.
+
+    `per_step` batches make one optimizer step. They are read before the first of them is handed out, so that each can
+    be weighed by its share of the whole step; what does not fill a step is left out."""
 
     def __init__(
-        self, dataset: Dataset[Any], order: Order, collate: Callable[[Items], Batch], num_workers: int
+        self,
+        dataset: Dataset[Any],
+        order: Order,
+        collate: Callable[[Items], Batch],
+        num_workers: int,
+        per_step: int = 1,
     ) -> None:
         self.dataset, self.order, self.collate, self.num_workers = dataset, order, collate, num_workers
+        self.per_step = per_step
         self.epoch = self.position = 0
-        self._length = len(order.batches(0))
+        self._length = len(order.batches(0)) // per_step * per_step
 
     def __len__(self) -> int:
         return self._length
@@ -113,16 +123,28 @@ class ResumableLoader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
+            worker_init_fn=_outlive_sigterm,
         )
+        step: list[Batch] = []
         for batch in loader:
-            self.position += 1
-            yield batch
+            step.append(batch)
+            if len(step) == self.per_step:
+                tokens, videos = (sum(b.num_answer_tokens for b in step), sum(b.num_videos for b in step))
+                for place, part in enumerate(step):
+                    self.position += 1
+                    yield replace(part, step=Step(tokens, videos, len(step), place))
+                step = []
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A scheduler signals every process of a job; the run still needs its batches to finish the step and save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class VideoData(pl.LightningDataModule):
@@ -216,9 +238,14 @@ class VideoData(pl.LightningDataModule):
         order = self._order(
             size, shuffle=self.shuffle, batch_size=self.batch_size, lengths=lengths, max_tokens=self.max_tokens
         )
-        loader = ResumableLoader(self.train_data, order, Collate(collator), self.num_workers)
+        assert self.trainer is not None
+        per_step = self.trainer.accumulate_grad_batches
+        loader = ResumableLoader(self.train_data, order, Collate(collator), self.num_workers, per_step)
         if not len(loader):
-            raise ValueError(f"{size} training samples do not fill one batch on every rank; lower data.batch_size")
+            raise ValueError(
+                f"{size} training samples do not fill {per_step} batch(es) on every rank, which make one optimizer "
+                "step; lower data.batch_size or trainer.accumulate_grad_batches"
+            )
         return loader
 
     def val_dataloader(self) -> Any:
@@ -248,5 +275,5 @@ class VideoData(pl.LightningDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         visual = module.tokens_per_video(data.num_frames)
-        texts = collator.num_text_tokens(data.samples)
+        texts = collator.num_text_tokens(data.samples, data.num_frames)
         return [text + (visual if s.video is not None else 0) for text, s in zip(texts, data.samples, strict=True)]

@@ -22,7 +22,21 @@ from stts.data.datasets import Example, Message, Sample, Skipped
 
 IGNORED = -100
 """Label of a token that is not part of an answer; the value that stock losses leave out."""
+_LATE_S = 9999.99
+"""A time with as many digits as any in a video of up to 9999 seconds."""
 _MARKER = re.compile(r"\s*<(video|image)>\s*")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the batches of one optimizer step hold together on this rank, counted before the first of them runs."""
+
+    num_tokens: int
+    """Answer tokens."""
+    num_videos: int
+    num_batches: int
+    place: int
+    """Of this batch among them, from 0."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,17 @@ class Batch:
     skipped: tuple[Skipped, ...] = ()
     blank: bool = False
     """True: stands in for a batch in which every sample was skipped, and must weigh nothing."""
+    step: Step | None = None
+    """The optimizer step this batch is a part of; None: it is one by itself."""
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that the answer loss is a mean of; 0 for a blank batch."""
+        return 0 if self.blank else int((self.inputs["labels"][:, 1:] != IGNORED).sum())
+
+    @property
+    def num_videos(self) -> int:
+        return 0 if self.blank else len(self.video_uids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with every input tensor on `device`."""
@@ -82,7 +107,7 @@ class Collator:
             return None
         for example in examples:
             _check_media(example)
-        texts = [self.render(example.sample) for example in examples]
+        texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
         videos = [example for example in examples if example.frames is not None]
         inputs = self._process(texts, videos, examples)
         if self.training:
@@ -103,9 +128,14 @@ class Collator:
     def blank(self, skipped: Sequence[Skipped] = ()) -> Batch:
         """One row with one black frame, for a rank whose whole batch was skipped: it must still run every module."""
         sample = Sample("blank", (Message("user", "<video>\n?"), Message("assistant", "?")))
-        made = self([Example(sample, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1))])
+        made = self([Example(sample, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1), duration_s=0.0)])
         assert made is not None
         return replace(made, skipped=tuple(skipped), blank=True)
+
+    @property
+    def _tells_times(self) -> bool:
+        """Whether the prompt tells the times of frames (LLaVA-Video): `models/video_layout.py` marks the processor."""
+        return getattr(self.processor, "time_instruction", False)
 
     def render(self, sample: Sample) -> str:
         """The text of one conversation, with one media marker per medium. ValueError for a missing or empty answer."""
@@ -134,8 +164,12 @@ class Collator:
                 shown = place + 1
         return text
 
-    def num_text_tokens(self, samples: Sequence[Sample]) -> list[int]:
-        """Tokens of each conversation without its video and image tokens; known before any file is opened."""
+    def num_text_tokens(self, samples: Sequence[Sample], num_frames: int = 0) -> list[int]:
+        """Tokens of each conversation without its video and image tokens; known before any file is opened.
+
+        num_frames: of every video; where the prompt tells their times, these are taken to be as long as can be."""
+        if self._tells_times:
+            samples = [_with_times(sample, [_LATE_S] * num_frames, _LATE_S) for sample in samples]
         texts = [_MARKER.sub(" ", self.render(sample)) for sample in samples]
         return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=True)["input_ids"]]
 
@@ -211,6 +245,35 @@ def _content(message: Message) -> dict[str, Any]:
         elif piece:
             parts.append({"type": "text", "text": piece})
     return {"role": message.role, "content": parts}
+
+
+def time_instruction(timestamps_s: Sequence[float], duration_s: float) -> str:
+    """What LLaVA-Video was trained to read behind every video: its length, the number of frames and their times.
+
+    Facts, order and number format are those of the release (LLaVA-NeXT, docs/LLaVA_Video_1003.md), the words ours."""
+    times = ",".join(f"{time:.2f}s" for time in timestamps_s)
+    return (
+        f"This video is {duration_s:.2f} seconds long. {len(timestamps_s)} frames were taken from it, at {times}. "
+        "Please answer the questions about this video."
+    )
+
+
+def _timed(example: Example) -> Sample:
+    if example.frames is None:
+        return example.sample
+    if example.timestamps_s is None or example.duration_s is None:
+        raise ValueError(
+            f"sample {example.sample.uid!r} has no frame times or no duration, which this model reads in the prompt; "
+            "fill timestamps_s and duration_s of the Example, or set processor.time_instruction = False"
+        )
+    return _with_times(example.sample, example.timestamps_s.tolist(), example.duration_s)
+
+
+def _with_times(sample: Sample, timestamps_s: Sequence[float], duration_s: float) -> Sample:
+    """The sample with a time instruction behind its video marker."""
+    text = f"<video>\n{time_instruction(timestamps_s, duration_s)}\n"
+    messages = [replace(turn, text=re.sub(r"<video>\s*", lambda _: text, turn.text)) for turn in sample.messages]
+    return replace(sample, messages=tuple(messages))
 
 
 def _last_answer(sample: Sample) -> str:

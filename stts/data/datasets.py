@@ -59,6 +59,8 @@ class Example:
     """(T,) true times in the file"""
     images: tuple[NDArray[np.uint8], ...] = ()
     """each (H, W, 3)"""
+    duration_s: float | None = None
+    """Of the whole video file."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
             clip=sample.clip,
             max_fps=self.max_fps,
         )
-        return Example(sample, video.frames, video.timestamps_s, images)
+        return Example(sample, video.frames, video.timestamps_s, images, video.source.duration_s)
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:

@@ -197,7 +197,8 @@ class ShapesFrames(Dataset[Example]):
                 "duration": clip.num_frames / self.config.fps,
             },
         )
-        return Example(sample, clip.render(frame_index_T), frame_index_T / self.config.fps)
+        times_T = frame_index_T / self.config.fps
+        return Example(sample, clip.render(frame_index_T), times_T, duration_s=clip.num_frames / self.config.fps)
 
     def _focus(self, index: int) -> str | None:
         if self._shares is None:

@@ -1,11 +1,14 @@
-"""LLaVA-OneVision on stock transformers classes: SigLIP tower, per-patch projector, bilinear pooling, Qwen2.
+"""LLaVA-OneVision on stock transformers classes: SigLIP tower, per-patch projector, bilinear pooling, Qwen2; and
+LLaVA-Video, the same with the layout that `video_layout.py` describes, where the model's config asks for it.
 
 Groups are cells of the pooled grid. Bilinear resizing of a side of n patches to ceil(n / 2) cells reads at most two
 patches per cell and direction; for odd n neighbouring cells in the middle share a patch (27 -> 14: patch 13 belongs to
-cells 6 and 7), so groups overlap and a patch lives as long as any kept cell needs it.
+cells 6 and 7), so groups overlap and a patch lives as long as any kept cell needs it. Averaged groups are disjoint, and
+for odd n the last row and column of patches belong to none: they serve the others as context until a stage drops.
 
-Shape suffixes: F = tiles and frames, N = patches of a frame, P = cells of a frame, W = 4 patches per cell, S = patches
-left in all frames, D = tower width, d = LLM width, K = kept cells of a video.
+Shape suffixes: F = tiles and frames, N = patches of a frame, P = cells of a frame (in `merge`: placeholders of a
+video), W = 4 patches per cell, S = patches left in all frames, D = tower width, d = LLM width, K = kept cells of a
+video.
 """
 
 from __future__ import annotations
@@ -15,25 +18,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from stts.models.base import Connected, Placed, Visual
+from stts.models.video_layout import STOCK, VideoLayout
 from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
 
 @functools.cache
-def pooling_cells(side: int) -> tuple[Tensor, Tensor]:
+def pooling_cells(side: int, layout: VideoLayout = STOCK) -> tuple[Tensor, Tensor]:
     """Patches and weights of every pooled cell of a `side` x `side` patch grid: int64 (P, W) with -1, fp32 (P, W).
 
-    Read off the stock operator itself (bilinear resize of unit impulses), so it holds for any side."""
-    cells = -(-side // 2)
+    Read off the operator itself (what it makes of unit impulses), so it holds for any side."""
     impulses = torch.eye(side * side).view(side * side, 1, side, side)
-    weight_PN = F.interpolate(impulses, size=(cells, cells), mode="bilinear").flatten(1).T
+    weight_PN = layout.resize(impulses).flatten(1).T
     weight_PW, patch_PW = weight_PN.sort(dim=1, descending=True, stable=True)
     weight_PW, patch_PW = weight_PW[:, :4], patch_PW[:, :4]
     order_PW = torch.where(weight_PW > 0, patch_PW, side * side).argsort(dim=1)  # patches of a cell in reading order
@@ -50,7 +52,7 @@ def _as_block(layer: nn.Module) -> Block:
 
 
 class LlavaOnevision:
-    """Adapter of `LlavaOnevisionForConditionalGeneration`."""
+    """Adapter of `LlavaOnevisionForConditionalGeneration`, with videos laid out as its config says."""
 
     pools_keys = False
     visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
@@ -64,6 +66,7 @@ class LlavaOnevision:
             )
         self.model = model
         self.config = config
+        self.layout = VideoLayout.of(config)
         self.inner: Any = model.model
         self.language_model: nn.Module = self.inner.language_model
         self.configs = (config.vision_config, config.text_config)
@@ -83,6 +86,7 @@ class LlavaOnevision:
             llm_layers=text.num_hidden_layers,
             patches_per_group=4,
             patches_per_frame=self.side**2,
+            newline_per_row=self.layout.newline == "grid",
         )
 
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
@@ -118,18 +122,17 @@ class LlavaOnevision:
         return self._visual(torch.cat([visual.pixels, blank.to(visual.pixels)]), [1], visual.image_args)
 
     def runs_stock(self, visual: Visual) -> bool:
-        return len({grid.t for grid in visual.grids}) <= 1
+        return (self.layout.is_stock or not visual.grids) and len({grid.t for grid in visual.grids}) <= 1
 
     def _num_tiles(self, size: Any) -> int:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return int(image_size_to_num_patches(size, pinpoints, side))
 
     def grid(self, num_frames: int) -> Grid:
-        cells = -(-self.side // 2)
-        return Grid(num_frames, cells, cells)
+        return self.layout.grid(num_frames, self.side)
 
     def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
-        patch_PW, weight_PW = (x.to(visual.pixels.device) for x in pooling_cells(self.side))
+        patch_PW, weight_PW = (x.to(visual.pixels.device) for x in pooling_cells(self.side, self.layout))
         frames = visual.grids[video].t
         offset_T = torch.arange(frames, device=patch_PW.device)[:, None, None] * self.side**2
         rows_GW = torch.where(patch_PW >= 0, patch_PW + offset_T, -1).flatten(0, 1)
@@ -167,18 +170,25 @@ class LlavaOnevision:
         if not visual.grids:
             return Connected(images, ())
         if tower.row_S is None:
-            pooled = self.inner.apply_pooling(y_Sd[split:].unflatten(0, (-1, num_patches)))
+            pooled = self._pool(y_Sd[split:].unflatten(0, (-1, num_patches)))
             chunks = [clip.flatten(0, 1) for clip in pooled.split([grid.t for grid in visual.grids])]
             return Connected(
                 images, tuple(x if cell is None else x[cell] for x, cell in zip(chunks, cells, strict=True))
             )
         return Connected(images, self._pool_survivors(y_Sd, tower.row_S, visual, cells))
 
+    def _pool(self, y_FNd: Tensor) -> Tensor:
+        if self.layout.pool == "bilinear":
+            stock: Tensor = self.inner.apply_pooling(y_FNd)
+            return stock
+        y_FdHW = y_FNd.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return self.layout.resize(y_FdHW).flatten(2).transpose(1, 2)
+
     def _pool_survivors(
         self, y_Sd: Tensor, row_S: Tensor, visual: Visual, cells: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """Bilinear pooling of the kept cells, as a gather of at most four surviving patches each."""
-        patch_PW, weight_PW = (x.to(y_Sd.device) for x in pooling_cells(self.side))
+        """Pooling of the kept cells, as a gather of at most four surviving patches each."""
+        patch_PW, weight_PW = (x.to(y_Sd.device) for x in pooling_cells(self.side, self.layout))
         num_patches, num_cells = self.side**2, len(patch_PW)
         total = (visual.num_tiles + sum([grid.t for grid in visual.grids])) * num_patches
         place = torch.zeros(total, dtype=torch.long, device=y_Sd.device)
@@ -205,36 +215,31 @@ class LlavaOnevision:
             x_BLd = self.inner.get_input_embeddings()(input_ids)
         image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
         newline = self.inner.image_newline[None]
-        rows, flags = [newline[:0]], [video_BL.new_zeros(0)]
-        cells = [torch.zeros(0, dtype=torch.long, device=x_BLd.device)]
-        for x_Kd, index_K, frames in zip(connected.videos, kept, [grid.t for grid in visual.grids], strict=True):
-            num_groups = self.grid(frames).num_groups
-            keep = torch.ones(num_groups + 1, dtype=torch.bool, device=x_BLd.device)  # the newline is never dropped
+        nothing = torch.zeros(0, dtype=torch.long, device=x_BLd.device)
+        rows, flags, cells, numbers = [newline[:0]], [video_BL.new_zeros(0)], [nothing], [nothing]
+        for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
             if index_K is not None:
                 index_K = index_K.sort().values
-                keep[:num_groups] = False
-                keep[index_K] = True
-                x_Kd = x_Kd.new_zeros(num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
-            rows += [x_Kd, newline]
-            flags.append(keep)
-            cells.append(torch.arange(num_groups + 1, device=x_BLd.device))
+                x_Kd = x_Kd.new_zeros(grid.num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
+            cell_P, keep_P = self.layout.places(grid, index_K, connected.newlines, x_BLd.device)
+            rows.append(torch.cat([x_Kd, newline])[cell_P])  # -1, no cell, is the last row: the newline
+            flags.append(keep_P)
+            cells.append(cell_P)
+            numbers.append(torch.where(cell_P >= 0, video, -1))
         for kind, mask_BL, parts in (("image", image_BL, [newline[:0], *connected.images]), ("video", video_BL, rows)):
             features = torch.cat(parts).to(x_BLd)
             places = int(mask_BL.sum())
             if places != len(features):
                 raise ValueError(
-                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {len(features)}; "
-                    "build both with the same processor call and do not truncate the prompt"
+                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {len(features)}; build both "
+                    "with the same processor call (`load_vlm` gives the processor the layout of the model's videos) "
+                    "and do not truncate the prompt"
                 )
             x_BLd = x_BLd.masked_scatter(mask_BL[..., None], features)
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_BLd
-        numbers = [torch.full_like(cell, video) for video, cell in enumerate(cells[1:])]
-        for number, cell in zip(numbers, cells[1:], strict=True):
-            number[-1] = cell[-1] = -1  # the newline is no group
-        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
         none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
         return Placed(
-            keep_BL,
-            none_BL.masked_scatter(video_BL, torch.cat([cells[0], *numbers])),
+            torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags)),
+            none_BL.masked_scatter(video_BL, torch.cat(numbers)),
             none_BL.masked_scatter(video_BL, torch.cat(cells)),
         )

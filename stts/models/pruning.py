@@ -59,6 +59,9 @@ class Pruning:
         self.options: Mapping[str, Any] = options
         self.pruner = make_pruner(pruner, self.adapter.host, **options) if isinstance(pruner, str) else pruner
         self.exact = exact
+        self.in_step = False
+        """True: run tower, connector and stages in evaluation too when the batch has no video, as training does; needed
+        where parameters are sharded, because every rank takes part in gathering them."""
         self.last: Report | None = None
         if siglip is not None:
             siglip.check(self.adapter.host)
@@ -184,7 +187,8 @@ class Pruning:
         learning = torch.is_grad_enabled() and self.model.training
         cache = kwargs.get("past_key_values")
         given = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
-        if not given and (not learning or (cache is not None and cache.get_seq_length())):
+        everything = learning or self.in_step
+        if not given and (not everything or (cache is not None and cache.get_seq_length())):
             return None
         if learning:
             self.check_trainable()
@@ -194,7 +198,7 @@ class Pruning:
                 kwargs[name] = kwargs[name][::expand]
         before = dict(kwargs)
         visual = self.adapter.take_visual(kwargs)
-        blank = learning and not (visual and visual.grids)
+        blank = everything and not (visual and visual.grids)
         if visual is None and not blank:
             return None
         seen = self.adapter.with_blank(visual) if blank else visual
@@ -203,7 +207,7 @@ class Pruning:
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        if whole and not learning and self.adapter.runs_stock(seen):  # dense is sacred: the stock code runs, untouched
+        if whole and not everything and self.adapter.runs_stock(seen):  # dense is sacred: the stock code runs, untouched
             self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
                 return args, before

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from stts.data.collate import IGNORED, Collator
+from stts.data.collate import IGNORED, Collator, time_instruction
 from stts.data.datasets import Example, Message, Sample, Skipped
 
 QUESTION = "<video>\nwhich colour flashed ?"
@@ -164,3 +164,44 @@ def test_a_template_without_end_of_turn_is_refused(processor: Any) -> None:
 def test_answers_are_not_asked_for_when_generating(processor: Any) -> None:
     batch = Collator(processor, training=False)([replace(example(), sample=example(turns=(QUESTION,)).sample)])
     assert batch.answers == ("",) and "labels" not in batch.inputs
+
+
+def test_the_time_instruction_has_two_decimals_everywhere() -> None:
+    assert time_instruction([0.0, 1.5, 2.996], 3) == (
+        "This video is 3.00 seconds long. 3 frames were taken from it, at 0.00s,1.50s,3.00s. "
+        "Please answer the questions about this video."
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_processor_that_wants_times_gets_them_behind_the_video_marker(tiny: Any, training: bool) -> None:
+    _, processor = tiny
+    items = [replace(example(), duration_s=1.25), example("b", turns=("what is it ?", "red"), frames=None)]
+    plain = Collator(processor, training=training)(items)
+    processor.time_instruction = True
+    times = time_instruction([0, 0.25, 0.5, 0.75], 1.25)
+    told = replace(
+        items[0].sample,
+        messages=(Message("user", f"<video>\n{times}\nwhich colour flashed ?"), *items[0].sample.messages[1:]),
+    )
+    made = Collator(processor, training=training)(items)
+    counted = Collator(processor, training=True).num_text_tokens([item.sample for item in items], 4)
+    processor.time_instruction = False
+    expected = Collator(processor, training=training)([replace(items[0], sample=told), items[1]])
+    assert made is not None and plain is not None and expected is not None
+    for name, value in expected.inputs.items():
+        assert torch.equal(made.inputs[name], value), name
+    if training:
+        text = made.inputs["attention_mask"].bool() & (made.inputs["input_ids"] != processor.video_token_id)
+        assert counted == text.sum(1).tolist(), "a word is a token here, however long the number"
+    assert made.samples == plain.samples, "the batch names the samples as they are"
+    assert made.inputs["input_ids"].shape[1] > plain.inputs["input_ids"].shape[1]
+
+
+def test_missing_times_are_refused_where_the_prompt_needs_them(tiny: Any) -> None:
+    _, processor = tiny
+    processor.time_instruction = True
+    collator = Collator(processor, training=False)
+    with pytest.raises(ValueError, match="'a' has no frame times or no duration"):
+        collator([example()])
+    assert collator.blank().blank
