@@ -18,6 +18,24 @@ def _compare(argv: list[str]) -> int:
     return int(compare(argv) or 0)
 
 
+def _report(argv: list[str]) -> int:
+    from stts.report.page import main as report
+
+    return report(argv)
+
+
+def _visualize(argv: list[str]) -> int:
+    from stts.report.visualize import main as visualize
+
+    return visualize(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from stts.eval.doctor import main as doctor
+
+    return doctor(argv)
+
+
 def _data(argv: list[str]) -> int:
     from jsonargparse import auto_cli
 
@@ -109,6 +127,9 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "data": ("write a data set: stts data shapes --out DIR", _data),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
+    "report": ("one HTML page of comparisons: table, plots, samples with the tokens that were kept", _report),
+    "visualize": ("one video, one question, one pruner: what was kept, as .png, .mp4 or .html", _visualize),
+    "doctor": ("what this machine has, what will be slow, what is missing and how to get it", _doctor),
     "export": ("write a trained model to publish: a complete folder, or its scorer alone", _export),
     "pruners": (
         "list the pruners; stts pruners NAME: one of them; --check NAME: try its promises; --matrix: families",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from stts.data.collate import Batch
@@ -101,7 +100,7 @@ class SkipList(pl.Callback):
 class Export(pl.Callback):
     """Writes ordinary Hugging Face folders: `<out>/best` at each best validation accuracy, `<out>/model` at the end.
 
-    Strategies that cut parameters into shards keep them in their checkpoints; those are exported afterwards."""
+    Every rank takes part, because parameters may be cut over them; rank 0 writes."""
 
     def __init__(self, out: str | Path) -> None:
         self.out, self.best = Path(out), -1.0
@@ -117,12 +116,7 @@ class Export(pl.Callback):
         if not trainer.interrupted:
             self._write(pl_module, "model")
 
-    @rank_zero_only
     def _write(self, pl_module: Any, name: str) -> None:
-        strategy = pl_module.trainer.strategy
-        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False):
-            line(f"{self.out / name} was not written: parameters are sharded; export {self.out}/checkpoints instead")
-            return
         line(f"wrote {pl_module.export(self.out / name)}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
-from .callbacks import Export, ProgressLines, SkipList
+from . import strategies  # noqa: F401  (its short names)
+from .callbacks import Export, ProgressLines, SkipList, line
+from .checkpoints import Checkpoints, Stopped, check_fits, choose, settings_of
 from .data_module import VideoData
+from .dry_run import not_rehearsed, rehearsal
 from .module import VideoFinetune
+from .watch import Overlays, Throughput, make_loggers
 
 
 class FitCLI(LightningCLI):
@@ -27,48 +31,90 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.usage = (
-            "stts fit --config FILE.yaml [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] [--trainer.NAME VALUE]"
+            "stts fit --config FILE.yaml [--dry-run] [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] "
+            "[--trainer.NAME VALUE]"
         )
         parser.add_argument(
             "--out", type=str, required=True, help="folder for logs, checkpoints and the exported model"
         )
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="checkpoint to go on from; 'last': the newest in `out`"
+            "--resume",
+            type=str | None,
+            default="auto",
+            help="'auto': go on from the newest checkpoint in `out` if it has these settings, else start; 'last': go "
+            "on from the newest whatever its settings; a folder of <out>/checkpoints: from that one; null: start",
+        )
+        parser.add_argument(
+            "--logger",
+            type=str | list[str],
+            default="csv",
+            help="where values are logged: csv, wandb, tensorboard, or several, as in csv,wandb",
+        )
+        parser.add_argument(
+            "--overlay_every", type=int, default=0, help="optimizer steps between pictures of kept tokens; 0: none"
+        )
+        parser.add_argument(
+            "--peak_tflops",
+            type=float | None,
+            default=None,
+            help="bf16 peak of one device in 10^12 FLOPs per second, for `mfu`; null: by its name, where known",
         )
         parser.add_argument("--progress_every", type=int, default=50, help="optimizer steps between progress lines")
         parser.add_argument(
-            "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints; 0: none"
+            "--checkpoint_every",
+            type=int,
+            default=500,
+            help="optimizer steps between checkpoints; 0: only at the end, at each best validation, and on SIGTERM",
         )
+        parser.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept, beside the best")
 
     def before_instantiate_classes(self) -> None:
-        resume = self.config["resume"]
-        if resume not in (None, "last") and not Path(resume).exists():
-            raise ValueError(f"no checkpoint at {resume}; give a file of <out>/checkpoints, or 'last'")
+        self.settings = settings_of(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        self.saved, self.why = choose(self.config["resume"], Path(self.config["out"]), self.settings)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config, out = self.config_init, Path(self.config_init["out"])
         trainer = config["trainer"]
         if trainer["default_root_dir"] is None:
             trainer["default_root_dir"] = str(out)
-        if trainer["logger"] in (None, True):  # anything else (W&B, say) only when the config asks for it
-            trainer["logger"] = CSVLogger(out, name="log")
-        extra: list[pl.Callback] = [ProgressLines(config["progress_every"]), SkipList(out), Export(out)]
-        if config["checkpoint_every"]:
-            # save_last names the newest `last.ckpt`; written to a temporary name first by Lightning
-            extra.append(
-                ModelCheckpoint(
-                    out / "checkpoints", save_last=True, save_top_k=1, every_n_train_steps=config["checkpoint_every"]
-                )
-            )
-        else:
-            trainer["enable_checkpointing"] = False
-        trainer["callbacks"] = [*extra, *(trainer["callbacks"] or [])]
+        if trainer["logger"] in (None, True):
+            trainer["logger"] = make_loggers(config["logger"], out)
+        every_picture = config["overlay_every"]
+        every, keep = config["checkpoint_every"], config["keep_checkpoints"]
+        trainer["callbacks"] = [
+            ProgressLines(config["progress_every"]),
+            SkipList(out),
+            Export(out),
+            Throughput(config["peak_tflops"]),
+            *([Overlays(out, every_picture)] if every_picture else []),
+            Checkpoints(out, self.settings, every, keep, resumed=self.saved is not None),
+            *(trainer["callbacks"] or []),
+        ]
         return super().instantiate_trainer(**kwargs)
+
+
+class _Reading(FitCLI):
+    """Parses and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
 
 
 def make_cli(argv: Sequence[str]) -> FitCLI:
     """Parse and build, without running. SystemExit with a message for a bad config, ValueError for bad settings."""
-    return FitCLI(
+    return _cli(FitCLI, argv)
+
+
+def read_config(argv: Sequence[str]) -> Any:
+    """Every setting of a run with its default, by the parser that a run uses; nothing is loaded."""
+    return _cli(_Reading, argv).config
+
+
+def _cli(cli_class: type[FitCLI], argv: Sequence[str]) -> FitCLI:
+    return cli_class(
         VideoFinetune,
         VideoData,
         args=list(argv),
@@ -88,9 +134,26 @@ def fit(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `stts fit` hands over its own
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation asked for
+    argv = list(argv)
     try:
+        if "--dry-run" in argv:
+            argv.remove("--dry-run")
+            with tempfile.TemporaryDirectory() as scratch:
+                config = read_config(argv)
+                code = fit(rehearsal(argv, config, Path(scratch)))
+            if code == 0:
+                line(f"rehearsed, and removed; {not_rehearsed(config)}")
+            return code
         cli = make_cli(argv)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config["resume"], weights_only=True)
+        if cli.saved is not None:
+            check_fits(cli.saved, cli.trainer)
+        if cli.why:
+            line(cli.why)
+        state = None if cli.saved is None else cli.saved.state
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=True)
+    except Stopped as stopped:
+        line(str(stopped))
+        return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,14 +9,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from stts.data.cache import FrameCache
 from stts.data.collate import Batch, Collator, Step
-from stts.data.datasets import Example, OnError, Skipped, VideoJsonl
+from stts.data.datasets import Example, OnError, Samples, Skipped, VideoJsonl
+from stts.data.mixture import Mixture, Source, weights_of
 from stts.data.shapes import ShapesConfig, ShapesFrames
 from stts.packing.pack import pack_samples
 
-_PACK_WINDOW = 8192  # shuffled samples packed together: first-fit over a whole data set would be quadratic
+from .callbacks import line
+
+_WINDOW = 1024  # shuffled samples packed together, and as many more for every 32 ranks: first-fit is quadratic
+_COUNTED_AT_ONCE = 1024  # samples whose tokens are counted in one piece of work for a loader process
 Items = Sequence[Example | Skipped]
 
 
@@ -38,8 +44,8 @@ class Order:
     num_samples: int
     batch_size: int
     """Samples per batch when `lengths` is None."""
-    lengths: tuple[int, ...] | None = None
-    """LLM tokens of each sample: pack as many as fit."""
+    lengths: Sequence[int] | NDArray[np.int32] | None = None
+    """LLM tokens of each sample: pack as many as fit, and give the ranks batches of about equal size in every step."""
     max_tokens: int = 0
     seed: int = 0
     shuffle: bool = True
@@ -47,10 +53,12 @@ class Order:
     """Drop what does not fill a batch on every rank; False: ranks that run out get empty batches."""
     rank: int = 0
     world_size: int = 1
+    mixture: Mixture | None = None
+    """Which samples an epoch shows; None: each of them once."""
 
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of one epoch."""
-        everything = self._all(epoch)
+        everything = self._in_turn(epoch) if self.lengths is None else self._balanced(epoch, self.lengths)
         surplus = len(everything) % self.world_size
         if surplus and self.drop_last:
             del everything[len(everything) - surplus :]
@@ -58,19 +66,36 @@ class Order:
             everything += [[] for _ in range(self.world_size - surplus)]
         return everything[self.rank :: self.world_size]
 
-    def _all(self, epoch: int) -> list[list[int]]:
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(order)
-        if self.lengths is None:
-            whole = self.num_samples // self.batch_size * self.batch_size if self.drop_last else self.num_samples
-            return [order[i : i + self.batch_size].tolist() for i in range(0, whole, self.batch_size)]
-        batches = []
-        for start in range(0, len(order), _PACK_WINDOW):
-            window = order[start : start + _PACK_WINDOW].tolist()
-            rows = pack_samples([self.lengths[sample] for sample in window], self.max_tokens)
-            batches += [[window[place] for place in row] for row in rows]
-        return batches
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        return (self.mixture or Mixture((self.num_samples,))).draw(self.seed, epoch)
+
+    def _in_turn(self, epoch: int) -> list[list[int]]:
+        order = self._drawn(epoch)
+        whole = self.num_samples // self.batch_size * self.batch_size if self.drop_last else self.num_samples
+        return [order[i : i + self.batch_size].tolist() for i in range(0, whole, self.batch_size)]
+
+    def _balanced(self, epoch: int, lengths: Sequence[int] | NDArray[np.int32]) -> list[list[int]]:
+        """Batches such that every `world_size` that follow each other, one step, hold about equally many tokens.
+
+        Within a window of shuffled samples, packed batches are sorted by their tokens and cut into steps, whose order is
+        shuffled again. The least full, which make no whole step, go back among the samples of the next window."""
+        order, window, ranks = self._drawn(epoch), _WINDOW * (1 + self.world_size // 32), self.world_size
+        batches: list[list[int]] = []
+        left: list[int] = []
+        for start in range(0, len(order), window):
+            samples = left + order[start : start + window].tolist()
+            sizes = np.asarray([lengths[sample] for sample in samples])
+            rows = pack_samples(sizes.tolist(), self.max_tokens)
+            rows.sort(key=lambda row: -sizes[row].sum())
+            whole = len(rows) // ranks * ranks
+            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(whole // ranks)
+            firsts = (steps if self.shuffle else np.sort(steps)) * ranks
+            batches += [[samples[p] for p in rows[first + rank]] for first in firsts for rank in range(ranks)]
+            left = [samples[place] for row in rows[whole:] for place in row]
+        last = pack_samples([lengths[sample] for sample in left], self.max_tokens)
+        return batches + [[left[place] for place in row] for row in last]
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,8 @@ class ResumableLoader:
     with a token budget the count differs a little, and then some batches are left out or the first ones come twice.
 
     `per_step` batches make one optimizer step. They are read before the first of them is handed out, so that each can
-    be weighed by its share of the whole step; what does not fill a step is left out."""
+    be weighed by its share of the whole step; what does not fill a step is left out. `epoch_ends` is called
+    with the number of an epoch when its last batch has been read."""
 
     def __init__(
         self,
@@ -103,7 +129,9 @@ class ResumableLoader:
         collate: Callable[[Items], Batch],
         num_workers: int,
         per_step: int = 1,
+        epoch_ends: Callable[[int], None] | None = None,
     ) -> None:
+        self.epoch_ends = epoch_ends
         self.dataset, self.order, self.collate, self.num_workers = dataset, order, collate, num_workers
         self.per_step = per_step
         self.epoch = self.position = 0
@@ -124,6 +152,7 @@ class ResumableLoader:
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
             worker_init_fn=_outlive_sigterm,
+            multiprocessing_context=_forked(self.num_workers),
         )
         step: list[Batch] = []
         for batch in loader:
@@ -132,6 +161,8 @@ class ResumableLoader:
                 tokens, videos = (sum(b.num_answer_tokens for b in step), sum(b.num_videos for b in step))
                 for place, part in enumerate(step):
                     self.position += 1
+                    if self.position == self._length and self.epoch_ends is not None:
+                        self.epoch_ends(self.epoch)  # here: nobody asks for more than the last batch
                     yield replace(part, step=Step(tokens, videos, len(step), place))
                 step = []
 
@@ -142,43 +173,52 @@ class ResumableLoader:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
+def _forked(num_workers: int) -> str | None:
+    """How workers start: by forking, so that they share the frame cache and need no copy of the rows' places."""
+    return "fork" if num_workers else None
+
+
 def _outlive_sigterm(worker: int) -> None:
     """A scheduler signals every process of a job; the run still needs its batches to finish the step and save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class VideoData(pl.LightningDataModule):
-    """JSONL files with videos and images, or ShapesQA drawn on the fly.
+    """Data files with videos and images (JSONL, JSON arrays, Parquet; see stts/data/datasets.py), or ShapesQA.
 
     Args:
-        kind: 'jsonl' reads `train` and `val`; 'shapes' draws ShapesQA clips and needs no files.
-        train: JSONL file (kind 'jsonl').
-        val: JSONL file to validate on; null: no validation.
-        root: folder that media paths are relative to; null: the JSONL file's own.
+        kind: 'jsonl' reads `train` and `val`; 'shapes' draws ShapesQA clips on the fly and needs no files.
+        train: data file, or a mixture: a list of {path, weight, limit, root} (kind 'jsonl'; see stts/data/mixture.py).
+        val: data file to validate on; null: no validation.
+        root: folder that media paths are relative to; null: the data file's own.
         sampler: which frames of a video are read (see stts/data/sampling.py).
         num_frames: at most so many frames per video.
         max_fps: upper bound on frames per second of video.
         on_error: 'raise' stops at a broken file, 'skip' counts and lists it.
+        timeout_s: seconds one sample's files may take to read before they count as broken; null: no limit.
+        cache_gib: memory per rank, in GiB, for decoded frames that later epochs read again; 0: none.
         shapes: form of the clips (kind 'shapes').
         phases: training clips in the order of training (kind 'shapes').
         num_val_clips: validation clips with all families alike (kind 'shapes'); 0: no validation.
         batch_size: samples per batch and rank; 0 when `max_tokens` decides.
         max_tokens: LLM tokens per batch and rank, after pruning; as many samples as fit (kind 'jsonl').
         val_batch_size: samples per validation batch.
-        num_workers: loader processes; 0 reads in the main process.
+        num_workers: loader processes per rank; 0 reads in the main process.
         seed: of order and drawn clips.
     """
 
     def __init__(
         self,
         kind: Literal["jsonl", "shapes"] = "jsonl",
-        train: str | None = None,
+        train: str | list[Source] | None = None,
         val: str | None = None,
         root: str | None = None,
         sampler: str = "uniform_inclusive",
         num_frames: int = 16,
         max_fps: float | None = None,
         on_error: OnError = "raise",
+        timeout_s: float | None = 60.0,
+        cache_gib: float = 0.0,
         shapes: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
         phases: list[Phase] | None = None,
         num_val_clips: int = 0,
@@ -194,14 +234,19 @@ class VideoData(pl.LightningDataModule):
                 f"batch_size={batch_size} and max_tokens={max_tokens}: give one and set the other to 0; "
                 f"val_batch_size={val_batch_size} must be at least 1"
             )
-        if kind == "jsonl" and train is None:
-            raise ValueError("data.kind=jsonl needs data.train, a JSONL file (or set data.kind: shapes)")
+        if kind == "jsonl" and not train:
+            raise ValueError("data.kind=jsonl needs data.train, a data file or a list (or set data.kind: shapes)")
+        if cache_gib < 0:
+            raise ValueError(f"data.cache_gib={cache_gib} must not be negative; 0 for no cache")
         if kind == "shapes" and not phases:
             raise ValueError("data.kind=shapes needs data.phases, for example [{num_clips: 100000}]")
         if kind == "shapes" and max_tokens:
             raise ValueError("data.kind=shapes has samples of one length; use data.batch_size, not data.max_tokens")
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
         self.num_workers, self.seed, self.num_frames = num_workers, seed, num_frames
+        self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
+        self.sources: list[Source] = []
+        self.mixture: Mixture | None = None
         self.train_data: Dataset[Any]
         self.val_data: Dataset[Any] | None = None
         self.shuffle = kind == "jsonl"  # drawn clips are independent already, and phases must keep their order
@@ -222,31 +267,68 @@ class VideoData(pl.LightningDataModule):
             if num_val_clips:  # whatever the training mixture, so that scores of two runs compare
                 self.val_data = ShapesFrames("val", num_val_clips, seed, shapes)
         else:
-            reading: dict[str, Any] = {"root": root, "sampler": sampler, "num_frames": num_frames, "max_fps": max_fps}
-            assert train is not None
-            self.train_data = VideoJsonl(train, on_error=on_error, **reading)
+            reading: dict[str, Any] = {"sampler": sampler, "num_frames": num_frames, "max_fps": max_fps}
+            reading |= {"on_error": on_error, "timeout_s": timeout_s}
+            assert train
+            self.sources = [Source(train)] if isinstance(train, str) else list(train)
+            weights = weights_of(self.sources)
+            files = [
+                VideoJsonl(
+                    source.path,
+                    root=root if source.root is None else source.root,
+                    limit=source.limit,
+                    limit_seed=seed,
+                    uid_prefix=f"{source.path}:" if len(self.sources) > 1 else "",  # other files have the same ids
+                    cache=self.cache,
+                    **reading,
+                )
+                for source in self.sources
+            ]
+            self.train_data = ConcatDataset(files)
+            self.mixture = Mixture(tuple(len(file) for file in files), weights)
             if val is not None:
-                self.val_data = VideoJsonl(val, on_error=on_error, **reading)
+                self.val_data = VideoJsonl(val, root=root, **reading)
 
     def train_dataloader(self) -> ResumableLoader:
         collator = self._collator()
         lengths = None
         if self.max_tokens:
-            assert isinstance(self.train_data, VideoJsonl)
-            lengths = tuple(self._lengths(collator, self.train_data))
+            assert isinstance(self.train_data, ConcatDataset)
+            lengths = np.concatenate([self._lengths(collator, file.samples) for file in self.train_data.datasets])
         size = len(self.train_data)  # type: ignore[arg-type]
         order = self._order(
-            size, shuffle=self.shuffle, batch_size=self.batch_size, lengths=lengths, max_tokens=self.max_tokens
+            size,
+            shuffle=self.shuffle,
+            batch_size=self.batch_size,
+            lengths=lengths,
+            max_tokens=self.max_tokens,
+            mixture=self.mixture,
         )
         assert self.trainer is not None
         per_step = self.trainer.accumulate_grad_batches
-        loader = ResumableLoader(self.train_data, order, Collate(collator), self.num_workers, per_step)
+        loader = ResumableLoader(self.train_data, order, Collate(collator), self.num_workers, per_step, self._tell)
         if not len(loader):
             raise ValueError(
                 f"{size} training samples do not fill {per_step} batch(es) on every rank, which make one optimizer "
                 "step; lower data.batch_size or trainer.accumulate_grad_batches"
             )
+        if len(self.sources) > 1 and self.mixture is not None:
+            for source, count, rows in zip(self.sources, self.mixture.counts, self.mixture.sizes, strict=True):
+                line(f"data: {count} samples per epoch of the {rows} rows of {source.path}")
         return loader
+
+    def _tell(self, epoch: int) -> None:
+        """One line about the frame cache, and its hit rate in the log, at the end of every epoch."""
+        if self.cache is None or not self.cache.lookups:
+            return
+        assert self.trainer is not None
+        rate = self.cache.hits / self.cache.lookups
+        line(
+            f"epoch {epoch}: {rate:.1%} of {self.cache.lookups} videos since the start came from the frame cache, which "
+            f"holds {self.cache.used_bytes / 2**30:.2f} GiB"
+        )
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"frame_cache_hit_rate": rate}, step=self.trainer.global_step)
 
     def val_dataloader(self) -> Any:
         if self.val_data is None:
@@ -257,6 +339,7 @@ class VideoData(pl.LightningDataModule):
             batch_sampler=order.batches(0),
             collate_fn=Collate(self._collator()),
             num_workers=self.num_workers,
+            multiprocessing_context=_forked(self.num_workers),
         )
 
     def _order(self, num_samples: int, **settings: Any) -> Order:
@@ -268,12 +351,52 @@ class VideoData(pl.LightningDataModule):
         assert self.trainer is not None
         return Collator(self.trainer.lightning_module.processor, training=True)
 
-    def _lengths(self, collator: Collator, data: VideoJsonl) -> list[int]:
-        """LLM tokens of every sample, known before any file is opened; an upper bound where a video is short."""
-        if any(sample.images for sample in data.samples):
-            raise ValueError("data.max_tokens needs rows without images, whose token count depends on their size")
+    def _lengths(self, collator: Collator, samples: Samples) -> NDArray[np.int32]:
+        """LLM tokens of every sample, known before any video is opened; an upper bound where a video is short."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        visual = module.tokens_per_video(data.num_frames)
-        texts = collator.num_text_tokens(data.samples, data.num_frames)
-        return [text + (visual if s.video is not None else 0) for text, s in zip(texts, data.samples, strict=True)]
+        pieces = _TokenCounts(samples, collator, module.tokens_per_video(self.num_frames), self.num_frames)
+        num_workers = self.num_workers if len(pieces) > 1 else 0
+        counted = []
+        for piece in DataLoader(
+            pieces, batch_size=None, num_workers=num_workers, multiprocessing_context=_forked(num_workers)
+        ):
+            if isinstance(piece, ValueError):  # raised there, a worker's whole traceback would come with it
+                raise piece
+            counted.append(piece)
+        lengths = np.concatenate(counted)
+        longest = int(lengths.argmax())
+        if lengths[longest] > self.max_tokens:
+            raise ValueError(
+                f"sample {samples[longest].uid!r} alone has {lengths[longest]} tokens, more than data.max_tokens="
+                f"{self.max_tokens}; raise it, or use fewer frames or a lower retention_ratio"
+            )
+        return lengths
+
+
+@dataclass(frozen=True)
+class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
+    """LLM tokens of samples, counted in pieces by loader processes: a template and a tokenizer are slow for millions."""
+
+    samples: Samples
+    collator: Collator
+    tokens_per_video: int
+    num_frames: int
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // _COUNTED_AT_ONCE)
+
+    def __getitem__(self, piece: int) -> NDArray[np.int32] | ValueError:
+        samples = self.samples[piece * _COUNTED_AT_ONCE : (piece + 1) * _COUNTED_AT_ONCE]
+        pictured = next((sample.uid for sample in samples if sample.images), None)
+        try:
+            if pictured is not None:
+                raise ValueError(
+                    f"sample {pictured!r} has images, whose token count depends on their size; data.max_tokens needs "
+                    "rows without: use data.batch_size"
+                )
+            texts = np.asarray(self.collator.num_text_tokens(samples, self.num_frames), np.int32)
+        except ValueError as error:
+            return error
+        videos = np.asarray([sample.video is not None for sample in samples])
+        return texts + np.int32(self.tokens_per_video) * videos

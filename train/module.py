@@ -2,7 +2,7 @@
 
 It knows no method: what a pruner adds to the loss arrives by name, and `loss_weights` says what each name weighs.
 
-Shape suffixes:  B = rows,  L = text length"""
+Shape suffixes:  B = rows,  L = text length,  A = places where some row has an answer,  V = vocabulary"""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan
-from stts.data.collate import IGNORED, Batch
+from stts.data.collate import IGNORED, Batch, Step
 from stts.models.load import load_pruner, load_vlm, pruner_settings, save_pruned
 from stts.models.pruning import Pruning
 from stts.pruners.base import Positions
+
+from .lengths import largest_grid, num_placed_tokens
+from .lora import MARK, Lora, add_lora, merge
+from .retention import Setting, make_retention
+from .strategies import FSDP2, DeepSpeed, adamw, cut, is_cut, whole_tensors
 
 PARTS = ("llm", "vit", "connector", "scorer")
 _UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
@@ -35,7 +44,8 @@ class VideoFinetune(pl.LightningModule):
     Args:
         model: Hugging Face folder or hub id of a supported family.
         pruner: registry name, or 'package.module:Class'; 'none' trains on every token.
-        retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed.
+        retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed. Or one per step: a range
+            {low, high} to draw from, or a schedule {from, to, steps, shape}; see train/retention.py.
         pruner_options: options of the pruner.
         positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as the
             pruner declares.
@@ -52,13 +62,18 @@ class VideoFinetune(pl.LightningModule):
         max_grad_norm: gradients are scaled down to this norm; null: never.
         clip_per_part: one norm per part (a fresh scorer cannot drown the rest), else one norm for all.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        lora: train low-rank additions to the language model instead of its weights, at the rate `llm_lr`: rank, alpha,
+            targets; null: the weights themselves. Exported folders hold ordinary weights, with the additions in them.
+        video_size: what the processor resizes videos to, in its own words, where resolution is free: shortest_edge and
+            longest_edge in pixels (Qwen2.5-VL: of a frame; Qwen3-VL: of all frames together); null: as the checkpoint
+            says.
     """
 
     def __init__(
         self,
         model: str,
         pruner: str = "none",
-        retention_ratio: float = 0.5,
+        retention_ratio: Setting = 0.5,
         pruner_options: dict[str, Any] | None = None,
         positions: Positions | None = None,
         loss_weights: dict[str, float] | None = None,
@@ -74,6 +89,8 @@ class VideoFinetune(pl.LightningModule):
         max_grad_norm: float | None = 1.0,
         clip_per_part: bool = True,
         gradient_checkpointing: bool = False,
+        lora: Lora | None = None,
+        video_size: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         rates = dict(zip(PARTS, (llm_lr, vit_lr, connector_lr, scorer_lr), strict=True))
@@ -84,29 +101,41 @@ class VideoFinetune(pl.LightningModule):
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.max_grad_norm, self.clip_per_part = max_grad_norm, clip_per_part
         self.gradient_checkpointing = gradient_checkpointing
+        self.retention = make_retention(retention_ratio)
 
         self.model, self.processor = load_vlm(model)
+        if video_size is not None:
+            resize_videos(self.processor, video_size)
         options = dict(pruner_options or {})
-        self.pruning = Pruning(self.model, pruner, retention_ratio=retention_ratio, positions=positions, **options)
+        self.pruning = Pruning(
+            self.model, pruner, retention_ratio=self.retention.target, positions=positions, **options
+        )
         self.pruning.check_trainable()
+        self.pruning.retention_trained = self.retention.record
         self.scorer = self.pruning.module  # registered, so that checkpoints and devices include it
         settings = pruner_settings(model)
         if self.scorer is not None and settings is not None and settings["pruner"] == pruner:
             trained = load_pruner(model, self.model, pruner, options)
             assert isinstance(trained, nn.Module)
             self.scorer.load_state_dict(trained.state_dict())
+        self.lora = lora if "llm" in self.learning_rates else None
+        if self.lora is not None:
+            add_lora(self.pruning.adapter.language_model, self.lora)
         for name, parameter in self.named_parameters():
-            unused = any(part in name for part in _UNUSED)
-            parameter.requires_grad_(part_of(name) in self.learning_rates and not unused)
+            parameter.requires_grad_(learns(name, self.learning_rates, self.lora))
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
         self._family_counts: dict[str, list[int]] = {}
         self._answer_losses: list[tuple[float, int]] = []
+        self._totals = [0.0, 0.0]
+        self._step_losses: dict[str, float] = {}
+        self._step_uids: list[str] = []
         self._started, self._attached = time.perf_counter(), False
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.pruning.retention_ratio = self.retention.at(self.global_step)
         losses = self._forward(batch)
         # Indexing, not .get(): a loss without a weight must fail on step 0, not train silently at zero.
         unknown = sorted(set(losses) - set(self.loss_weights))
@@ -115,28 +144,84 @@ class VideoFinetune(pl.LightningModule):
                 f"the pruner gives the losses {unknown}, which model.loss_weights={self.loss_weights} does not name; "
                 "add a weight for each (0 to leave it out on purpose)"
             )
-        total = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"the loss is not finite at step {self.global_step}: "
-                f"{ {name: value.item() for name, value in losses.items()} }, samples {list(batch.uids)}; look at "
-                "these samples, lower the learning rates or train in fp32"
-            )
-        self._log_step(batch, losses)
-        return total * 0.0 if batch.blank else total  # every rank runs every module, also when all its files were bad
+        # A blank batch has a share of 0: every rank runs every module, also when all its files were bad.
+        shares = self._shares(batch)
+        parts = {name: shares["answer" if name == "answer" else "videos"] * value for name, value in losses.items()}
+        self._note_losses(batch, parts)
+        self._log_step(batch)
+        # Ranks are averaged, and so are the batches of a step: what each contributes to the sum is scaled up before.
+        scale = self.trainer.world_size * (1 if batch.step is None else self.trainer.accumulate_grad_batches)
+        return scale * torch.stack([self.loss_weights[name] * value for name, value in parts.items()]).sum()
+
+    def _shares(self, batch: Batch) -> dict[str, float]:
+        """How much this batch is of the whole optimizer step, over all ranks and accumulated batches: of its answer
+        tokens, and of its videos.
+
+        A step's answer loss is then the mean over its answer tokens, however ranks and batches share them; a mean of
+        means would weigh a token of a short answer more. Losses of stages are means over the videos of their batch."""
+        step = batch.step or Step(batch.num_answer_tokens, batch.num_videos, 1, 0)
+        if step.place == 0:
+            self._totals = self._sum_over_ranks([step.num_tokens, step.num_videos])
+            self._step_losses, self._step_uids = {}, []
+        tokens, videos = self._totals
+        return {"answer": batch.num_answer_tokens / max(tokens, 1.0), "videos": batch.num_videos / max(videos, 1.0)}
+
+    def _note_losses(self, batch: Batch, parts: Mapping[str, Tensor]) -> None:
+        """Sum up the losses of the step over ranks and batches; ValueError on every rank when one is not finite."""
+        self._step_uids += batch.uids
+        names = sorted(self.loss_weights)  # the same on every rank, whatever its batch gave
+        values = self._sum_over_ranks([parts[name].detach() if name in parts else 0.0 for name in names])
+        self._check_finite("loss", dict(zip(names, values, strict=True)))
+        for name, value in zip(names, values, strict=True):
+            if name in parts:
+                self._step_losses[name] = self._step_losses.get(name, 0.0) + value
+
+    def _check_finite(self, what: str, values: Mapping[str, float]) -> None:
+        """ValueError with the samples of all ranks. The values must be equal on every rank: then none is left behind.
+
+        What one rank alone saw would end that rank alone, and the others would wait for it."""
+        scaled = what == "gradient" and self.trainer.precision.startswith("16")  # fp16: overflow is met by rescaling
+        if scaled or all(math.isfinite(value) for value in values.values()):
+            return
+        uids: list[Any] = [None] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(uids, self._step_uids)
+        else:
+            uids = [self._step_uids]
+        raise ValueError(
+            f"the {what} is not finite at step {self.global_step}: {dict(values)}, samples "
+            f"{[uid for rank in uids for uid in rank]}; look at these samples, lower the learning rates or train in "
+            "fp32"
+        )
+
+    def _sum_over_ranks(self, values: Sequence[float | Tensor]) -> list[float]:
+        """One collective, in which every rank takes part."""
+        row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values])
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(row)
+        return row.tolist()
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """One model call; losses by name, unweighted."""
+        """One model call; losses by name, unweighted.
+
+        The head runs where an answer is due and nowhere else: over a whole video its logits would take more memory than
+        all layers together (10,000 tokens of 152,000 words: 6 GB in fp32, several times). The loss is the stock one."""
         self.pruning.last = None
         self.pruning.describe(batch.video_uids, batch.timestamps_s)
-        out = self.model(**batch.inputs, use_cache=False)
+        inputs = dict(batch.inputs)
+        labels_BL = inputs.pop("labels")[:, 1:]
+        place_A = (labels_BL != IGNORED).any(0).nonzero().flatten()
+        logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
+        answer = F.cross_entropy(logits_BAV.flatten(0, 1).float(), labels_BL[:, place_A].flatten())
         report = self.pruning.last
-        return {"answer": out.loss, **(report.losses if report is not None else {})}
+        return {"answer": answer, **(report.losses if report is not None else {})}
 
-    def _log_step(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+    def _log_step(self, batch: Batch) -> None:
+        """Losses are those of the step so far, over all ranks; the rest is this rank's."""
+        values: dict[str, Any] = {f"train/{name}_loss": value for name, value in self._step_losses.items()}
         if batch.blank:
+            self.log_dict(values if any(self._totals) else {}, batch_size=1)
             return
-        values: dict[str, Any] = {f"train/{name}_loss": value.detach() for name, value in losses.items()}
         now, report = time.perf_counter(), self.pruning.last
         if report is not None and report.llm_padded:
             values["tokens_per_s"] = report.llm_tokens / max(now - self._started, 1e-9)
@@ -144,12 +229,15 @@ class VideoFinetune(pl.LightningModule):
         self._started = now
         if report is not None and report.grids:
             values["retention_measured"] = report.retention_measured
+            if self.retention.record is not None:
+                values["retention_configured"] = self.pruning.retention_ratio
             values["kept_per_frame"] = sum(report.num_kept) / sum(grid.t for grid in report.grids)
         self.log_dict(values, batch_size=len(batch.uids))
 
     # --- validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        self.pruning.retention_ratio = self.retention.target
         self._family_counts, self._answer_losses = {}, []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -175,15 +263,20 @@ class VideoFinetune(pl.LightningModule):
         if seen:
             values["val/accuracy"] = sum(right for right, _ in counts[0].values()) / seen
             values["val/answer_loss"] = sum(loss for loss, _ in counts[1]) / tokens
-        self.log_dict(values, rank_zero_only=True)
+        self.log_dict(values, sync_dist=True)  # equal on every rank already
 
     def tokens_per_video(self, num_frames: int) -> int:
-        """LLM tokens of a video after pruning, newlines included, as planned: known before the forward pass, because
-        training uses exact budgets."""
+        """LLM tokens of a video after pruning, with newlines, frame marks and times, as planned: known before the
+        forward pass, because training uses exact budgets.
+
+        Where resolution is free (Qwen), of the largest frame that the processor's limits allow, at times late in a
+        long video: an upper bound, and a loose one unless `size` in the processor's config is set for training."""
         grid, host = self.pruning.adapter.grid(num_frames), self.pruning.adapter.host
-        whole = self.processor._get_num_multimodal_tokens(video_sizes=[(num_frames, 1, 1)])["num_video_tokens"][0]
+        if host.patches_per_frame == 0:
+            grid = largest_grid(self.processor, grid, num_frames)
+        whole = num_placed_tokens(self.processor, grid, num_frames)
         sites = [stage.site for stage in self.pruning.pruner.stages]
-        planned = plan(sites, self.pruning.retention_ratio, [grid], host.llm_layers)
+        planned = plan(sites, self.retention.highest, [grid], host.llm_layers)
         kept = planned[-1][0].num_kept if planned else grid.num_groups
         return int(whole - grid.num_groups + kept)
 
@@ -211,7 +304,7 @@ class VideoFinetune(pl.LightningModule):
                             "name": part if decay else f"{part}_no_decay",
                         }
                     )
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)
+        optimizer = adamw(self.trainer.strategy, groups, betas=self.betas, eps=self.eps)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine(step, total, self.warmup_steps, self.min_lr_ratio)
@@ -219,23 +312,59 @@ class VideoFinetune(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        parts = self.parts()
-        if self.max_grad_norm is not None and not self.clip_per_part:
-            torch.nn.utils.clip_grad_norm_([p for group in parts.values() for p in group], self.max_grad_norm)
-        for part, parameters in parts.items():
-            limit = self.max_grad_norm if self.max_grad_norm is not None and self.clip_per_part else math.inf
-            self.log(f"{part}_grad_norm", torch.nn.utils.clip_grad_norm_(parameters, limit), batch_size=1)
+        """ValueError where gradients are not finite. DeepSpeed, which holds them itself: see `optimizer_step`."""
+        if isinstance(self.trainer.strategy, DeepSpeed):
+            return
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        grads = {part: [p.grad for p in group if p.grad is not None] for part, group in self.parts().items()}
+        norms = {part: get_total_norm(group) for part, group in grads.items()}
+        values = {f"{part}_grad_norm": _number(norm) for part, norm in norms.items()}
+        self._check_finite("gradient", values)
+        self.log_dict(values, batch_size=1)
+        for group, norm in zip(grads.values(), values.values(), strict=True):
+            norm = norm if self.clip_per_part else math.hypot(*values.values())
+            if norm > limit:
+                torch._foreach_mul_(group, limit / norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if isinstance(self.trainer.strategy, DeepSpeed):  # clipped by its engine; the norm is known once it has stepped
+            norm = float(self.trainer.model.get_global_grad_norm())
+            self._check_finite("gradient", {"grad_norm": norm})
+            self.log("grad_norm", norm, batch_size=1)
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP2):
+            layers = [layer for layer in self.modules() if isinstance(layer, GradientCheckpointingLayer)]
+            cut(self, layers, self.device_mesh, self.trainer.precision, ("training_step", "validation_step"))
+
     def setup(self, stage: str) -> None:
         """On for the whole run: activation checkpointing calls blocks again in the backward pass."""
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # clips by itself, with one norm for all parts
+        self._widen()
+        self.pruning.in_step = self.trainer.world_size > 1
+        if isinstance(self.trainer.strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
+            if self.max_grad_norm is not None and self.clip_per_part:
+                rank_zero_warn(
+                    "DeepSpeed clips with one norm for all parts; set model.clip_per_part=false to say so in the config"
+                )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.pruning.attach()
         self._attached = True
+
+    def _widen(self) -> None:
+        """Hold what learns in fp32, whatever the checkpoint's files hold: at usual rates AdamW's steps are smaller than
+        the last bit of a bf16 weight, and would be lost. DeepSpeed keeps fp32 copies of its own."""
+        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        if isinstance(strategy, DeepSpeed) or precision.endswith(("16-true", "64-true")):
+            return
+        everything = precision == "32-true" or isinstance(strategy, FSDP2)  # which cuts parameters of one dtype only
+        for parameter in self.parameters():
+            if parameter.requires_grad or everything:
+                parameter.data = parameter.data.float()
 
     def on_fit_start(self) -> None:
         self.model.train()  # `from_pretrained` hands out a model in eval mode, and Lightning keeps modes as they are
@@ -253,22 +382,52 @@ class VideoFinetune(pl.LightningModule):
         self._attached = False
 
     def export(self, path: str | Path) -> Path:
-        """Write the model and its pruner as an ordinary Hugging Face folder, whole or not at all."""
+        """Write the model and its pruner as an ordinary Hugging Face folder, whole or not at all.
+
+        Where parameters are cut every rank must call it; rank 0 writes."""
+        path, tensors = Path(path), None
+        if self._attached and is_cut(self.trainer.strategy):
+            tensors = whole_tensors(self, keep=self.trainer.is_global_zero)
+        if self._attached and not self.trainer.is_global_zero:
+            return path
+        if self.lora is not None:
+            tensors = merge(self.state_dict() if tensors is None else tensors, self.lora)
         self.pruning.detach()  # the switched-on attention must not end up in config.json
+        self.pruning.retention_ratio = self.retention.target
         try:
-            return save_pruned(path, self.model, self.processor, self.pruning)
+            return save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors)
         finally:
             if self._attached:
                 self.pruning.attach()
+
+
+def resize_videos(processor: Any, size: dict[str, int]) -> None:
+    """Set the limits of a video processor. ValueError for other words than its own."""
+    own = processor.video_processor.size
+    names = set(dict(own))
+    if set(size) != names:
+        raise ValueError(f"video_size={size} must give {sorted(names)}, as the video processor of this model does")
+    processor.video_processor.size = type(own)(**size)
+
+
+def learns(name: str, rates: Mapping[str, float], lora: Lora | None) -> bool:
+    """Whether a parameter of `VideoFinetune` is trained: its part has a rate, and something reads what it makes."""
+    part = part_of(name)
+    whole = part != "llm" or lora is None or MARK in name
+    return part in rates and whole and not any(unused in name for unused in _UNUSED)
 
 
 def part_of(name: str) -> str:
     """Which part a parameter of `VideoFinetune` belongs to, by the names that Hugging Face families share."""
     if name.startswith("scorer."):
         return "scorer"
-    if "multi_modal_projector" in name or "image_newline" in name or ".merger" in name:
+    if any(part in name for part in ("multi_modal_projector", "image_newline", ".merger.", ".deepstack_merger_list.")):
         return "connector"
     return "vit" if ".vision_tower." in name or ".visual." in name else "llm"
+
+
+def _number(norm: Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def cosine(step: int, total: int, warmup: int, lowest: float) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.video_utils import VideoMetadata
 
 from stts.data.datasets import Example, Message, Sample, Skipped
 
@@ -25,6 +26,9 @@ IGNORED = -100
 _LATE_S = 9999.99
 """A time with as many digits as any in a video of up to 9999 seconds."""
 _MARKER = re.compile(r"\s*<(video|image)>\s*")
+_READ_TIMES = frozenset({"Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Molmo2Processor"})
+"""Processors that put the times of frames into the prompt or the position ids; they return `mm_token_type_ids` too."""
+_TICKS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,9 @@ class Batch:
     """One forward pass of a stock model."""
 
     inputs: dict[str, Any]
-    """Keyword arguments of the model. `input_ids`, `attention_mask`: int64 (B, L). `pixel_values_videos`: (V, T, C, H,
-    W), or a list of (T, C, H, W) where frame counts differ. Images: `pixel_values`, `image_sizes`, `batch_num_images`.
-    `labels`: int64 (B, L), when training."""
+    """Keyword arguments of the model: what its processor returns, and `labels`, int64 (B, L), when training.
+    `input_ids`, `attention_mask`: int64 (B, L). LLaVA's `pixel_values_videos`: (V, T, C, H, W), or a list of (T, C, H,
+    W) where frame counts differ; the others': flat patches of all videos."""
     uids: tuple[str, ...]
     """Per row."""
     video_uids: tuple[str, ...]
@@ -107,6 +111,8 @@ class Collator:
             return None
         for example in examples:
             _check_media(example)
+        if type(self.processor).__name__ == "Molmo2Processor":
+            _check_one_kind(examples)
         texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
         videos = [example for example in examples if example.frames is not None]
         inputs = self._process(texts, videos, examples)
@@ -158,39 +164,49 @@ class Collator:
                 raise ValueError(
                     f"sample {sample.uid!r}: this chat template rewrites earlier turns; use single-turn conversations"
                 )
-            text += whole[len(before) :]
+            text += whole[len(before) :].removeprefix(self._end_text if shown else "")
             if place in turns:
                 text += messages[place].text.strip() + self._end_text
                 shown = place + 1
         return text
 
     def num_text_tokens(self, samples: Sequence[Sample], num_frames: int = 0) -> list[int]:
-        """Tokens of each conversation without its video and image tokens; known before any file is opened.
+        """Tokens of each conversation without what its videos and images become; known before any file is opened.
+
+        Times and marks that a processor writes between frames are part of the video, not counted here.
 
         num_frames: of every video; where the prompt tells their times, these are taken to be as long as can be."""
         if self._tells_times:
             samples = [_with_times(sample, [_LATE_S] * num_frames, _LATE_S) for sample in samples]
-        texts = [_MARKER.sub(" ", self.render(sample)) for sample in samples]
-        return [len(ids) for ids in self.processor.tokenizer(texts, add_special_tokens=True)["input_ids"]]
+        shown = [re.escape(getattr(self.processor, f"{kind}_token")) for kind in ("video", "image")]
+        texts = [re.sub(rf"\s*({'|'.join(shown)})\s*", " ", self.render(sample)) for sample in samples]
+        return [len(ids) for ids in self.processor(text=texts)["input_ids"]]
 
     def _template(self, content: list[dict[str, Any]], ask: bool) -> str:
         return self.processor.apply_chat_template(content, add_generation_prompt=ask, tokenize=False)
 
     def _process(self, texts: list[str], videos: list[Example], examples: list[Example]) -> dict[str, Any]:
-        media: dict[str, Any] = {}
+        reads_times = type(self.processor).__name__ in _READ_TIMES
+        media: dict[str, Any] = {"return_mm_token_type_ids": True} if reads_times else {}
         if videos:
             # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
-            frames = [torch.from_numpy(np.ascontiguousarray(video.frames)) for video in videos]
-            media |= {
-                "videos": frames,
-                "videos_kwargs": {"do_sample_frames": False, "input_data_format": "channels_last"},
-            }
+            options: dict[str, Any] = {"do_sample_frames": False, "input_data_format": "channels_last"}
+            if reads_times:
+                options["video_metadata"] = [_metadata(video) for video in videos]
+            media |= {"videos": [self._frames(video) for video in videos], "videos_kwargs": options}
         if any(example.images for example in examples):
             media["images"] = [list(example.images) for example in examples if example.images]
         side = "right" if self.training else "left"
         # No return_tensors: the processor would stack videos of unequal length, and fail.
         made = self.processor(text=texts, padding=True, padding_side=side, **media)
         return {name: _to_tensor(value) for name, value in made.items()}
+
+    def _frames(self, example: Example) -> Tensor:
+        frames_THWC = torch.from_numpy(np.ascontiguousarray(example.frames))
+        if len(frames_THWC) > 1 or getattr(self.processor.video_processor, "temporal_patch_size", 1) == 1:
+            return frames_THWC
+        # The processors double the last of an odd number of frames; Qwen3-VL's refuses a single one before it does.
+        return frames_THWC.expand(2, -1, -1, -1)
 
     def _labels(self, ids_BL: Tensor, mask_BL: Tensor, examples: list[Example]) -> Tensor:
         labels_BL = torch.full_like(ids_BL, IGNORED)
@@ -221,13 +237,22 @@ class Collator:
 def _chat_form(processor: ProcessorMixin) -> tuple[list[int], str, int]:
     """Ids of the generation prompt, text behind an answer, and id that ends a turn, from a trial conversation."""
     question, answer = ({"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant"))
-    asked = processor.apply_chat_template([question], add_generation_prompt=False, tokenize=False)
-    prompt = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=False)[len(asked) :]
-    whole = processor.apply_chat_template([question, answer], add_generation_prompt=False, tokenize=False)
-    end_text = whole[whole.rindex("x") + 1 :]
+
+    def write(*messages: Any, ask: bool = False) -> str:
+        text: str = processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+        return text
+
+    prompt, whole = write(question, ask=True)[len(write(question)) :], write(question, answer)
     tokenizer = processor.tokenizer
-    special = set(tokenizer.all_special_ids)
-    end_ids = [token for token in tokenizer(end_text, add_special_tokens=False)["input_ids"] if token in special]
+    special = [token for token in tokenizer.all_special_tokens if token not in prompt]
+    end_text = whole[whole.rindex("x") + 1 :]
+    if not any(token in end_text for token in special):
+        # Molmo2's template ends an answer where the next question starts: take it up to its first control token.
+        behind = write(question, answer, question)[len(whole) :]
+        ends = [behind.index(token) + len(token) for token in special if token in behind.partition("x")[0]]
+        end_text = behind[: min(ends, default=0)]
+    end_ids = tokenizer(end_text, add_special_tokens=False)["input_ids"]
+    end_ids = [token for token in end_ids if token in set(tokenizer.all_special_ids)]
     if not prompt.strip() or not end_ids:
         raise ValueError(
             f"the chat template gives the generation prompt {prompt!r} and ends an answer with {end_text!r}; expected "
@@ -276,6 +301,30 @@ def _with_times(sample: Sample, timestamps_s: Sequence[float], duration_s: float
     return replace(sample, messages=tuple(messages))
 
 
+def _metadata(example: Example) -> VideoMetadata:
+    """The true times of the frames in the words of the processors, for which a frame has a number and a file a rate.
+
+    Numbers are nanoseconds, so that times of a variable rate survive; the file is as long as its frames at their mean
+    distance, from which Qwen2.5-VL takes its seconds per temporal patch."""
+    times_s = example.timestamps_s
+    if times_s is None:
+        raise ValueError(
+            f"sample {example.sample.uid!r} has no frame times, which this model reads in the prompt; fill "
+            "timestamps_s of the Example"
+        )
+    assert example.frames is not None
+    num_frames, height, width, _ = example.frames.shape
+    step_s = float(times_s[-1] - times_s[0]) / max(num_frames - 1, 1)
+    return VideoMetadata(
+        total_num_frames=max(round(num_frames * step_s * _TICKS_PER_S), 1),
+        fps=float(_TICKS_PER_S),
+        width=width,
+        height=height,
+        duration=example.duration_s,
+        frames_indices=[round(time * _TICKS_PER_S) for time in times_s.tolist()],
+    )
+
+
 def _last_answer(sample: Sample) -> str:
     last = sample.messages[-1]
     return last.text.strip() if last.role == "assistant" else ""
@@ -290,6 +339,17 @@ def _check_media(example: Example) -> None:
                 f"sample {example.sample.uid!r} has {found} {marker} markers for {given} {marker[1:-1]}(s); write one "
                 "marker where each medium is shown"
             )
+
+
+def _check_one_kind(examples: Sequence[Example]) -> None:
+    """Molmo2 has one placeholder token for frames and images and sorts them by call."""
+    videos = [example.sample.uid for example in examples if example.frames is not None]
+    images = [example.sample.uid for example in examples if example.images]
+    if videos and images:
+        raise ValueError(
+            f"sample {images[0]!r} has images and sample {videos[0]!r} a video, which Molmo2 cannot take in one call; "
+            "put images and videos into different batches, or leave one of the two samples out"
+        )
 
 
 def _to_tensor(value: Any) -> Any:

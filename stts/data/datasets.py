@@ -1,22 +1,27 @@
-"""JSONL rows to samples, and samples to examples with decoded frames; no processor and no model yet.
+"""Rows of data files to samples, and samples to examples with decoded frames; no processor and no model yet.
 
 Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from stts.data.video import VideoError, sample_frames
+from stts.data.cache import Decoded, FrameCache, frames_key
+from stts.data.formats import open_rows
+from stts.data.media import read_picture, read_video, time_limit
+from stts.data.mixture import limited
+from stts.data.video import VideoError
 
 Role = Literal["user", "assistant", "system"]
 OnError = Literal["raise", "skip"]
@@ -71,55 +76,108 @@ class Skipped:
     reason: str
 
 
-def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Sample]:
-    """Reads rows of either form; extra keys land in `meta`.
+class Samples(Sequence[Sample]):
+    """The rows of one data file (see `stts.data.formats`), parsed when asked for; in memory is where they lie.
 
         {"id", "video" | "image", "conversations": [{"from": "human" | "gpt" | "system", "value": str}, ...]}
         {"id", "messages": [{"role", "content": str | [{"type": "text" | "video" | "image", <type>: str}, ...]}, ...]}
+        {"video", "QA": [{"i": instruction, "q": question, "a": answer}, ...], "start"?, "end"?}  (VideoChat2-IT)
 
-    Both may carry `"clip": [start_s, end_s]`. A missing marker is put at the start of the first user message, and
-    `<image>` in front of a video becomes `<video>` (LLaVA-Video-178K; its `data_source` is part of the path).
-    Media are relative to `root` (default: the folder of `path`) and must stay inside it, links followed.
-    Raises ValueError, with file and line, for anything else; files are looked for only when loaded."""
-    path = Path(path)
-    base = (path.parent if root is None else Path(root)).resolve()
-    if not path.is_file():
-        raise ValueError(f"no JSONL file at {path}; check the path")
-    samples: list[Sample] = []
-    line_of: dict[str, int] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    Every form may carry `"clip": [start_s, end_s]`; other keys land in `meta`. A missing marker is put at the start of
+    the first user message, and `<image>` in front of a video becomes `<video>` (LLaVA-Video-178K). A video's path is
+    root / `data_source` / `video` where a row has a `data_source`, or root / `video` where the root is that source's
+    own folder already. Media are relative to `root` (default: the folder of `path`) and must stay inside it, links
+    followed. JSONL rows need an `id` of their own; elsewhere a missing or repeated one gets its row number behind it.
+
+    The constructor parses every row once: ValueError, with file and line, for anything else than these forms. Media
+    files are looked for only when loaded."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path | None = None,
+        *,
+        limit: str = "all",
+        seed: int = 0,
+        uid_prefix: str = "",
+    ) -> None:
+        """limit: rows to use, as in `stts.data.mixture.Source`; seed: of a random limit."""
+        path = Path(path)
+        self._base = os.path.realpath(path.parent if root is None else root)
+        self._rows = open_rows(path)
+        self._prefix = uid_prefix
+        self._number_N = limited(limit, len(self._rows), seed)
+        self._renamed_N = np.zeros(len(self), bool)
+        digest_N = np.empty(len(self), np.uint64)
+        for place, sample in enumerate(self._parsed(range(len(self)))):
+            digest_N[place] = int.from_bytes(hashlib.blake2b(sample.uid.encode(), digest_size=8).digest(), "little")
+        self._renamed_N = self._repeated(digest_N)
+
+    def _repeated(self, digest_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which rows share their id with another one. Digests stand in for the ids: a million of those fill 100 MB."""
+        order_N = np.argsort(digest_N, kind="stable")
+        same = np.flatnonzero(np.diff(digest_N[order_N]) == 0)
+        repeated_N = np.zeros(len(digest_N), bool)
+        repeated_N[order_N[same]] = repeated_N[order_N[same + 1]] = True
+        if len(same) and self._rows.strict_ids:
+            later = int(order_N[same + 1].min())
+            first = int(np.flatnonzero(digest_N == digest_N[later])[0])
+            raise ValueError(
+                f"{self._rows.where(int(self._number_N[later]))}: id {self[later].uid!r} is already on line "
+                f"{self._rows.where(int(self._number_N[first])).rpartition(' ')[2]}; make ids unique"
+            )
+        return repeated_N
+
+    def __len__(self) -> int:
+        return len(self._number_N)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        places = range(len(self))[index]
+        return list(self._parsed(places)) if isinstance(places, range) else next(self._parsed([places]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._parsed(range(len(self)))
+
+    def _parsed(self, places: Iterable[int]) -> Iterator[Sample]:
+        places = list(places) if not isinstance(places, range) else places
+        rows = self._rows.read(self._number_N[place].item() for place in places)
+        for place in places:
+            number = int(self._number_N[place])
             try:
-                sample = _parse_row(line, base)
-                if sample.uid in line_of:
-                    raise ValueError(f"id {sample.uid!r} is already on line {line_of[sample.uid]}; make ids unique")
+                sample = _parse_row(next(rows), self._base, needs_id=self._rows.strict_ids)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            line_of[sample.uid] = number
-            samples.append(sample)
-    if not samples:
-        raise ValueError(f"{path} has no rows; expected one JSON object per line")
-    return samples
+                raise ValueError(f"{self._rows.where(number)}: {error}") from error
+            suffix = f"#{number + 1}" if self._renamed_N[place] or not sample.uid else ""
+            yield replace(sample, uid=f"{self._prefix}{sample.uid}{suffix}") if self._prefix or suffix else sample
 
 
-def _parse_row(line: bytes, base: Path) -> Sample:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a JSON object on one line of UTF-8 ({error}); split arrays: jq -c '.[]'") from error
+def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Sample]:
+    """All `Samples` of a file at once."""
+    return list(Samples(path, root))
+
+
+def _parse_row(row: Any, base: str, needs_id: bool) -> Sample:
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}; split arrays into lines: jq -c '.[]'")
-    uid = row.get("id")
-    if isinstance(uid, bool) or not isinstance(uid, (str, int)) or uid == "":
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}; write one object per line, or one array")
+    uid = row.get("id", None if needs_id else "")
+    if isinstance(uid, bool) or not isinstance(uid, (str, int)) or (needs_id and uid == ""):
         raise ValueError(f"key 'id' is {uid!r}, expected a string or an integer; give every row its own")
+    if "QA" in row:
+        row = _from_pairs(row)
     videos, images = _paths(row, "video"), _paths(row, "image") + _paths(row, "images")
     messages = _turns(row, videos, images)
     if len(videos) > 1:
         raise ValueError(f"key 'video' names {len(videos)} videos, expected at most one; split the row")
     if videos and "data_source" in row:
-        videos = [f"{row['data_source']}/{videos[0].lstrip('/')}"]
+        source, video = str(row["data_source"]), videos[0].lstrip("/")
+        # As published, the JSON file lies in the folder of its source, beside the videos.
+        videos = [video if os.path.basename(base) == source else f"{source}/{video}"]
     return Sample(
         uid=str(uid),
         messages=_with_markers(messages, len(videos), len(images)),
@@ -127,6 +185,23 @@ def _parse_row(line: bytes, base: Path) -> Sample:
         images=tuple(_confined(base, image) for image in images),
         clip=_seconds(row.get("clip"), bool(videos)),
         meta={key: value for key, value in row.items() if key not in _READ_KEYS},
+    )
+
+
+def _from_pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A VideoChat2-IT row as conversations: the instruction of the first pair is the system text."""
+    pairs = row["QA"]
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, dict) for pair in pairs):
+        raise ValueError(f"key 'QA' is {pairs!r}, expected a list of one or more objects with 'q' and 'a'")
+    instruction = pairs[0].get("i")
+    turns = [{"from": "system", "value": instruction}] if instruction else []
+    for pair in pairs:
+        turns += [{"from": "human", "value": pair.get("q")}, {"from": "gpt", "value": pair.get("a")}]
+    clip = {"clip": [row["start"], row["end"]]} if "start" in row and "end" in row else {}
+    return (
+        {key: value for key, value in row.items() if key not in ("QA", "start", "end")}
+        | clip
+        | {"conversations": turns}
     )
 
 
@@ -198,15 +273,24 @@ def _with_markers(messages: list[Message], num_videos: int, num_images: int) -> 
     return (*messages[:at], replace(messages[at], text=text), *messages[at + 1 :])
 
 
-def _confined(base: Path, value: str) -> Path:
+def _confined(base: str, value: str) -> Path:
     """`value` under `base`, links followed. A data set is input from elsewhere: it must not read outside its folder."""
     try:
-        resolved = (base / value).resolve()  # an absolute value replaces base
-    except (OSError, RuntimeError, ValueError) as error:
+        folder, name = os.path.split(os.path.join(base, value))  # an absolute value replaces base
+        resolved = os.path.join(_real_folder(folder), name)
+        if os.path.islink(resolved):
+            resolved = os.path.realpath(resolved)
+    except (OSError, ValueError) as error:
         raise ValueError(f"path {value!r} cannot be followed ({error}); correct it") from error
-    if ".." in Path(value).parts or not resolved.is_relative_to(base):
+    if ".." in value.split("/") or os.path.commonpath([base, resolved]) != base:
         raise ValueError(f"path {value!r} leaves the root {base}; move the file there, or set root to a common folder")
-    return resolved
+    return Path(resolved)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    """Links followed, once per folder: each costs a system call per part of its path."""
+    return os.path.realpath(folder)
 
 
 def _seconds(value: Any, has_video: bool) -> tuple[float, float] | None:
@@ -221,25 +305,34 @@ def _seconds(value: Any, has_video: bool) -> tuple[float, float] | None:
 
 
 class VideoJsonl(Dataset[Example | Skipped]):
-    """The rows of one JSONL file, decoded when asked for; never more than the sampled frames in memory.
+    """The rows of one data file, decoded when asked for; never more than the sampled frames in memory.
 
-    `on_error="skip"` returns a `Skipped` where media are missing or broken; "raise" lets the ValueError out. Rows
-    that cannot be parsed raise here, in the constructor, whatever `on_error` says."""
+    `on_error="skip"` returns a `Skipped` where media are missing, broken or not read within `timeout_s`; "raise" lets
+    the ValueError out. Rows that cannot be parsed raise here, in the constructor, whatever `on_error` says. The
+    pictures of a frame folder are shown at the row's key `fps`, one a second where it has none."""
 
     def __init__(
         self,
         path: str | Path,
         *,
         root: str | Path | None = None,
+        limit: str = "all",
+        limit_seed: int = 0,
+        uid_prefix: str = "",
         sampler: str = "uniform_inclusive",
         num_frames: int = 16,
         max_fps: float | None = None,
         on_error: OnError = "raise",
+        timeout_s: float | None = None,
+        cache: FrameCache | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} must be one of {get_args(OnError)}")
-        self.samples = read_jsonl(path, root)
+        if timeout_s is not None and not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds; None for no limit")
+        self.samples = Samples(path, root, limit=limit, seed=limit_seed, uid_prefix=uid_prefix)
         self.sampler, self.num_frames, self.max_fps, self.on_error = sampler, num_frames, max_fps, on_error
+        self.timeout_s, self.cache = timeout_s, cache
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -254,24 +347,43 @@ class VideoJsonl(Dataset[Example | Skipped]):
             return Skipped(sample.uid, str(error))
 
     def _load(self, sample: Sample) -> Example:
-        images = tuple(_read_image(path) for path in sample.images)
-        if sample.video is None:
-            return Example(sample, images=images)
-        if not sample.video.is_file():
-            raise VideoError(f"no video file at {sample.video}; fetch it, or correct the row's 'video' or the root")
-        video = sample_frames(
-            sample.video,
-            sampler=self.sampler,
-            num_frames=self.num_frames,
-            clip=sample.clip,
-            max_fps=self.max_fps,
-        )
-        return Example(sample, video.frames, video.timestamps_s, images, video.source.duration_s)
+        try:
+            with time_limit(self.timeout_s):
+                images = tuple(read_picture(path) for path in sample.images)
+            if sample.video is None:
+                return Example(sample, images=images)
+            video = self._video(sample, sample.video)
+        except TimeoutError as error:
+            names = ", ".join(str(path) for path in (*sample.images, sample.video) if path is not None)
+            raise VideoError(
+                f"{names}: not read within timeout_s={self.timeout_s}; is the disk there? Otherwise raise the limit, "
+                "ask for a shorter clip, or re-encode the file"
+            ) from error
+        return Example(sample, video.frames, video.timestamps_s, images, video.duration_s)
 
-
-def _read_image(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"cannot read the image {path} ({error}); replace it or drop the row") from error
+    def _video(self, sample: Sample, path: Path) -> Decoded:
+        fps = sample.meta.get("fps", 1.0)
+        if type(fps) not in (int, float) or not 0 < fps < math.inf:
+            raise VideoError(f"key 'fps' is {fps!r}, expected a positive number; correct it or leave it out")
+        with time_limit(self.timeout_s):
+            if not path.is_file() and not path.is_dir():
+                raise VideoError(f"no video file at {path}; fetch it, or correct the row's 'video' or the root")
+            key = frames_key(path, (self.sampler, self.num_frames, sample.clip, self.max_fps, fps))
+        # The cache stays outside the limit: an alarm must not fall between taking its lock and giving it back.
+        found = None if self.cache is None else self.cache.get(key)
+        if found is not None:
+            return found
+        with time_limit(self.timeout_s):
+            video = read_video(
+                path,
+                sampler=self.sampler,
+                num_frames=self.num_frames,
+                clip=sample.clip,
+                max_fps=self.max_fps,
+                timeout_s=self.timeout_s,
+                folder_fps=fps,
+            )
+        decoded = Decoded(video.frames, video.timestamps_s, video.source.duration_s)
+        if self.cache is not None:
+            self.cache.put(key, decoded)
+        return decoded

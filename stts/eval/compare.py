@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+from torch import Tensor
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from stts.budget import check_ratio
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import OnError, Sample, Skipped, VideoJsonl
-from stts.eval.runner import Runner, environment, make_baseline, make_runners
+from stts.eval.kept import kept_tensors
+from stts.eval.runner import Runner, asked_of, environment, make_baseline, make_runners
 from stts.eval.store import Store, file_stamps
 from stts.eval.table import ComparisonResult, Record, render_text
 from stts.metrics.accuracy import grade
@@ -74,6 +76,8 @@ class CompareConfig:
     """Of the random pruners; decoding is greedy."""
     positions: Positions | None = None
     """Positions of surviving tokens in the LLM; None: as each pruner declares."""
+    save_kept: int | Literal["all"] = 0
+    """Of how many samples, from the first on, to write which tokens every method kept, for `stts report`."""
     name: str | None = None
     """Title; None: name of the model folder."""
     overwrite: bool = False
@@ -100,6 +104,8 @@ class CompareConfig:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag} {value} must be at least 1")
+        if self.save_kept != "all" and self.save_kept < 0:
+            raise ValueError(f"--save_kept {self.save_kept} must be 0, a number of samples, or all")
         for flag, allowed in (("on_error", get_args(OnError)), ("positions", (None, *get_args(Positions)))):
             if getattr(self, flag) not in allowed:
                 raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
@@ -155,6 +161,7 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
     active = [runner for runner in runners if runner.pruning is not None]
     failed: dict[str, str] = {key: reason for note in store.batches for key, reason in note["failed"].items()}
     collate = Collator(processor, training=False)
+    shown = {sample.uid for sample in samples[: None if config.save_kept == "all" else config.save_kept]}
     warm = False
     first = len(store.batches) * config.batch_size
     bar = tqdm(
@@ -173,14 +180,16 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
             bar.update(len(skipped) * len(active))
             batch = collate(items)
             note: dict[str, Any] = {"records": [], "ms": {}, "signals": {}, "failed": {}, "skipped": skipped}
+            kept: dict[str, Tensor] = {}
             if batch is not None:
                 running = [runner for runner in active if runner.cell.key not in failed]
-                note |= _answer(batch.to(model.device), running, processor, config, bar)
+                found, kept = _answer(batch.to(model.device), running, processor, config, bar, shown)
+                note |= found
                 failed |= note["failed"]
                 if not warm or len(batch.uids) < config.batch_size:
                     note["ms"] = {}  # the first pass warms caches, a short batch costs more per sample: not comparable
                 warm = True
-            store.add(note)
+            store.add(note, kept)
 
     result = ComparisonResult(
         config={**settings, "name": config.title},
@@ -202,15 +211,22 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
 
 
 def _answer(
-    batch: Batch, runners: Sequence[Runner], processor: ProcessorMixin, config: CompareConfig, bar: Any
-) -> dict[str, Any]:
-    """Records (as JSON), milliseconds per sample and signals of one batch, every method in turn.
+    batch: Batch,
+    runners: Sequence[Runner],
+    processor: ProcessorMixin,
+    config: CompareConfig,
+    bar: Any,
+    shown: Collection[str],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Records (as JSON), milliseconds per sample and signals of one batch, every method in turn; and the tokens that
+    pruners kept of the samples `shown`.
 
     A pruner that refuses a video is noted under "failed"; the others go on."""
     found: dict[str, list[dict[str, Any]]] = {}
     ms: dict[str, float] = {}
     signals: dict[str, Mapping[str, str]] = {}
     failed: dict[str, str] = {}
+    kept: dict[str, Tensor] = {}
     for runner in runners:
         key = runner.cell.key
         try:
@@ -222,7 +238,9 @@ def _answer(
         else:
             found[key] = [asdict(outcome) for outcome in answered.outcomes]
             ms[key] = answered.elapsed_ms / len(batch.uids)
-            signals[key] = answered.signals
+            signals[key] = answered.report.signals
+            if runner.cell.kind != "unpruned":
+                kept |= kept_tensors(key, answered.report, batch.uids, batch.timestamps_s, shown)
         bar.update(len(batch.uids))
     base = Path(config.data).parent.resolve()
     records = [
@@ -231,11 +249,12 @@ def _answer(
             "video": sample.video.relative_to(base).as_posix() if sample.video else "",
             "family": str(sample.meta.get("family", "")),
             "answer": answer,
+            "question": asked_of(sample),
             "outcomes": {key: outcomes[row] for key, outcomes in found.items()},
         }
         for row, (sample, answer) in enumerate(zip(batch.samples, batch.answers, strict=True))
     ]
-    return {"records": records, "ms": ms, "signals": signals, "failed": failed}
+    return {"records": records, "ms": ms, "signals": signals, "failed": failed}, kept
 
 
 def _plain(value: Any) -> Any:

@@ -41,15 +41,24 @@ class Labelled(Protocol):
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What one method said to one batch."""
+
+    texts: list[str]
+    """One per row of the batch."""
+    elapsed_ms: float
+    """Of `generate`."""
+    report: Report
+
+
+@dataclass(frozen=True)
 class Answered:
-    """What one method made of one batch."""
+    """The same, graded."""
 
     outcomes: list[Outcome]
     """One per row of the batch."""
     elapsed_ms: float
-    """Of `generate`."""
-    signals: Mapping[str, str]
-    """Signal -> what it was made from."""
+    report: Report
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Runner:
     cell: Cell
     pruning: Pruning | None
 
-    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
+    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Generated:
         """Greedy answers to `batch`, each row of which shows one video."""
         assert self.pruning is not None
         model = self.pruning.model
@@ -75,10 +84,16 @@ class Runner:
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
         new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
-        texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        return Generated(processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True), elapsed_ms, report)
+
+    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
+        """Greedy answers, graded, with what they cost."""
+        assert self.pruning is not None
+        made = self.generate(batch, processor, max_new_tokens)
+        report, model = made.report, self.pruning.model
         shape, host = VlmShape.from_config(model.config), self.pruning.adapter.host
         outcomes = []
-        for row, (text, answer, sample) in enumerate(zip(texts, batch.answers, batch.samples, strict=True)):
+        for row, (text, answer, sample) in enumerate(zip(made.texts, batch.answers, batch.samples, strict=True)):
             graded = grade(text, answer, sample.meta.get("options") or ())
             grid = report.grids[row]
             outcomes.append(
@@ -93,15 +108,20 @@ class Runner:
                     cost=_cost(shape, host, self.pruning.pruner, report, row),
                 )
             )
-        return Answered(outcomes, elapsed_ms, report.signals)
+        return Answered(outcomes, made.elapsed_ms, report)
+
+
+def asked_of(sample: Sample) -> str:
+    """What the user said last, without media markers."""
+    text = next((message.text for message in reversed(sample.messages) if message.role == "user"), "")
+    return text.replace("<video>", "").replace("<image>", "").strip()
 
 
 def question_of(sample: Sample) -> str:
     """The last question of the user, without media markers, and without the answer options and what follows them.
 
     A line is an option when it is one of the row's `options`, or begins with a letter as in "A. red" or "(B) blue"."""
-    text = next((message.text for message in reversed(sample.messages) if message.role == "user"), "")
-    lines = text.replace("<video>", "").replace("<image>", "").strip().splitlines()
+    lines = asked_of(sample).splitlines()
     options = [normalise(option) for option in sample.meta.get("options") or ()]
     first = next((n for n, line in enumerate(lines) if n and (_OPTION.match(line) or normalise(line) in options)), None)
     return "\n".join(lines[:first]).strip()
@@ -167,20 +187,21 @@ def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorM
 
 def _cost(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
     grid = report.grids[video]
-    own, drop_after, present = 0, None, grid.num_groups
+    own, drop_after, present, connected = 0, None, grid.num_groups, grid.num_groups
     for stage, kept in zip(pruner.stages, report.stage_kept, strict=False):  # empty where nothing was to be pruned
         inside = stage.site.kind == "vit"
         if kept[video] < present:  # else the stage is skipped: it costs nothing to keep everything
             own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
         present = kept[video]
-        drop_after = stage.site.drop_after if inside else drop_after
+        drop_after, connected = (stage.site.drop_after, present) if inside else (drop_after, connected)
     entry, *after = report.llm_counts[video]
     return video_cost(
-        shape,
+        shape.at(grid),
         num_frames=grid.t,
         llm_tokens=tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers),
         kept_patches=report.kept_patches[video] if report.kept_patches else None,
         drop_after=drop_after,
+        num_cells=connected,
         pruner_flops=own,
     )
 

@@ -1,6 +1,7 @@
 """The folder of a comparison: what is there already, what comes next, and the final files.
 
 partial.jsonl    while running: the identity on line 1, then one line per finished batch
+kept/            with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.kept`)
 comparison.json  everything, per sample; .csv the rows; .md the table; .png the figure
 """
 
@@ -13,6 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torch import Tensor
+
+from stts.eval.kept import FOLDER
 from stts.eval.plot import draw
 from stts.eval.table import ComparisonResult, render_csv, render_markdown
 
@@ -59,6 +64,8 @@ class Store:
         if overwrite:
             for file in (partial, *(result.with_suffix(suffix) for suffix in (".png", ".md", ".csv", ".json"))):
                 file.unlink(missing_ok=True)
+            for file in (self.out / FOLDER).glob("*.safetensors"):
+                file.unlink()
             return
         if result.is_file():
             made = json.loads(result.read_text(encoding="utf-8"))
@@ -79,16 +86,19 @@ class Store:
                 "choose another folder, or --overwrite true to throw that one away"
             )
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Note a finished batch."""
-        self.batches.append(batch)
+    def add(self, batch: dict[str, Any], kept: Mapping[str, Tensor]) -> None:
+        """Note a finished batch, the tokens `kept` first: after a kill in between both are made again."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if self._appending:
-            with (self.out / PARTIAL).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(batch) + "\n")
-            return
-        _write_whole(self.out / PARTIAL, "".join(json.dumps(line) + "\n" for line in (self.identity, *self.batches)))
-        self._appending = True  # whole once, so that a line cut by a kill is gone
+        if not self._appending:  # whole once, so that a line cut by a kill is gone
+            lines = (json.dumps(line) + "\n" for line in (self.identity, *self.batches))
+            _write_whole(self.out / PARTIAL, "".join(lines))
+            self._appending = True
+        if kept:
+            (self.out / FOLDER).mkdir(exist_ok=True)
+            _write_whole(self.out / FOLDER / f"{len(self.batches):06d}.safetensors", save(dict(kept)))
+        self.batches.append(batch)
+        with (self.out / PARTIAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(batch) + "\n")
 
     def finish(self, result: ComparisonResult) -> None:
         """Write the final files, comparison.json last: where it is, the others are."""

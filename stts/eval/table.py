@@ -68,6 +68,8 @@ class Record:
     answer: str
     outcomes: Mapping[str, Outcome]
     """By `Cell.key`."""
+    question: str = ""
+    """What the user asked last, without media markers."""
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
@@ -226,18 +228,18 @@ def render_text(result: ComparisonResult) -> str:
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [head, *body]]
     rule = "-" * max(len(line.rstrip()) for line in lines)
-    shown = [_title(result), "", lines[0], rule]
+    shown = [title_of(result), "", lines[0], rule]
     blocks = [list(block) for _, block in groupby(zip(body, lines[1:], strict=True), key=lambda pair: pair[0][1])]
     for place, block in enumerate(blocks):
         shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
-    return "\n".join(line.rstrip() for line in [*shown, "", *_notes(result)])
+    return "\n".join(line.rstrip() for line in [*shown, "", *notes_on(result)])
 
 
 def render_markdown(result: ComparisonResult) -> str:
     """The same table for a README."""
     head, body = _cells_of(result)
     lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]]
-    return "\n".join([_title(result), "", *lines, "", *(f"* {note}" for note in _notes(result))]) + "\n"
+    return "\n".join([title_of(result), "", *lines, "", *(f"* {note}" for note in notes_on(result))]) + "\n"
 
 
 def render_csv(result: ComparisonResult) -> str:
@@ -253,7 +255,8 @@ def render_csv(result: ComparisonResult) -> str:
     return text.getvalue()
 
 
-def _title(result: ComparisonResult) -> str:
+def title_of(result: ComparisonResult) -> str:
+    """What was asked, in a line."""
     first = next(row for row in result.rows if row.method == DENSE)
     config = result.config
     return (
@@ -292,7 +295,8 @@ def _interval(value: float | None, low: float | None, high: float | None, sign: 
     return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
-def _notes(result: ComparisonResult) -> list[str]:
+def notes_on(result: ComparisonResult) -> list[str]:
+    """What the numbers rest on, a line each."""
     timed = max((row.num_timed_batches for row in result.rows), default=0)
     where = f"{result.environment['device']}, {result.environment['dtype']}"
     positions = result.config["positions"] or "as each pruner declares"

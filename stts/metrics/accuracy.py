@@ -13,14 +13,14 @@ do not vary at all the effect cannot be estimated and n_eff = C. Everything is c
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stts.metrics.extract import LETTERS, strict
+
 Z95 = 1.959963984540054
 _TRAILING = " \t\r\n.,!?;:\"'"
-_LETTERED = re.compile(r"^\(?([a-z])[).:](?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,16 @@ def grade(prediction: str, answer: str, options: Sequence[str] = ()) -> Graded:
     """Is the whole prediction, normalised, the answer? No guessing: a sentence that contains the word is unparsed.
 
     With `options` a prediction must be one of them, else it is unparsed. If the answer is a letter that is not itself
-    an option, the options are lettered A, B, ...; only then "B", "(b)" and "B. some text" all name option B.
+    an option, or the options are just A, B, ..., then letters are read, by `extract.strict`.
     ValueError for an answer that is empty or none of the options: that row could never be right."""
     wanted, choices = normalise(answer), [normalise(option) for option in options]
-    if choices and wanted not in choices:
-        choices = [chr(ord("a") + place) for place in range(len(choices))]
+    letters = [letter.lower() for letter in LETTERS[: len(choices)]]
+    lettered = bool(choices) and (wanted not in choices or choices == letters)
+    texts = options if choices != letters else [""] * len(choices)  # letters are no texts to find in a sentence
+    choices = letters if lettered else choices
     if not wanted or (choices and wanted not in choices):
         raise ValueError(f"answer {answer!r} is empty or none of the options {list(options)}; correct the row")
-    parsed = normalise(prediction)
-    if choices and all(len(choice) == 1 and choice.isalpha() for choice in choices):
-        match = _LETTERED.match(prediction.strip().lower())
-        parsed = match.group(1) if match else parsed
+    parsed = strict(prediction, texts).lower() if lettered else normalise(prediction)
     if not parsed or (choices and parsed not in choices):
         return Graded(None, False)
     return Graded(parsed, parsed == wanted)

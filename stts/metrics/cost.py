@@ -14,12 +14,17 @@ The same dense model costs 40.8 to 97.6 T among them, so no number goes out with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from stts.tokens import Grid
+
 Formula = Literal["exact", "macs", "fastv", "pdrop"]
+MOLMO2_POOL = 3
+"""Patches per side of a cell of Molmo2's videos; its config does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +56,49 @@ class LlmShape:
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
-    """A SigLIP-like tower: frames attend to themselves only, no class token, ungated feed-forward part."""
+    """A tower whose frames (Qwen: temporal patches of two) attend to themselves only, without a class token."""
 
     width: int
     blocks: int
     """Blocks that are executed, which may be fewer than a checkpoint defines."""
     mlp: int
     patches: int
-    """Per frame."""
+    """Per frame; 0: another number for every resolution, see `VlmShape.at`."""
     patch_size: int
     """Pixels per side."""
     channels: int = 3
+    """Values of a patch at each of its pixels: colours, times the frames of a temporal patch."""
+    gated: bool = False
+    """Like `LlmShape.gated`."""
+    windowed: frozenset[int] = frozenset()
+    """Blocks whose patches attend inside `windows` only."""
+    window_side: int = 0
+    """Patches per side of a window."""
+    windows: tuple[int, ...] = ()
+    """Patches in each window of a frame."""
 
     @classmethod
     def from_config(cls, config: Any) -> VitShape:
         """From `vision_config`; all its layers run, as in the stock code."""
+        if hasattr(config, "temporal_patch_size"):  # Qwen
+            full = getattr(config, "fullatt_block_indexes", range(config.depth))
+            return cls(
+                width=config.hidden_size,
+                blocks=config.depth,
+                mlp=config.intermediate_size,
+                patches=0,
+                patch_size=config.patch_size,
+                channels=config.in_channels * config.temporal_patch_size,
+                gated=hasattr(config, "fullatt_block_indexes"),  # Qwen2.5-VL
+                windowed=frozenset(range(config.depth)) - frozenset(full),
+                window_side=getattr(config, "window_size", 0) // config.patch_size,
+            )
+        sides = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
         return cls(
             width=config.hidden_size,
             blocks=config.num_hidden_layers,
             mlp=config.intermediate_size,
-            patches=(config.image_size // config.patch_size) ** 2,
+            patches=math.prod(side // config.patch_size for side in sides),
             patch_size=config.patch_size,
             channels=config.num_channels,
         )
@@ -80,16 +108,38 @@ class VitShape:
 class VlmShape:
     llm: LlmShape
     vit: VitShape
-    connector: tuple[int, ...]
-    """Widths of the projector applied to every patch, input first."""
+    connector: int
+    """FLOPs of the connector for one of its items."""
+    merge_side: int = 0
+    """An item is a cell of that many patches per side (Qwen's mergers, Molmo2's pooling); 0: every patch is an item
+    (LLaVA's projector)."""
 
     @classmethod
     def from_config(cls, config: Any) -> VlmShape:
-        """From the config of a VLM with a two-layer projector (LLaVA-OneVision, LLaVA-Video)."""
+        """From the config of a VLM of a supported family."""
         llm, vit = LlmShape.from_config(config.text_config), VitShape.from_config(config.vision_config)
+        if config.model_type == "molmo2":
+            return cls(llm, vit, pooling_connector_flops(config.adapter_config, MOLMO2_POOL**2), MOLMO2_POOL)
+        if vit.patches == 0:  # one merger for the prompt, and one for each LLM layer that gets deepstack features
+            vision = config.vision_config
+            side, mergers = vision.spatial_merge_size, 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+            unit = vit.width * side**2
+            return cls(llm, vit, mergers * mlp_flops((unit, unit, llm.width), 1), side)
         taps = config.vision_feature_layer
         num_taps = 1 if isinstance(taps, int) else len(taps)
-        return cls(llm, vit, (vit.width * num_taps, llm.width, llm.width))
+        return cls(llm, vit, mlp_flops((vit.width * num_taps, llm.width, llm.width), 1))
+
+    def at(self, grid: Grid) -> VlmShape:
+        """The shape for a video of this grid, where the number of patches depends on its resolution."""
+        if self.vit.patches:
+            return self
+        height, width, side = grid.h * self.merge_side, grid.w * self.merge_side, self.vit.window_side
+        rows, columns = (
+            [min(side, length - start) for start in range(0, length, side)] if side else [length]
+            for length in (height, width)
+        )
+        windows = tuple(row * column for row in rows for column in columns)
+        return replace(self, vit=replace(self.vit, patches=height * width, windows=windows))
 
 
 @dataclass(frozen=True)
@@ -155,10 +205,15 @@ def tokens_per_layer(entry: int, cuts: Sequence[int], counts: Sequence[int], lay
     return [n for n, (start, end) in zip([entry, *counts], pairwise(edges), strict=True) for _ in range(end - start)]
 
 
-def vit_block_flops(shape: VitShape, num_patches: int) -> int:
-    """One block on `num_patches` patches of one frame."""
+def vit_block_flops(shape: VitShape, num_patches: int, block: int = 0) -> int:
+    """Block number `block` on `num_patches` patches of one frame.
+
+    Survivors are taken to be spread over windows like the patches before the drop; unevenly they cost a little more."""
     n, d = num_patches, shape.width
-    return 8 * n * d * d + 4 * n * n * d + 4 * n * d * shape.mlp
+    pairs = n * n
+    if block in shape.windowed:
+        pairs = pairs * sum(window**2 for window in shape.windows) // shape.patches**2
+    return 8 * n * d * d + 4 * pairs * d + (6 if shape.gated else 4) * n * d * shape.mlp
 
 
 def vit_flops(
@@ -167,16 +222,16 @@ def vit_flops(
     """All blocks of the tower; with survivors per frame, blocks 0..drop_after run on everything, the others on those.
 
     Attention is counted per frame, as in packed rows without padding. ValueError for counts that do not fit."""
-    block = vit_block_flops(shape, shape.patches)
+    whole = [vit_block_flops(shape, shape.patches, block) for block in range(shape.blocks)]
     if kept_patches is None:
-        return num_frames * shape.blocks * block
+        return num_frames * sum(whole)
     if drop_after is None or not 0 <= drop_after < shape.blocks:
         raise ValueError(f"drop_after={drop_after} must be one of the blocks 0..{shape.blocks - 1}")
     if len(kept_patches) != num_frames or not all(0 <= n <= shape.patches for n in kept_patches):
         raise ValueError(f"expected {num_frames} counts in [0, {shape.patches}], got {list(kept_patches)}")
     full = drop_after + 1
-    pruned = sum(vit_block_flops(shape, n) for n in kept_patches)
-    return num_frames * full * block + (shape.blocks - full) * pruned
+    pruned = (vit_block_flops(shape, n, block) for block in range(full, shape.blocks) for n in kept_patches)
+    return num_frames * sum(whole[:full]) + sum(pruned)
 
 
 def vit_embed_flops(shape: VitShape, num_frames: int) -> int:
@@ -189,6 +244,16 @@ def mlp_flops(widths: Sequence[int], num_items: int) -> int:
     return 2 * num_items * sum(a * b for a, b in pairwise(widths))
 
 
+def pooling_connector_flops(config: Any, num_patches: int) -> int:
+    """Molmo2's connector for one cell: attention of the mean of its patches over them, and a gated projector."""
+    taps = config.hidden_size * len(config.vision_feature_layer)
+    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    attention = 2 * taps * heads + 4 * num_patches * taps * kv_heads + 4 * num_patches * heads
+    attention += 2 * heads * config.hidden_size
+    gate_and_up, down = config.hidden_size * 2, config.text_hidden_size
+    return attention + 2 * config.intermediate_size * (gate_and_up + down)
+
+
 def video_cost(
     shape: VlmShape,
     *,
@@ -196,18 +261,24 @@ def video_cost(
     llm_tokens: int | Sequence[int],
     kept_patches: Sequence[int] | None = None,
     drop_after: int | None = None,
+    num_cells: int | None = None,
     pruner_flops: int = 0,
     formula: Formula = "exact",
 ) -> VideoCost:
     """Cost of one video; text and frame separators are left out.
 
     llm_tokens: visual tokens in the LLM, the same in every layer or one count per layer (`tokens_per_layer`).
-    kept_patches: survivors per frame after ViT block `drop_after`; None: the tower ran on everything."""
-    num_patches = num_frames * shape.vit.patches if kept_patches is None else sum(kept_patches)
+    kept_patches: survivors per frame after ViT block `drop_after`; None: the tower ran on everything.
+    num_cells: those the connector runs on. ValueError when it runs on cells and they are not given."""
+    items = num_frames * shape.vit.patches if kept_patches is None else sum(kept_patches)
+    if shape.merge_side:
+        if num_cells is None:
+            raise ValueError("this connector runs on cells of the grid; pass num_cells")
+        items = num_cells
     return VideoCost(
         vit=vit_flops(shape.vit, num_frames, kept_patches, drop_after),
         vit_embed=vit_embed_flops(shape.vit, num_frames),
-        connector=mlp_flops(shape.connector, num_patches),
+        connector=shape.connector * items,
         pruner=pruner_flops,
         llm=llm_prefill_flops(shape.llm, llm_tokens, formula),
     )

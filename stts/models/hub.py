@@ -85,6 +85,8 @@ class PrunedVLM:
             siglip=siglip,
             **options,
         )
+        if name == settings.get("pruner"):
+            pruning.retention_trained = settings.get("retention_trained")
         load_weights(folder, model, name, pruning.pruner)
         return cls(model, processor, pruning, base=origin)
 

@@ -164,19 +164,22 @@ def save_pruned(
     base: str | None = None,
     scorer_only: bool = False,
     public: bool = False,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write model, processor and pruner to a folder that appears whole or not at all; an older one is replaced.
 
     base: checkpoint to name as what the model was started from (default: where it was loaded from). scorer_only: leave
     out model and processor; the caller knows that the weights are those of the base. public: do not name a base that is
-    a local folder."""
+    a local folder. tensors: written in place of the modules' own, where those are cut over ranks: "model.<name>" and
+    "scorer.<name>"."""
+    given = None if tensors is None else {part: _below(part, tensors) for part in ("model", "scorer")}
     path, base = Path(path), absolute(model.name_or_path if base is None else base)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         staged = Path(scratch) / "new"
         staged.mkdir()
         if not scorer_only:
-            model.save_pretrained(staged)
+            model.save_pretrained(staged, state_dict=None if given is None else given["model"])
             processor.save_pretrained(staged)
         if pruning is not None and pruning.name is not None and pruning.pruner.stages:
             settings = {
@@ -188,16 +191,23 @@ def save_pruned(
                 "family": model.config.model_type,
                 "base": None if public and Path(base).exists() else base,
             }
+            if pruning.retention_trained is not None:
+                settings["retention_trained"] = dict(pruning.retention_trained)
             (staged / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             (staged / CARD_FILE).write_text(model_card(settings, pruning.pruner, scorer_only=scorer_only))
             if pruning.module is not None:
-                tensors = {key: value.detach().cpu().contiguous() for key, value in pruning.module.state_dict().items()}
-                save_file(tensors, staged / WEIGHTS_FILE)
+                state = pruning.module.state_dict() if given is None else given["scorer"]
+                state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+                save_file(state, staged / WEIGHTS_FILE)
         if path.exists():
             os.replace(path, Path(scratch) / "old")
         os.replace(staged, path)
         shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
     return path
+
+
+def _below(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
 
 
 def absolute(path: str) -> str:

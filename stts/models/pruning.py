@@ -22,7 +22,7 @@ from stts.models.llm import Layers, Present
 from stts.models.prompt import Prompt
 from stts.models.report import Report
 from stts.models.signals import Collector, SiglipSource
-from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, split_sites, to_drop, view
+from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, cell_times, split_sites, to_drop, view
 from stts.models.vit import Drop, TowerOutput, run_tower
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
@@ -63,6 +63,8 @@ class Pruning:
         """True: run tower, connector and stages in evaluation too when the batch has no video, as training does; needed
         where parameters are sharded, because every rank takes part in gathering them."""
         self.last: Report | None = None
+        self.retention_trained: Mapping[str, Any] | None = None
+        """How the ratio varied in training, where it did; written to exported folders beside the ratio in use."""
         if siglip is not None:
             siglip.check(self.adapter.host)
         self.siglip = siglip
@@ -207,7 +209,9 @@ class Pruning:
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        if whole and not everything and self.adapter.runs_stock(seen):  # dense is sacred: the stock code runs, untouched
+        if (
+            whole and not everything and self.adapter.runs_stock(seen)
+        ):  # dense is sacred: the stock code runs, untouched
             self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
                 return args, before
@@ -245,7 +249,8 @@ class Pruning:
             budgets = [[Budget(grids[0].num_groups, 1.0, True)] for _ in self.pruner.stages]
             names = Names([""], [None], None)
         report = self._report(grids, [torch.arange(0)] * len(grids))
-        now = Pass(grids, budgets, names.uids, names.times, [{} for _ in grids], [None] * len(grids), report)
+        times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, grids, strict=True)]
+        now = Pass(grids, budgets, names.uids, times, [{} for _ in grids], [None] * len(grids), report)
         collector = Collector(self.adapter, self._wanted, self.siglip)
         with collector.capture():
             tower = self._tower(seen, now)

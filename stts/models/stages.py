@@ -1,7 +1,7 @@
 """What stages see of a forward pass, and what becomes of their decisions.
 
-Shape suffixes: N = patches of a video, P = groups of a frame, W = patches per group, K = kept groups, S = patches of
-all frames, d = LLM width.
+Shape suffixes: F = sampled frames of a video, T = its temporal cells, N = its patches, P = groups of a frame, W =
+patches per group, K = kept groups, S = patches of all frames, d = LLM width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,25 @@ class Names:
 
     uids: Sequence[str]
     times: Sequence[Tensor | None]
+    """Per sampled frame."""
     questions: Sequence[str] | None
+
+
+def cell_times(time_F: Tensor | None, grid: Grid) -> Tensor | None:
+    """Seconds of a video's temporal cells from those of its sampled frames, which may be more: Qwen has a cell for two.
+
+    Cells are spread evenly over the frames and read their seconds in between, as Tango's release does. ValueError when
+    a video has more cells than frames were described."""
+    if time_F is None or len(time_F) == grid.t:
+        return time_F
+    if len(time_F) < grid.t:
+        raise ValueError(
+            f"describe() got the times of {len(time_F)} frames for a video of {grid.t} temporal cells; give one time "
+            "per sampled frame"
+        )
+    place_T = torch.linspace(0, len(time_F) - 1, grid.t, dtype=torch.float64, device=time_F.device)
+    low_T = place_T.long().clamp_max(len(time_F) - 2)
+    return torch.lerp(time_F[low_T].double(), time_F[low_T + 1].double(), place_T - low_T)
 
 
 @dataclass
@@ -45,6 +63,7 @@ class Pass:
     """[stage][video]."""
     uids: Sequence[str]
     times: Sequence[Tensor | None]
+    """Per temporal cell."""
     fields: list[dict[str, Any]]
     """Per video: frame and text features for stages inside the LLM."""
     cells: list[Tensor | None]

@@ -41,15 +41,25 @@ def packed_attention(
         raise ValueError(f"key_bias has shape {tuple(segments.key_bias.shape)}, expected ({q_SHE.shape[0]},)")
     if q_SHE.shape[0] == 0:
         return q_SHE
-    kernel = _cuda_kernel() if q_SHE.is_cuda and q_SHE.dtype in (torch.float16, torch.bfloat16) else None
+    kernel = _kernel(q_SHE.device, q_SHE.dtype)
     if kernel is not None:
         return _on_flash(kernel, q_SHE, k_SJE, v_SJE, segments, scale, causal)
     return _on_sdpa(q_SHE, k_SJE, v_SJE, segments, scale, causal)
 
 
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What `packed_attention` runs there, in words."""
+    kernel = _kernel(device, dtype)
+    return "SDPA" if kernel is None else {"flash": "flash-attn varlen", "varlen": "torch varlen"}[kernel.__name__]
+
+
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, bool], Tensor]
+
+
+def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    return _cuda_kernel() if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
 
 
 @functools.cache

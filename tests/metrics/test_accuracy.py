@@ -28,6 +28,11 @@ from stts.metrics.accuracy import Z95, accuracy, effective_number, grade, paired
         ("A. paint a fence", "B", ("feed the ducks", "paint a fence"), "a", False),
         ("a red ball", "A", ("feed the ducks", "paint a fence"), None, False),  # the article is not an option
         ("E", "A", ("feed the ducks", "paint a fence"), None, False),
+        ("The answer is B because A is wrong", "B", ("feed the ducks", "paint a fence"), "b", True),
+        ("they paint a fence", "B", ("feed the ducks", "paint a fence"), "b", True),  # holds one option's text
+        ("It must be B, not A", "B", ("feed the ducks", "paint a fence"), None, False),
+        ("a red ball", "A", ("A", "B"), None, False),  # options that are the letters have no texts
+        ("Answer: B", "B", ("A", "B"), "b", True),
         ("B. paint", "paint", ("feed", "paint"), None, False),  # the options are words here, not letters
         ("b. x", "b. x", (), "b. x", True),  # without options nothing is a letter
     ],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from stts.metrics.cost import (
     LlmShape,
@@ -20,6 +25,11 @@ from stts.metrics.cost import (
     vit_embed_flops,
     vit_flops,
 )
+from stts.models.base import host_info
+from stts.models.load import load_vlm
+from stts.tokens import Grid
+from tests.families import FAMILIES, write_family
+from tests.models.test_checkpoints import CHECKPOINTS
 
 QWEN2_7B = LlmShape(width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18944)
 QWEN3_4B = LlmShape(width=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)  # 32 * 128 != 2560
@@ -129,10 +139,10 @@ def test_causal_halves_only_the_quadratic_part() -> None:
 
 
 def test_a_video_is_the_sum_of_its_parts() -> None:
-    shape = VlmShape(QWEN2_7B, SIGLIP, (1152, 3584, 3584))
+    shape = VlmShape(QWEN2_7B, SIGLIP, 33_947_648)
     cost = video_cost(shape, num_frames=2, llm_tokens=100, kept_patches=[729, 80], drop_after=4, pruner_flops=7)
     assert cost.vit == vit_flops(SIGLIP, 2, [729, 80], 4) and cost.pruner == 7
-    assert cost.connector == mlp_flops(shape.connector, 809), "the connector runs on survivors"
+    assert cost.connector == 809 * 33_947_648, "the connector runs on survivors"
     assert cost.llm == llm_prefill_flops(QWEN2_7B, 100)
     cut = video_cost(shape, num_frames=2, llm_tokens=[100] * 3 + [25] * 25)
     assert cut.llm == llm_prefill_flops(QWEN2_7B, [100] * 3 + [25] * 25) < cost.llm
@@ -146,10 +156,84 @@ def test_shapes_from_configs() -> None:
     vision = SimpleNamespace(
         hidden_size=1152, num_hidden_layers=26, intermediate_size=4304, image_size=384, patch_size=14, num_channels=3
     )
-    made = VlmShape.from_config(SimpleNamespace(text_config=text, vision_config=vision, vision_feature_layer=-1))
-    assert made == VlmShape(QWEN2_7B, SIGLIP, (1152, 3584, 3584))
+    config = SimpleNamespace(
+        model_type="llava_onevision", text_config=text, vision_config=vision, vision_feature_layer=-1
+    )
+    made = VlmShape.from_config(config)
+    assert made == VlmShape(QWEN2_7B, SIGLIP, 33_947_648)
+    assert made.at(Grid(32, 14, 14)) == made, "every frame has the same number of patches"
     text.head_dim = 64
     assert LlmShape.from_config(text).head_dim == 64, "a head width of its own wins over width / heads"
+
+
+def published(name: str) -> VlmShape:
+    parts = dict(CHECKPOINTS[name].parts)
+    return VlmShape.from_config(AutoConfig.for_model(parts.pop("model_type"), **parts))
+
+
+def test_molmo2_from_its_config() -> None:
+    shape = published("molmo2-4b")
+    assert (shape.llm, shape.vit) == (QWEN3_4B, SIGLIP_25)
+    assert (shape.connector, shape.merge_side) == (198_189_568, 3)
+    assert shape.at(Grid(128, 9, 9)) == shape, "every frame has the same number of patches"
+    dense = video_cost(shape, num_frames=128, llm_tokens=10_368, num_cells=10_368)
+    assert dense.connector == 2_054_829_441_024
+    kept = [9 * groups for groups in [81] + [41] * 23 + [40] * 104]
+    half = video_cost(
+        shape, num_frames=128, llm_tokens=5_184, kept_patches=kept, drop_after=4, num_cells=5_184,
+        pruner_flops=1_140_644_892_672,
+    )  # fmt: skip
+    assert half.connector * 2 == dense.connector, "cells dropped before the connector are saved there too"
+    assert round((half.vit + half.llm) / (dense.vit + dense.llm), 6) == 0.456259
+    with_full_connector = half.vit + half.llm + half.pruner + dense.connector
+    assert round(with_full_connector / (dense.total - dense.vit_embed), 6) == 0.466537
+    with pytest.raises(ValueError, match="pass num_cells"):
+        video_cost(shape, num_frames=1, llm_tokens=81)
+
+
+def test_qwen_towers_from_their_configs() -> None:
+    """A frame of 4 x 6 units, 8 x 12 patches: one 8 x 8 window and one 8 x 4."""
+    d, m = 1280, 3420
+    shape = published("qwen2.5-vl-7b").at(Grid(2, 4, 6))
+    assert shape.vit.patches == 96 and shape.vit.windows == (64, 32) and len(shape.vit.windowed) == 28
+    linear = 96 * (8 * d * d + 6 * d * m)
+    assert vit_block_flops(shape.vit, 96, block=7) == linear + 4 * d * 96**2, "blocks 7, 15, 23, 31 see whole frames"
+    assert vit_block_flops(shape.vit, 96, block=8) == linear + 4 * d * (64**2 + 32**2)
+    assert vit_flops(shape.vit, 2) == 2 * (32 * linear + 4 * d * (4 * 96**2 + 28 * (64**2 + 32**2)))
+    half = vit_flops(shape.vit, 2, [48, 48], drop_after=15)  # two of the four full blocks lie behind
+    windows = 14 * (32**2 + 16**2)  # half of the patches, half of every window
+    assert half == vit_flops(shape.vit, 2) // 2 + 2 * (8 * linear + 4 * d * (2 * 48**2 + windows))
+    assert vit_embed_flops(shape.vit, 1) == 2 * 96 * (3 * 2 * 14 * 14) * d, "a patch spans two video frames"
+    assert (shape.connector, shape.merge_side) == (2 * (5120 * 5120 + 5120 * 3584), 2)
+
+    small = published("qwen3-vl-4b").at(Grid(2, 4, 6))
+    assert vit_block_flops(small.vit, 96) == 96 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 1024 * 96**2
+    assert small.connector == 4 * 2 * (4096 * 4096 + 4096 * 2560), "the merger and three for deepstack"
+    cost = video_cost(small, num_frames=2, llm_tokens=48, num_cells=48)
+    assert cost.connector == 48 * small.connector and cost.vit == 24 * 2 * vit_block_flops(small.vit, 96)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_tower_costs_what_a_profiler_counts(family: str, tmp_path: Path) -> None:
+    """Tower and connector of the stock model, matrix products alone, on 2 temporal patches or frames."""
+    model, _ = load_vlm(write_family(family, tmp_path / family))
+    inputs: dict[str, Any]
+    if family == "molmo2":
+        grid = Grid(2, 3, 3)
+        windows = torch.randint(0, 98, (18, 9))
+        inputs = {"video_token_pooling": windows, "video_grids": torch.tensor([[2, 3, 3]])}
+        pixels = torch.randn(2, 49, 588)
+    else:
+        grid = Grid(2, 3, 5)
+        inputs = {"video_grid_thw": torch.tensor([[2, 6, 10]])}
+        pixels = torch.randn(120, 96)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.get_video_features(pixel_values_videos=pixels, **inputs)
+    shape = VlmShape.from_config(model.config).at(grid)
+    cost = video_cost(shape, num_frames=2, llm_tokens=0, num_cells=grid.num_groups)
+    assert cost.total == counter.get_total_flops() > 0
+    assert shape.merge_side**2 == host_info(model).patches_per_group
 
 
 def test_errors_name_what_came() -> None:

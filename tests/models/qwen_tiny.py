@@ -74,9 +74,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", pad_token="<pad>", **special)
 
 
-def make(family: str, folder: Path, **vision: Any) -> tuple[Any, Any]:
+def make(family: str, folder: Path, tokenizer: Any = None, template: str = TEMPLATE, **vision: Any) -> tuple[Any, Any]:
     """A model in eval mode with its processor: patches of 4 pixels, 8 tower blocks, 4 LLM layers."""
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer or _tokenizer(folder)
     size = {"shortest_edge": 64, "longest_edge": 10**6}
     pixels = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": size}
     qwen3 = family == "qwen3_vl"
@@ -87,7 +87,7 @@ def make(family: str, folder: Path, **vision: Any) -> tuple[Any, Any]:
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
         video_processor=video_class(**pixels, do_sample_frames=False, cap_pixels_per_frame=False),
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
     tower = {"depth": 8, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4} | vision
     text = {

@@ -65,9 +65,9 @@ def make_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def write_molmo2(folder: Path) -> Path:
-    """Model and processor of the stock classes."""
-    tokenizer = make_tokenizer(folder / "words.json")
+def write_molmo2(folder: Path, tokenizer: Any = None, template: str = TEMPLATE) -> Path:
+    """Model and processor of the stock classes; visual tokens are the last words of a tokenizer."""
+    tokenizer = tokenizer or make_tokenizer(folder / "words.json")
     ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in EXTRA.split()}
     heads = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     config = Molmo2Config(
@@ -96,7 +96,7 @@ def write_molmo2(folder: Path) -> Path:
         Molmo2ImageProcessor(max_crops=2, overlap_margins=[1, 1], **common),
         Molmo2VideoProcessor(do_sample_frames=False, **common),
         tokenizer,
-        chat_template=TEMPLATE,
+        chat_template=template,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,0 +1,152 @@
+"""Rows and videos of a benchmark's own folder. Nothing is fetched, and no row can name a file outside its folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class MissingVideoError(ValueError):
+    """A row whose video is not there."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with the file it came from. Reading a column that is absent or of another kind is a ValueError."""
+
+    root: Path
+    file: Path
+    number: int
+    """Counted from 0."""
+    values: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+    def value(self, key: str) -> Any:
+        if key not in self.values:
+            raise ValueError(f"column {key!r} is missing, found {', '.join(map(str, self.values))}; check the release")
+        return self.values[key]
+
+    def text(self, key: str) -> str:
+        """A non-empty text; numbers used as ids become texts."""
+        value = self.value(key)
+        text = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+        if not text:
+            raise ValueError(f"column {key!r} is {value!r}, expected a text")
+        return text
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.value(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"column {key!r} is {value!r}, expected a list of texts")
+        return tuple(item.strip() for item in value)
+
+    def integer(self, key: str) -> int:
+        value = self.value(key)
+        if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch(r"-?\d+", str(value)):
+            raise ValueError(f"column {key!r} is {value!r}, expected an integer")
+        return int(value)
+
+    def seconds(self, key: str) -> float | None:
+        value = self.values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"column {key!r} is {value!r}, expected seconds")
+        return None if value is None else float(value)
+
+    def inside(self, values: Mapping[str, Any]) -> Row:
+        """A row nested in this one; its columns go before those of this row."""
+        return Row(self.root, self.file, self.number, {**self.values, **values})
+
+
+def first_file(root: Path, *names: str) -> Path:
+    """The first of these that exists under `root`."""
+    found = next((root / name for name in names if (root / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no {' and no '.join(names)} in {root}")
+    return found
+
+
+def rows_of(root: Path, *names: str) -> Iterator[Row]:
+    """Rows of the first of these files that exists: .parquet, .jsonl, .csv, or .json (a list)."""
+    path = first_file(root, *names)
+    for number, values in enumerate(_read(path)):
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}, row {number}: expected an object with columns, got {type(values).__name__}")
+        yield Row(root, path, number, values)
+
+
+def _read(path: Path) -> Iterable[Any]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    if path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    made = read_json(path)
+    if not isinstance(made, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(made).__name__}")
+    return made
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); fetch it again") from error
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable Parquet file ({error}); fetch it again") from error
+    return rows
+
+
+def find_video(
+    root: Path, folders: Sequence[str], *names: str, suffixes: Sequence[str] = (".mp4",), folder: bool = False
+) -> Path:
+    """The first `root / folder / name + suffix` that exists; with `folder`, a folder of frames.
+
+    `folders` are the benchmark's and may be links; a name comes from a row and must stay inside its folder."""
+    for place in folders:
+        for name in names:
+            for suffix in suffixes:
+                path = confined(root / place, f"{name}{suffix}")
+                if path.is_dir() if folder else path.is_file():
+                    return path
+    raise MissingVideoError(f"no video at {root / folders[0] / f'{names[0]}{suffixes[0]}'}")
+
+
+def confined(base: Path, name: str) -> Path:
+    base = base.resolve()
+    try:
+        path = (base / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"path {name!r} cannot be followed ({error}); correct the row") from error
+    if ".." in Path(name).parts or not path.is_relative_to(base):
+        raise ValueError(f"path {name!r} leaves {base}; correct the row, or move the file there")
+    return path
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The images of a folder of frames, 2.jpg before 10.jpg."""
+    images = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    return sorted(images, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else 0, part)
+                                            for part in re.split(r"(\d+)", path.name) if part])  # fmt: skip

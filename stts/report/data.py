@@ -1,0 +1,154 @@
+"""A comparison as the page reads it: rows, notes, and samples with what was kept of them.
+
+    run     name, summary, rows, notes, cells, samples, num_samples, frames {number: [picture per temporal cell]}
+    cell    key, title, kind, ratio; the order is that of the table, cells that were not run are left out
+    sample  uid, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times, frames,
+            missing (why there are no frames), kept {cell: {mask, scores}}
+
+Shape suffixes:  G = cells of the grid,  T = temporal cells,  H, W = pixels,  C = 3 colour channels (RGB)
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from stts.data.datasets import VideoJsonl
+from stts.eval.kept import KeptCells, read_kept
+from stts.eval.store import RESULT
+from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
+from stts.tokens import Grid
+
+_LONGEST_SIDE = 360
+_JPEG_QUALITY = 82
+
+
+def run_data(out: Path, num_samples: int) -> dict[str, Any]:
+    """A finished comparison, with its first `num_samples` samples. ValueError when `out` holds none."""
+    path = Path(out) / RESULT
+    if not path.is_file():
+        raise ValueError(f"{out} holds no {RESULT}; give the --out folder of a finished `stts compare`")
+    result = ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    records = result.records[:num_samples]
+    kept = read_kept(out, {record.uid for record in records})
+    pictures = Pictures(result.config)
+    return {
+        "name": result.config["name"],
+        "summary": f"{title_of(result)}; {result.environment['device']}, {result.environment['dtype']}",
+        "rows": [{name: value for name, value in asdict(row).items() if name != "families"} for row in result.rows],
+        "notes": notes_on(result),
+        "cells": [cell_data(cell) for cell in result.cells if cell.reason is None],
+        "samples": [_sample(record, kept.get(record.uid), pictures) for record in records],
+        "num_samples": len(result.records),
+        "frames": pictures.encoded,
+    }
+
+
+def cell_data(cell: Cell) -> dict[str, Any]:
+    return {"key": cell.key, "title": cell.title, "kind": cell.kind, "ratio": cell.retention_configured}
+
+
+class Pictures:
+    """Frames of the samples of one comparison, decoded again as it chose them, once per video and clip."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.encoded: list[list[str]] = []
+        self._known: dict[Any, int] = {}
+        self._data: VideoJsonl | None = None
+        self._missing = ""
+        try:
+            self._data = VideoJsonl(config["data"], sampler=config["sampler"], num_frames=config["num_frames"])
+            self._place = {sample.uid: place for place, sample in enumerate(self._data.samples)}
+        except ValueError as error:
+            self._missing = str(error)
+
+    def of(self, uid: str, num_cells: int) -> tuple[int | None, str]:
+        """Number in `encoded` of a sample's frames, or the reason why they cannot be shown."""
+        if self._data is None:
+            return None, self._missing
+        if uid not in self._place:
+            return None, f"{uid} is no longer in the data"
+        sample = self._data.samples[self._place[uid]]
+        key = (sample.video, sample.clip, num_cells)
+        if key not in self._known:
+            try:
+                frames = self._data[self._place[uid]].frames  # type: ignore[union-attr]  # on_error is "raise"
+            except ValueError as error:
+                return None, str(error)
+            self._known[key] = len(self.encoded)
+            self.encoded.append(encode_frames(first_of_cells(frames, num_cells)))
+        return self._known[key], ""
+
+
+def first_of_cells(frames_FHWC: NDArray[np.uint8], num_cells: int) -> NDArray[np.uint8]:
+    """The first frame of every temporal cell: some families (Qwen) have one cell for two frames."""
+    per_cell = -(-len(frames_FHWC) // num_cells)
+    return frames_FHWC[np.minimum(np.arange(num_cells) * per_cell, len(frames_FHWC) - 1)]
+
+
+def encode_frames(frames_THWC: NDArray[np.uint8]) -> list[str]:
+    """Data URIs of JPEGs, small enough for a page."""
+    uris = []
+    for frame in frames_THWC:
+        picture = Image.fromarray(frame)
+        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=_JPEG_QUALITY)
+        uris.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+    return uris
+
+
+def _sample(record: Record, kept: KeptCells | None, pictures: Pictures) -> dict[str, Any]:
+    num_frames = next(iter(record.outcomes.values())).num_frames
+    frames, missing = pictures.of(record.uid, num_frames)
+    return {
+        "uid": record.uid,
+        "family": record.family,
+        "question": record.question,
+        "answer": record.answer,
+        "outcomes": {
+            key: {"said": outcome.prediction, "right": outcome.correct, "retention": outcome.retention}
+            for key, outcome in record.outcomes.items()
+        },
+        "frames": frames,
+        "missing": missing,
+        **(kept_data(kept.grid, kept.times_s, kept.index, kept.scores) if kept else no_kept(num_frames)),
+    }
+
+
+def no_kept(num_frames: int) -> dict[str, Any]:
+    return {"grid": [num_frames, 0, 0], "times": [], "kept": {}}
+
+
+def kept_data(
+    grid: Grid, times_s: Sequence[float], index: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Grid, seconds and kept cells of one sample: a byte per cell, 1 = kept, and ranks of the scores, 0 .. 255."""
+    made = {}
+    for key, index_K in index.items():
+        mask_G = np.zeros(grid.num_groups, np.uint8)
+        mask_G[index_K.long().numpy()] = 1
+        made[key] = {"mask": _text(mask_G)}
+        if key in scores:
+            made[key]["scores"] = _text(ranks(scores[key].numpy()))
+    return {"grid": [grid.t, grid.h, grid.w], "times": [round(time, 3) for time in times_s], "kept": made}
+
+
+def ranks(scores_G: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Place of each score among the distinct ones, 0 .. 255: methods score on scales of their own, some infinite."""
+    distinct, place_G = np.unique(scores_G, return_inverse=True)
+    return np.round(255 * place_G / max(1, len(distinct) - 1)).astype(np.uint8)
+
+
+def _text(values: NDArray[np.uint8]) -> str:
+    return base64.b64encode(values.tobytes()).decode()

@@ -1,0 +1,71 @@
+"""`stts report`: comparisons as one HTML file that needs nothing else, neither network nor server."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stts.report.data import run_data
+
+_ASSETS = Path(__file__).parents[1] / "assets" / "report"
+
+
+def render_page(title: str, runs: Sequence[dict[str, Any]]) -> str:
+    """The page. Style, script and data stand inside; its policy forbids it to load anything."""
+    style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    # `<` is written as an escape, so that no text in the data can end the element it stands in
+    data = json.dumps({"title": title, "runs": runs}, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
+    parts = {"TITLE": html.escape(title), "POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": data}
+    pieces = page.split("@@")  # text, name, text, name, ..., text: what is put in is not searched again
+    return "".join(parts[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
+    """Write the report of one or more finished comparisons; whole or not at all."""
+    if num_samples < 0:
+        raise ValueError(f"--samples {num_samples} must be 0 or more")
+    made = [run_data(run, num_samples) for run in runs]
+    return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in made)), made))
+
+
+def write_whole(out: Path, page: str) -> Path:
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return out
+
+
+def main(argv: Sequence[str]) -> int:
+    """`stts report RUN... --out report.html`."""
+    parser = argparse.ArgumentParser(
+        prog="stts report",
+        description="Write comparisons as one HTML page: table, plots, and samples with the tokens every method kept.",
+        epilog="Kept tokens are shown for samples that `stts compare --save_kept N` wrote.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="--out folder of a finished `stts compare`")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default: report.html)")
+    parser.add_argument("--samples", type=int, default=60, help="how many samples to show of each run (default: 60)")
+    args = parser.parse_intermixed_args(argv)
+    out = write_report(args.runs, args.out, num_samples=args.samples)
+    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    return 0

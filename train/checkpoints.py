@@ -1,0 +1,230 @@
+"""Checkpoints that a killed run goes on from: whole or not there at all, whatever strategy wrote them.
+
+`<out>/checkpoints/step-00000500/` holds `state` (a file, or a folder of shards: the strategy's affair) and `run.json`
+(what the run was). It is written under a temporary name and renamed, so a folder with that name is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+FOLDER = "checkpoints"
+_UNFINISHED = ".unfinished-"
+
+
+class Stopped(Exception):
+    """The run was told to stop (SIGTERM), saved itself, and can go on."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One complete checkpoint."""
+
+    folder: Path
+    step: int
+    """Optimizer steps done."""
+    ranks: int
+    per_step: int
+    """Batches per rank and optimizer step (trainer.accumulate_grad_batches)."""
+    strategy: str
+    settings: dict[str, Any]
+    """What of the config decides the losses; see `settings_of`."""
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """ValueError for anything that this module did not write to its end."""
+        try:
+            facts = json.loads((folder / "run.json").read_text())
+            return cls(folder, **facts)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"no checkpoint at {folder}: expected a folder such as <out>/{FOLDER}/step-00000500 ({error})"
+            ) from error
+
+
+def newest(out: Path) -> Saved | None:
+    """The complete checkpoint with the most steps, or None."""
+    found = [Saved.read(folder) for folder in (out / FOLDER).glob("step-*") if folder.is_dir()]
+    return max(found, key=lambda saved: saved.step, default=None)
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's config that decides its losses. Not in it: paths of the run itself, how often it reports and
+    saves, loader processes, and the ranks it runs on (those are compared when a checkpoint is loaded)."""
+    trainer = ("precision", "max_steps", "max_epochs", "limit_train_batches", "accumulate_grad_batches")
+    return {
+        "seed_everything": config["seed_everything"],
+        "model": config["model"],
+        "data": {name: value for name, value in config["data"].items() if name != "num_workers"},
+        "trainer": {name: config["trainer"][name] for name in trainer},
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the settings that are not equal."""
+    names: list[str] = []
+    for name in sorted({*old, *new}):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def choose(resume: str | None, out: Path, settings: Mapping[str, Any]) -> tuple[Saved | None, str]:
+    """The checkpoint to go on from, or None to start, and a line that says why.
+
+    'auto': the newest in `out`, if it was written with these settings. 'last': the newest whatever its settings.
+    A path: that one. None: start. ValueError when 'last' or a path finds nothing."""
+    if resume not in (None, "auto", "last"):
+        return Saved.read(Path(resume)), ""
+    saved = newest(out) if resume else None
+    if resume == "last" and saved is None:
+        raise ValueError(f"--resume last finds no checkpoint in {out / FOLDER}; leave it out to start from the model")
+    if saved is None or resume == "last":
+        return saved, ""
+    if changed := differences(saved.settings, settings):
+        return None, (
+            f"{saved.folder} was written with other settings ({', '.join(changed)}): starting anew, older checkpoints "
+            f"are set aside beside {out / FOLDER}. To go on from it under the new settings: --resume last"
+        )
+    return saved, f"going on from {saved.folder}"
+
+
+def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
+    """ValueError unless this run cuts its state and its data as the one that wrote the checkpoint."""
+    strategy, per_step = strategy_name(trainer), trainer.accumulate_grad_batches
+    if (saved.ranks, saved.per_step) != (trainer.world_size, per_step):
+        raise ValueError(
+            f"{saved.folder} was written by {saved.ranks} rank(s) with {saved.per_step} batch(es) per step, this run "
+            f"has {trainer.world_size} with {per_step}: its place in the data and its shards would not fit. Use "
+            f"{saved.ranks} rank(s), or start another run (another --out) from the exported model"
+        )
+    if saved.ranks > 1 and saved.strategy != strategy:
+        raise ValueError(
+            f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
+            "state in another way; use the same strategy, or start another run (another --out) from the exported model"
+        )
+
+
+def strategy_name(trainer: pl.Trainer) -> str:
+    """Equal for two runs whose checkpoints are interchangeable."""
+    strategy = trainer.strategy
+    stage = getattr(strategy, "stage", None)
+    return type(strategy).__name__ + ("" if stage is None else f" stage {stage}")
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `every_n_steps` optimizer steps (0: never in between), at each best validation accuracy, at the end,
+    and on SIGTERM, where all ranks stop together after the step they are in; keeps the newest `keep` and the best."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], every_n_steps: int, keep: int, resumed: bool) -> None:
+        if keep < 1 or every_n_steps < 0:
+            raise ValueError(f"keep_checkpoints={keep} must be at least 1, checkpoint_every={every_n_steps} at least 0")
+        self.folder, self.settings = out / FOLDER, settings
+        self.every_n_steps, self.keep, self.resumed = every_n_steps, keep, resumed
+        self.best = -1.0
+        self._step, self._told_to_stop = 0, False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Clear what an earlier run left: unfinished folders, and, when this one starts anew, its checkpoints."""
+        if trainer.is_global_zero:
+            for folder in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(folder)
+            if not self.resumed and self.folder.exists() and any(self.folder.iterdir()):
+                number = 1
+                while (aside := self.folder.with_name(f"{FOLDER}-{number}")).exists():
+                    number += 1
+                self.folder.rename(aside)
+        trainer.strategy.barrier()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        # In place of Lightning's handler, which starts a collective in the middle of whatever the rank is doing.
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._told_to_stop = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # between two batches of one step
+            return
+        self._step = trainer.global_step
+        stop = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        if stop or (self.every_n_steps and self._step % self.every_n_steps == 0):
+            self._save(trainer, f"step-{self._step:08d}")
+        if stop:
+            raise Stopped(f"stopped at step {self._step}; the same command goes on from there")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/accuracy")
+        if trainer.sanity_checking or accuracy is None:
+            return
+        if accuracy.item() > self.best:
+            self.best = accuracy.item()
+            self._save(trainer, f"best-{trainer.global_step:08d}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, f"step-{trainer.global_step:08d}")
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        """On every rank at once; nothing to do when this step is saved already."""
+        done, unfinished = self.folder / name, self.folder / f"{_UNFINISHED}{name}"
+        if trainer.strategy.broadcast(done.exists()):
+            return
+        if trainer.is_global_zero:
+            unfinished.mkdir(parents=True)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(unfinished / "state")  # returns when every rank has written its part
+        if trainer.is_global_zero:
+            facts = {
+                "step": trainer.global_step,
+                "ranks": trainer.world_size,
+                "per_step": trainer.accumulate_grad_batches,
+                "strategy": strategy_name(trainer),
+                "settings": self.settings,
+            }
+            (unfinished / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+            _to_disk(unfinished)
+            unfinished.rename(done)
+            self._prune()
+
+    @rank_zero_only
+    def _prune(self) -> None:
+        steps, best = (sorted(self.folder.glob(f"{kind}-*")) for kind in ("step", "best"))
+        for folder in [*steps[: -self.keep], *best[:-1]]:
+            gone = folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # never half of one under its name
+            shutil.rmtree(gone)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def _to_disk(folder: Path) -> None:
+    """A rename can reach the disk before the contents do; then a power cut leaves a complete name on empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,76 @@
+"""LoRA (arXiv 2106.09685) on the language model, through peft: the class, the names and the forward code stay stock.
+
+Exported folders are ordinary ones: the low-rank product is added to the weights it belongs to, so the stock class loads
+them without peft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from torch import Tensor, nn
+
+MARK = ".lora_"
+"""In the names of all adapter parameters and of no others."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Train low-rank additions to the LLM's linear layers and nothing else of it, at the rate `llm_lr`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The addition is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of every decoder layer, by name; all families share these names."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise ValueError(
+                f"lora rank={self.rank} must be at least 1, alpha={self.alpha} above 0 and targets={self.targets} not "
+                "empty; leave `lora` out to train the whole LLM"
+            )
+
+
+def add_lora(llm: nn.Module, lora: Lora) -> None:
+    """Put adapters into this language model, in place. They start at zero and are fp32 whatever the weights are.
+
+    ValueError: peft is missing, or a target is no linear layer of this model."""
+    if find_spec("peft") is None:
+        raise ValueError("model.lora needs peft: pip install 'stts-video[lora]'")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = {name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(lora.targets) - linear):
+        raise ValueError(
+            f"lora targets {unknown} are no linear layers of {type(llm).__name__}; it has {sorted(linear)}"
+        )
+    # peft decides by configs meant for whole models; a list of exact names leaves nothing to decide
+    targets = [
+        name
+        for name, module in llm.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.targets
+    ]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, llm)
+    for name, parameter in llm.named_parameters():
+        if MARK in f".{name}":
+            parameter.data = parameter.data.float()
+
+
+def merge(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The tensors under stock names, the adapters added to the weights they belong to."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if MARK in name:
+            continue
+        if ".base_layer." not in name:
+            whole[name] = tensor
+            continue
+        if name.endswith(".weight"):
+            up, down = (tensors[name.replace("base_layer", f"lora_{side}.default")].float() for side in "BA")
+            tensor = (tensor.float() + up @ down * (lora.alpha / lora.rank)).to(tensor.dtype)
+        whole[name.replace(".base_layer.", ".")] = tensor
+    return whole
