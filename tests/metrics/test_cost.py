@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from stts.metrics.cost import (
     LlmShape,
@@ -27,9 +26,9 @@ from stts.metrics.cost import (
 )
 from stts.models.base import host_info
 from stts.models.load import load_vlm
+from stts.models.published import config_of
 from stts.tokens import Grid
 from tests.families import FAMILIES, write_family
-from tests.models.test_checkpoints import CHECKPOINTS
 
 QWEN2_7B = LlmShape(width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18944)
 QWEN3_4B = LlmShape(width=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728)  # 32 * 128 != 2560
@@ -167,12 +166,11 @@ def test_shapes_from_configs() -> None:
 
 
 def published(name: str) -> VlmShape:
-    parts = dict(CHECKPOINTS[name].parts)
-    return VlmShape.from_config(AutoConfig.for_model(parts.pop("model_type"), **parts))
+    return VlmShape.from_config(config_of(name))
 
 
 def test_molmo2_from_its_config() -> None:
-    shape = published("molmo2-4b")
+    shape = published("allenai/Molmo2-4B")
     assert (shape.llm, shape.vit) == (QWEN3_4B, SIGLIP_25)
     assert (shape.connector, shape.merge_side) == (198_189_568, 3)
     assert shape.at(Grid(128, 9, 9)) == shape, "every frame has the same number of patches"
@@ -194,7 +192,7 @@ def test_molmo2_from_its_config() -> None:
 def test_qwen_towers_from_their_configs() -> None:
     """A frame of 4 x 6 units, 8 x 12 patches: one 8 x 8 window and one 8 x 4."""
     d, m = 1280, 3420
-    shape = published("qwen2.5-vl-7b").at(Grid(2, 4, 6))
+    shape = published("Qwen/Qwen2.5-VL-7B-Instruct").at(Grid(2, 4, 6))
     assert shape.vit.patches == 96 and shape.vit.windows == (64, 32) and len(shape.vit.windowed) == 28
     linear = 96 * (8 * d * d + 6 * d * m)
     assert vit_block_flops(shape.vit, 96, block=7) == linear + 4 * d * 96**2, "blocks 7, 15, 23, 31 see whole frames"
@@ -206,7 +204,7 @@ def test_qwen_towers_from_their_configs() -> None:
     assert vit_embed_flops(shape.vit, 1) == 2 * 96 * (3 * 2 * 14 * 14) * d, "a patch spans two video frames"
     assert (shape.connector, shape.merge_side) == (2 * (5120 * 5120 + 5120 * 3584), 2)
 
-    small = published("qwen3-vl-4b").at(Grid(2, 4, 6))
+    small = published("Qwen/Qwen3-VL-4B-Instruct").at(Grid(2, 4, 6))
     assert vit_block_flops(small.vit, 96) == 96 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 1024 * 96**2
     assert small.connector == 4 * 2 * (4096 * 4096 + 4096 * 2560), "the merger and three for deepstack"
     cost = video_cost(small, num_frames=2, llm_tokens=48, num_cells=48)
