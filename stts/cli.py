@@ -12,6 +12,12 @@ def _fit(argv: list[str]) -> int:
     return int(fit(argv) or 0)
 
 
+def _plan(argv: list[str]) -> int:
+    from stts_train.plan import main as plan
+
+    return plan(argv)
+
+
 def _compare(argv: list[str]) -> int:
     from stts.eval.compare import main as compare
 
@@ -126,6 +132,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "init": ("write an untrained small LLaVA-OneVision for ShapesQA", _init),
     "data": ("write a data set: stts data shapes --out DIR", _data),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
+    "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", _plan),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
     "report": ("one HTML page of comparisons: table, plots, samples with the tokens that were kept", _report),
     "visualize": ("one video, one question, one pruner: what was kept, as .png, .mp4 or .html", _visualize),

@@ -128,7 +128,9 @@ def _video() -> dict[str, Any]:
                 container.mux(stream.encode(None))
             means = sample_frames(path, num_frames=3).frames.mean((1, 2, 3))
         found["works"] = bool(np.abs(means - levels).max() < 8)
-        found["error"] = "" if found["works"] else f"frames of brightness {levels} came back as {means.round().tolist()}"
+        found["error"] = (
+            "" if found["works"] else f"frames of brightness {levels} came back as {means.round().tolist()}"
+        )
     except Exception as error:
         found |= {"works": False, "error": _line(error)}
     return found
@@ -175,7 +177,9 @@ def _slow(found: Mapping[str, Any], device: torch.device) -> list[str]:
     return told
 
 
-def _missing(versions: Mapping[str, str | None], found: Mapping[str, Any], device: torch.device) -> list[dict[str, str]]:
+def _missing(
+    versions: Mapping[str, str | None], found: Mapping[str, Any], device: torch.device
+) -> list[dict[str, str]]:
     """What is not there or does not work: name, what it is for, how to get it."""
     told = [
         {"name": name, "for": purpose, "how": how}
@@ -223,7 +227,7 @@ def render(found: Mapping[str, Any]) -> str:
         *(f"  {name:16}{version or '-'}" for name, version in found["versions"].items()),
         "",
         f"device      {'; '.join(gpus) or 'CPU'}; {device['threads']} threads on {device['cores']} cores",
-        f"attention   {_verdict(attention)}: {attention.get('chosen', 'none')}; here: {', '.join(attention['available'])}",
+        f"attention   {_verdict(attention)}: {attention.get('chosen', 'none')} of {', '.join(attention['available'])}",
         f"video       {_verdict(video)}: FFmpeg {video['ffmpeg']}; decodes {', '.join(video['decoders'])}",
         f"cache       {'ok' if cache['writable'] else 'NOT WRITABLE'}: {cache['folder']}, {cache['free_gib']} GiB free"
         + (", offline (HF_HUB_OFFLINE)" if cache["offline"] else ""),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stts.data.datasets import VideoJsonl
+from stts.data.datasets import Example, VideoJsonl
 from stts.eval.kept import KeptCells, read_kept
 from stts.eval.store import RESULT
 from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
@@ -82,11 +82,13 @@ class Pictures:
         key = (sample.video, sample.clip, num_cells)
         if key not in self._known:
             try:
-                frames = self._data[self._place[uid]].frames  # type: ignore[union-attr]  # on_error is "raise"
+                example = self._data[self._place[uid]]
             except ValueError as error:
                 return None, str(error)
+            if not isinstance(example, Example) or example.frames is None:
+                return None, f"{uid} no longer shows a video"
             self._known[key] = len(self.encoded)
-            self.encoded.append(encode_frames(first_of_cells(frames, num_cells)))
+            self.encoded.append(encode_frames(first_of_cells(example.frames, num_cells)))
         return self._known[key], ""
 
 

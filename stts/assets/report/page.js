@@ -153,7 +153,14 @@ function legend() {
       panels();
     } }, mark, method), method));
   }
-  $("legend").replaceChildren(...parts);
+  const all = el("button", { type: "button", onclick: () => {
+    const off = !hidden.size;
+    hidden = new Set(off ? rows.map((row) => row.method).filter((method) => !styles.get(method).unpruned) : []);
+    for (const one of $("legend").querySelectorAll("[aria-pressed]"))
+      one.setAttribute("aria-pressed", String(!hidden.has(one.textContent)));
+    panels();
+  } }, "all / none");
+  $("legend").replaceChildren(...parts, all);
 }
 
 function panels() {
@@ -217,7 +224,7 @@ function draw(panel, rows) {
     picture.append(paint(svg("path", { class: "curve", d: "M" + curve.map(at).join("L") }), method));
   }
   const tip = el("div", { class: "tip", hidden: true });
-  const points = [...rows].sort((a, b) => at(a)[0] - at(b)[0]).map((row) => point(row, at(row), panel, Y));
+  const points = [...rows].sort((a, b) => at(a)[0] - at(b)[0]).map((row) => point(row, at(row), panel, Y, methods.length));
   picture.append(...points);
   holder.append(picture, tip);
   walkable(holder, picture, points, tip);
@@ -234,14 +241,15 @@ function front(rows, panel, at) {
   return path;
 }
 
-function point(row, [x, y], panel, Y) {
+function point(row, [x, y], panel, Y, crowd) {
   const text = [
     row.kind === "unpruned" ? row.method : `${row.method}, kept ${row.retention_configured}`,
     `accuracy ${percent(row.accuracy)} % [${percent(row.accuracy_low)}, ${percent(row.accuracy_high)}]`,
     ...(row.difference === null ? [] : [`vs dense ${signed(row.difference)} [${signed(row.difference_low)}, ${signed(row.difference_high)}]`]),
     `${panel.title}: ${panel.write(panel.value(row))}`,
   ].join("\n");
-  const bar = panel.beside ? [svg("line", { class: "bar", x1: 0, x2: 0, y1: Y(row.accuracy_low) - y, y2: Y(row.accuracy_high) - y })] : [];
+  const bar = panel.beside ? [svg("line", { class: "bar", opacity: Math.min(0.55, 4 / (crowd || 1)),  // many bars fade
+    x1: 0, x2: 0, y1: Y(row.accuracy_low) - y, y2: Y(row.accuracy_high) - y })] : [];
   return paint(svg("g", { class: "point", role: "img", tabindex: "-1", transform: `translate(${x},${y})`, "aria-label": text },
     ...bar, svg("circle", { class: "halo", r: 11 }), svg("path", { class: "mark", d: MARKS[styles.get(row.method).mark] })), row.method);
 }
@@ -315,7 +323,7 @@ function filter() {
       && (!$("wrong").checked || answers.some((answer) => answer.right === false))
       && (!$("differ").checked || new Set(answers.map((answer) => answer.said.trim())).size > 1);
   });
-  $("sample").replaceChildren(...found.map((sample, place) => el("option", { value: place }, `${sample.uid}: ${sample.question}`)));
+  $("sample").replaceChildren(...found.map((sample, place) => el("option", { value: place }, [sample.uid, sample.question].filter(Boolean).join(": "))));
   choose(Math.max(0, found.indexOf(before)));
 }
 
@@ -404,7 +412,8 @@ function drawCard(one, frame, image) {
   if (one.counts) {
     const total = one.counts.reduce((a, b) => a + b, 0);
     one.caption.textContent = `${one.counts[frame]}/${one.per} here, ${total}/${t * one.per} in all${one.inside ? " behind the last cut" : ""}`;
-    [...one.bars.querySelectorAll(".level")].forEach((bar, place) => bar.classList.toggle("now", place === frame));
+    for (const kind of [".back", ".level"])
+      one.bars.querySelectorAll(kind).forEach((bar, place) => bar.classList.toggle("now", place === frame));
   } else if (one.answer.retention !== null) one.caption.textContent = `kept ${percent(one.answer.retention)} %`;
   if (!one.canvas) return;
   const ready = image && image.complete && image.naturalWidth;

@@ -23,7 +23,7 @@ def row(video: str = "x1.mp4", answer: str = "sits", **more: Any) -> dict[str, A
 def write_all(root: Path, layout: int) -> None:
     """Two questions per task, the first answered by B, the second by A."""
     for task, folders in FOLDERS.items():
-        bounds = {"start": 3.2, "end": 9.8}
+        bounds: dict[str, Any] = {"start": 3.2, "end": 9.8}
         write_json(root, f"json/{task}.json", [row(**bounds), row("x2.mp4", "walks", **bounds)])
         for name in ("x1.mp4", "x2.mp4"):
             frames = task == "episodic_reasoning" and layout == 0
@@ -35,7 +35,9 @@ def test_both_releases(tmp_path: Path, layout: int) -> None:
     write_all(tmp_path, layout)
     questions = load("mvbench", tmp_path)
     assert len(questions) == 40
-    assert all(q.video == tmp_path / "video" / FOLDERS[str(q.group["task"])][layout] / q.doc["video"] for q in questions)
+    assert all(
+        q.video == tmp_path / "video" / FOLDERS[str(q.group["task"])][layout] / q.doc["video"] for q in questions
+    )
     bounded = {str(q.group["task"]) for q in questions if q.clip == (3.2, 9.8)}
     whole = {"action_sequence", "action_prediction", "object_interaction", "action_localization", "episodic_reasoning"}
     assert bounded == (whole if layout == 0 else set()), "pre-cut clips are not cut again"
@@ -76,6 +78,8 @@ def test_one_task_alone(tmp_path: Path) -> None:
     assert found.headline == 0.5 and found.metrics["parse_failures"] == 1
     lenient = score("mvbench_action_count", load("mvbench_action_count", tmp_path), ["B. sits", ""], "lmms-eval")
     assert lenient.headline == 1 and lenient.metrics["left_out"] == 1
+    wordy = score("mvbench_action_count", load("mvbench_action_count", tmp_path), ["B. sits", "none"], "lmms-eval")
+    assert wordy.headline == 0.5 and wordy.metrics["left_out"] == 0, "only empty answers are left out there"
 
 
 def test_archives_that_unpack_one_level_deeper(tmp_path: Path) -> None:
@@ -93,7 +97,9 @@ def test_equal_candidates_mean_the_first(tmp_path: Path) -> None:
 
 def test_a_folder_of_frames_is_sampled_at_three_per_second(tmp_path: Path) -> None:
     write_json(tmp_path, "json/episodic_reasoning.json", [row("show", start=1.0, end=3.0)])
-    touch(tmp_path, *(f"video/tvqa/frames_fps3_hq/show/{n}.jpg" for n in range(1, 13)), "video/tvqa/frames_fps3_hq/show/x")
+    touch(
+        tmp_path, *(f"video/tvqa/frames_fps3_hq/show/{n}.jpg" for n in range(1, 13)), "video/tvqa/frames_fps3_hq/show/x"
+    )
     [question] = load("mvbench_episodic_reasoning", tmp_path)
     files, times = question.frame_files("uniform_inclusive", 3)
     # 12 frames at 0, 1/3, ...; the clip [1, 3] holds frames 3 to 9, of which the ends and the middle are taken

@@ -35,7 +35,7 @@ ROWS = [
     row("601-1", "ccc", "long", "D"),
 ]
 SRT = (
-    "1\r\n00:00:01,000 --> 00:00:02,500\r\n<font color=\"white\">two plums</font>\r\n\r\n"
+    '1\r\n00:00:01,000 --> 00:00:02,500\r\n<font color="white">two plums</font>\r\n\r\n'
     "2\r\n00:00:02,500 --> 00:00:04,000\r\nand\r\nfour more\r\n\r\n3\r\n01:00:00,000 --> 01:00:01,000\r\nlate\r\n"
 )
 
@@ -50,12 +50,23 @@ def root(tmp_path: Path) -> Path:
 
 def test_rows_become_questions(root: Path) -> None:
     questions = load("videomme", root)
-    assert [q.video.relative_to(root).as_posix() for q in questions[1:]] == ["data/aaa.mp4", "data/bbb.MP4", "video/ccc.mp4"]
+    assert [q.video.relative_to(root).as_posix() for q in questions[1:]] == [
+        "data/aaa.mp4",
+        "data/bbb.MP4",
+        "video/ccc.mp4",
+    ]
     first = questions[0]
-    assert (first.uid, first.doc_id, first.options, first.answer) == ("001-1", 0, ("Two.", "Four.", "Five.", "Nine."), "C")
-    assert get_task("videomme").prompt(first) == (
-        "How many plums are cut?\nA. Two.\nB. Four.\nC. Five.\nD. Nine.\nReply with the letter of the correct option only."
+    assert (first.uid, first.doc_id, first.options, first.answer) == (
+        "001-1",
+        0,
+        ("Two.", "Four.", "Five.", "Nine."),
+        "C",
     )
+    assert get_task("videomme").prompt(first).splitlines() == [
+        "How many plums are cut?",
+        *("A. Two.", "B. Four.", "C. Five.", "D. Nine."),
+        "Reply with the letter of the correct option only.",
+    ]
 
 
 def test_scores_by_length_and_task(root: Path) -> None:

@@ -1,0 +1,90 @@
+"""`stts visualize`: one file, showing what the pruner really kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stts.cli import main as stts
+from stts.data.video import sample_frames
+from stts.report.visualize import View, darken, draw_sheet, look
+from tests.report.test_page import data_in, mask_of
+
+
+@pytest.fixture(scope="module")
+def clip(clips: Path) -> Path:
+    return clips / "test" / "test-000000.mp4"
+
+
+@pytest.fixture(scope="module")
+def view(tiny_folder: Path, clip: Path) -> View:
+    return look(
+        clip, question="which colour flashed ?", model=tiny_folder, pruner="uniform", retention_ratio=0.5,
+        num_frames=5, max_new_tokens=2,
+    )  # fmt: skip
+
+
+def test_it_shows_what_the_pruner_keeps(view: View, clip: Path) -> None:
+    assert (view.grid.t, view.grid.per_frame) == (5, 16) and view.mask_THW.sum() == 40
+    assert np.array_equal(view.frames_THWC, sample_frames(clip, num_frames=5).frames)
+    assert view.mask_THW.reshape(-1).nonzero()[0].tolist() == view.index_K.tolist()
+
+
+def test_dropped_cells_are_dark_at_any_frame_size() -> None:
+    # 5 pixels in 2 cells: pixel p lies in cell p * 2 // 5, so the first three are of cell 0.
+    frame = np.full((2, 5, 3), 200, np.uint8)
+    shown = darken(frame, np.array([[False, True]]))
+    assert shown[..., 0].tolist() == [[44, 44, 44, 200, 200]] * 2
+    assert (frame == 200).all(), "the frame itself is left alone"
+
+
+def test_the_sheet_shows_every_frame_with_its_own_cells(view: View) -> None:
+    sheet = np.asarray(draw_sheet(view), np.float64)
+    assert sheet.ndim == 3 and sheet.shape[1] >= 640
+    everything = View(**{**vars(view), "index_K": torch.arange(view.grid.num_groups)})
+    assert sheet.mean() < np.asarray(draw_sheet(everything), np.float64).mean(), "half of the cells are darker"
+
+
+@pytest.mark.parametrize("ending", ["png", "mp4", "html"])
+def test_one_file_of_the_kind_its_name_says(
+    ending: str, tiny_folder: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / f"x.{ending}"
+    words = ["visualize", str(clip), "--question", "which colour flashed ?", "--model", str(tiny_folder)]
+    words += ["--pruner", "novelty", "--retention_ratio", "0.25", "--num_frames", "4", "--max_new_tokens", "1"]
+    assert stts([*words, "--out", str(out)]) == 0
+    assert "16 of 64 tokens kept" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    if ending == "png":
+        assert Image.open(out).format == "PNG"
+    elif ending == "mp4":
+        with av.open(str(out)) as container:
+            assert len(list(container.decode(video=0))) == 4
+    else:
+        [run] = data_in(out.read_text())["runs"]
+        assert mask_of(run["samples"][0], "novelty@0.25").sum() == 16 and len(run["frames"][0]) == 4
+        assert run["rows"] == [] and set(run["samples"][0]["outcomes"]) == {"dense", "novelty@0.25"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--out": "x.gif"}, "expected one of .png, .mp4, .html"),
+        ({"--pruner": "none"}, "keeps everything"),
+        ({"--pruner": "fastv", "--retention_ratio": "0.1"}, "cannot be reached"),
+        ({"--num_frames": "0"}, "must be at least 1"),
+        ({"--pruner": "nosuch"}, "nosuch"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_in_a_line(
+    change: dict[str, str], said: str, tiny_folder: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--question": "a ?", "--model": str(tiny_folder), "--pruner": "random", "--out": str(tmp_path / "x.png")}
+    words = [word for pair in (given | change).items() for word in pair]
+    assert stts(["visualize", str(clip), *words]) == 2
+    assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
