@@ -54,7 +54,7 @@ class LongVideoBench(Benchmark):
             group={
                 "duration_group": row.text("duration_group"),
                 "question_category": row.text("question_category"),
-                "level": "perception" if perception else "relation",
+                "kind": "perception" if perception else "relation",
             },
             subtitles=self.read_subtitles(row),
             doc=row.values,

@@ -32,7 +32,7 @@ def split_inline(text: str) -> tuple[str, tuple[str, ...]]:
     start = len(marks) - 1 - marks[::-1].index("A")
     options: list[str] = []
     for line, mark in zip(lines[start:], marks[start:], strict=True):
-        if mark == LETTERS[len(options)]:
+        if mark and mark == LETTERS[len(options) :][:1]:
             options.append(_MARK.sub("", line, count=1).strip())
         else:
             options[-1] = f"{options[-1]} {line.strip()}".strip()

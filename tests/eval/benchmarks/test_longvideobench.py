@@ -69,7 +69,7 @@ def test_scores_by_length_and_category(root: Path) -> None:
     assert found.headline == pytest.approx(2 / 3) and found.metrics["lvb_acc"] == found.headline
     assert accs(found, "duration_group") == {"15": 0.5, "3600": 1.0} and found.metrics["macro"] == 0.75
     assert accs(found, "question_category") == {"S2E": 1.0, "T3E": 0.5}
-    assert accs(found, "level") == {"perception": 1.0, "relation": 0.5}
+    assert accs(found, "kind") == {"perception": 1.0, "relation": 0.5}
 
 
 def test_lmms_eval_guesses_the_same_for_the_same_sample(root: Path) -> None:
