@@ -66,6 +66,7 @@ class HostInfo:
     llm_layers: int
     patches_per_group: int
     patches_per_frame: int = 729
+    """0 where it differs from video to video."""
     newline_per_row: bool = False
     """A newline token follows every row of every frame (LLaVA-Video); False: one after the whole video, or none."""
     mrope: bool = False
