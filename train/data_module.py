@@ -79,8 +79,8 @@ class Order:
     def _balanced(self, epoch: int, lengths: Sequence[int] | NDArray[np.int32]) -> list[list[int]]:
         """Batches such that every `world_size` that follow each other, one step, hold about equally many tokens.
 
-        Within a window of shuffled samples, packed batches are sorted by their tokens and cut into steps, whose order is
-        shuffled again. The least full, which make no whole step, go back among the samples of the next window."""
+        Within a window of shuffled samples, packed batches are sorted by their tokens and cut into steps, whose order
+        is shuffled again. The least full, which make no whole step, go back among the samples of the next window."""
         order, window, ranks = self._drawn(epoch), _WINDOW * (1 + self.world_size // 32), self.world_size
         batches: list[list[int]] = []
         left: list[int] = []
@@ -119,8 +119,9 @@ class ResumableLoader:
     with a token budget the count differs a little, and then some batches are left out or the first ones come twice.
 
     `per_step` batches make one optimizer step. They are read before the first of them is handed out, so that each can
-    be weighed by its share of the whole step; what does not fill a step is left out. `epoch_ends` is called
-    with the number of an epoch when its last batch has been read."""
+    be weighed by its share of the whole step; what does not fill a step is left out. `epoch_ends` is called with the
+    number of an epoch when its last batch has been read. `fork`: workers start by forking, whatever the platform's
+    default; a frame cache needs that."""
 
     def __init__(
         self,
@@ -130,8 +131,9 @@ class ResumableLoader:
         num_workers: int,
         per_step: int = 1,
         epoch_ends: Callable[[int], None] | None = None,
+        fork: bool = False,
     ) -> None:
-        self.epoch_ends = epoch_ends
+        self.epoch_ends, self.fork = epoch_ends, fork
         self.dataset, self.order, self.collate, self.num_workers = dataset, order, collate, num_workers
         self.per_step = per_step
         self.epoch = self.position = 0
@@ -152,7 +154,7 @@ class ResumableLoader:
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
             worker_init_fn=_outlive_sigterm,
-            multiprocessing_context=_forked(self.num_workers),
+            multiprocessing_context="fork" if self.fork and self.num_workers else None,
         )
         step: list[Batch] = []
         for batch in loader:
@@ -171,11 +173,6 @@ class ResumableLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
-
-
-def _forked(num_workers: int) -> str | None:
-    """How workers start: by forking, so that they share the frame cache and need no copy of the rows' places."""
-    return "fork" if num_workers else None
 
 
 def _outlive_sigterm(worker: int) -> None:
@@ -245,9 +242,11 @@ class VideoData(pl.LightningDataModule):
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
         self.num_workers, self.seed, self.num_frames = num_workers, seed, num_frames
         self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
+        self._told = 0, 0  # look-ups in the frame cache and hits, of the epochs that were reported
         self.sources: list[Source] = []
+        self.files: list[VideoJsonl] = []
         self.mixture: Mixture | None = None
-        self.train_data: Dataset[Any]
+        self.train_data: ConcatDataset[Any]
         self.val_data: Dataset[Any] | None = None
         self.shuffle = kind == "jsonl"  # drawn clips are independent already, and phases must keep their order
         if kind == "shapes":
@@ -272,7 +271,7 @@ class VideoData(pl.LightningDataModule):
             assert train
             self.sources = [Source(train)] if isinstance(train, str) else list(train)
             weights = weights_of(self.sources)
-            files = [
+            self.files = [
                 VideoJsonl(
                     source.path,
                     root=root if source.root is None else source.root,
@@ -284,8 +283,8 @@ class VideoData(pl.LightningDataModule):
                 )
                 for source in self.sources
             ]
-            self.train_data = ConcatDataset(files)
-            self.mixture = Mixture(tuple(len(file) for file in files), weights)
+            self.train_data = ConcatDataset(self.files)
+            self.mixture = Mixture(tuple(len(file) for file in self.files), weights)
             if val is not None:
                 self.val_data = VideoJsonl(val, root=root, **reading)
 
@@ -293,9 +292,8 @@ class VideoData(pl.LightningDataModule):
         collator = self._collator()
         lengths = None
         if self.max_tokens:
-            assert isinstance(self.train_data, ConcatDataset)
-            lengths = np.concatenate([self._lengths(collator, file.samples) for file in self.train_data.datasets])
-        size = len(self.train_data)  # type: ignore[arg-type]
+            lengths = np.concatenate([self._lengths(collator, file.samples) for file in self.files])
+        size = len(self.train_data)
         order = self._order(
             size,
             shuffle=self.shuffle,
@@ -306,7 +304,9 @@ class VideoData(pl.LightningDataModule):
         )
         assert self.trainer is not None
         per_step = self.trainer.accumulate_grad_batches
-        loader = ResumableLoader(self.train_data, order, Collate(collator), self.num_workers, per_step, self._tell)
+        loader = ResumableLoader(
+            self.train_data, order, Collate(collator), self.num_workers, per_step, self._tell, self.cache is not None
+        )
         if not len(loader):
             raise ValueError(
                 f"{size} training samples do not fill {per_step} batch(es) on every rank, which make one optimizer "
@@ -319,16 +319,15 @@ class VideoData(pl.LightningDataModule):
 
     def _tell(self, epoch: int) -> None:
         """One line about the frame cache, and its hit rate in the log, at the end of every epoch."""
-        if self.cache is None or not self.cache.lookups:
+        if self.cache is None or self.cache.lookups == self._told[0]:
             return
         assert self.trainer is not None
-        rate = self.cache.hits / self.cache.lookups
-        line(
-            f"epoch {epoch}: {rate:.1%} of {self.cache.lookups} videos since the start came from the frame cache, which "
-            f"holds {self.cache.used_bytes / 2**30:.2f} GiB"
-        )
+        lookups, hits = self.cache.lookups - self._told[0], self.cache.hits - self._told[1]
+        self._told = self.cache.lookups, self.cache.hits
+        held_mib = self.cache.used_bytes / 2**20
+        line(f"epoch {epoch}: {hits} of {lookups} videos came from the frame cache, which holds {held_mib:.0f} MiB")
         for logger in self.trainer.loggers:
-            logger.log_metrics({"frame_cache_hit_rate": rate}, step=self.trainer.global_step)
+            logger.log_metrics({"frame_cache_hit_rate": hits / lookups}, step=self.trainer.global_step)
 
     def val_dataloader(self) -> Any:
         if self.val_data is None:
@@ -339,7 +338,6 @@ class VideoData(pl.LightningDataModule):
             batch_sampler=order.batches(0),
             collate_fn=Collate(self._collator()),
             num_workers=self.num_workers,
-            multiprocessing_context=_forked(self.num_workers),
         )
 
     def _order(self, num_samples: int, **settings: Any) -> Order:
@@ -358,9 +356,7 @@ class VideoData(pl.LightningDataModule):
         pieces = _TokenCounts(samples, collator, module.tokens_per_video(self.num_frames), self.num_frames)
         num_workers = self.num_workers if len(pieces) > 1 else 0
         counted = []
-        for piece in DataLoader(
-            pieces, batch_size=None, num_workers=num_workers, multiprocessing_context=_forked(num_workers)
-        ):
+        for piece in DataLoader(pieces, batch_size=None, num_workers=num_workers):
             if isinstance(piece, ValueError):  # raised there, a worker's whole traceback would come with it
                 raise piece
             counted.append(piece)
@@ -376,7 +372,7 @@ class VideoData(pl.LightningDataModule):
 
 @dataclass(frozen=True)
 class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
-    """LLM tokens of samples, counted in pieces by loader processes: a template and a tokenizer are slow for millions."""
+    """LLM tokens of samples, in pieces that loader processes count: templates and tokenizers are slow for millions."""
 
     samples: Samples
     collator: Collator
@@ -399,4 +395,4 @@ class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
         except ValueError as error:
             return error
         videos = np.asarray([sample.video is not None for sample in samples])
-        return texts + np.int32(self.tokens_per_video) * videos
+        return texts + np.where(videos, self.tokens_per_video, 0).astype(np.int32)

@@ -45,11 +45,8 @@ def open_rows(path: Path) -> Rows:
         raise ValueError(f"no JSONL, JSON or Parquet file at {path}; check the path")
     with path.open("rb") as file:
         head = file.read(256).removeprefix(_BOM).lstrip()
-    rows: Rows
-    if head.startswith(b"PAR1"):
-        rows = ParquetRows(path)
-    else:
-        rows = JsonRows(path, array=head.startswith(b"["))
+    is_table, is_array = head.startswith(b"PAR1"), head.startswith(b"[")
+    rows: Rows = ParquetRows(path) if is_table else JsonRows(path, array=is_array)
     if not len(rows):
         raise ValueError(f"{path} has no rows; expected one JSON object per line, a JSON array or a Parquet table")
     return rows

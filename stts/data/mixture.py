@@ -32,7 +32,8 @@ class Source:
             raise ValueError(f"{self.path}: weight={self.weight} must be positive; leave the source out instead of 0")
         if self.limit != "all" and not _LIMIT.fullmatch(self.limit):
             raise ValueError(
-                f"{self.path}: limit={self.limit!r} must be 'all', 'first:10%', 'first:1000', 'random:10%' or 'random:1000'"
+                f"{self.path}: limit={self.limit!r} must be 'all', 'first:10%', 'first:1000', 'random:10%' or "
+                "'random:1000'"
             )
 
 

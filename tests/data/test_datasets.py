@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pickle
+import signal
+import sys
+import time
+import tracemalloc
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from stts.data.datasets import Example, Message, Skipped, VideoJsonl, read_jsonl
+from stts.data import formats
+from stts.data.datasets import Example, Message, Samples, Skipped, VideoJsonl, read_jsonl
 from stts.data.video import VideoError
+from tests.data.clips import frame_numbers, numbered_images, write_video
 
 ASK = [{"from": "human", "value": "<video>\nwhat happens ?"}, {"from": "gpt", "value": "rain"}]
 ROW = {"id": "a", "video": "a.mp4", "conversations": ASK}
@@ -81,6 +91,132 @@ def test_llava_video_rows(tmp_path):
     assert sample.messages[0].text == "<video>\nwhat happens ?"
 
 
+def test_llava_video_folders_as_published(tmp_path):
+    """The JSON array lies inside its source's folder, videos beside it; the same video is asked about twice."""
+    folder = tmp_path / "0_30_s_academic_v0_1"
+    (folder / "academic_source").mkdir(parents=True)
+    ask = [{"from": "human", "value": "<image>\nwhat happens ?"}, ASK[1]]
+    row = {"id": "c", "data_source": folder.name, "video": "academic_source/c.mp4", "conversations": ask}
+    path = folder / "0_30_s_academic_oe_v0_1_qa_processed.json"
+    path.write_text(json.dumps([row, row, {**row, "id": "d"}, {k: v for k, v in row.items() if k != "id"}], indent=2))
+    for samples in (Samples(path), Samples(path, root=folder), Samples(path, root=tmp_path)):
+        assert {sample.video for sample in samples} == {folder.resolve() / "academic_source/c.mp4"}
+        assert [sample.uid for sample in samples] == ["c#1", "c#2", "d", "#4"], "unique, also where the file is not"
+        assert samples[2].messages[0].text == "<video>\nwhat happens ?"
+
+
+def test_videochat_pairs(tmp_path):
+    pairs = [{"i": "pick one", "q": "what ?", "a": "(B)"}, {"i": "ignored", "q": "", "a": "a cat"}]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"video": "a.mp4", "QA": pairs, "start": 3.0, "end": 9.5}]))
+    [sample] = Samples(path)
+    assert sample.clip == (3.0, 9.5) and sample.meta == {}
+    assert [(message.role, message.text) for message in sample.messages] == [
+        ("system", "pick one"), ("user", "<video>\nwhat ?"), ("assistant", "(B)"), ("user", ""), ("assistant", "a cat"),
+    ]  # fmt: skip
+    path.write_text(json.dumps([{"video": "a.mp4", "QA": [{"q": "what ?"}]}]))
+    with pytest.raises(ValueError, match=r"train\.json, row 1: .*'value' is NoneType"):
+        Samples(path)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, formats._CHUNK])
+def test_arrays_say_the_same_as_lines(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(formats, "_CHUNK", chunk)  # rows and characters then lie across the ends of chunks
+    texts = ['<video>\nquote " and [brackets], {braces}', "<video>\né ü 漢字 🎬", "<video>\n\\"]
+    rows = [
+        {**ROW, "id": str(n), "conversations": [{"from": "human", "value": text}, ASK[1]], "n": [n, {"m": []}]}
+        for n, text in enumerate(texts * 3)
+    ]
+    expected = read_jsonl(write(tmp_path, *rows))
+    for name, text in (
+        ("compact", json.dumps(rows, ensure_ascii=False, separators=(",", ":"))),
+        ("escaped", json.dumps(rows, indent=1)),
+        ("bom", "\ufeff \n" + json.dumps(rows, ensure_ascii=False)),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(text, encoding="utf-8")
+        assert list(Samples(path)) == expected, name
+        assert Samples(path)[-1] == expected[-1] and Samples(path)[2:5] == expected[2:5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": 1}, 3]', "row 2: '3' stands where an object"),
+        ('[{"id": 1} {"id": 2}]', "row 2: '{' stands where"),
+        ('[{"id": 1}, ]', "row 2: ']' stands where"),
+        ('[{"id": 1},', "row 2: the array has no end"),
+        ('[{"id": 1}, {"id": ', "row 2: .*cut off"),
+        ("[]", "has no rows"),
+        ('[{"id": "a", "conversations": []}]', "row 1: key 'conversations'"),
+    ],
+)
+def test_bad_arrays_name_file_row_and_fault(tmp_path, text, message):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"rows\.json.*{message}"):
+        Samples(tmp_path / "rows.json")
+
+
+def test_parquet_says_the_same_as_lines(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain = {"id": "b", "image": "a.png", "conversations": [{"from": "human", "value": "what ?"}]}
+    rows = [{**ROW, "clip": [0.5, 2.0], "family": "x"}, plain, {**ROW, "id": "c"}]
+    columns = {name: None for row in rows for name in row}  # a table has every column in every row
+    table = pyarrow.Table.from_pylist([columns | row for row in rows])
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    samples, expected = Samples(tmp_path / "rows.parquet"), read_jsonl(write(tmp_path, *rows))
+    assert [samples[n] for n in (2, 0, 1)] == [expected[n] for n in (2, 0, 1)]
+    assert list(pickle.loads(pickle.dumps(samples))) == expected
+    bad = [*rows, {**ROW, "id": "d", "video": "../a.mp4"}]
+    parquet.write_table(pyarrow.Table.from_pylist(bad), tmp_path / "bad.parquet", row_group_size=2)
+    with pytest.raises(ValueError, match=r"bad\.parquet, row 4: path '../a.mp4' leaves the root"):
+        Samples(tmp_path / "bad.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and so on PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"rows\.parquet is a Parquet file, which needs pyarrow: pip install"):
+        Samples(tmp_path / "rows.parquet")
+
+
+def test_limits_leave_the_rest_unread(tmp_path):
+    path = write(tmp_path, *({**ROW, "id": str(n)} for n in range(10)), "no JSON")
+    assert [sample.uid for sample in Samples(path, limit="first:3")] == ["0", "1", "2"]
+    assert [sample.uid for sample in Samples(path, limit="first:11%", uid_prefix="p:")] == ["p:0", "p:1"]
+    with pytest.raises(ValueError, match="line 11"):
+        Samples(path)
+
+
+def test_a_file_that_changes_while_in_use_is_refused(tmp_path):
+    samples = Samples(write(tmp_path, ROW, {**ROW, "id": "b"}))
+    write(tmp_path, {**ROW, "id": "longer"}, {**ROW, "id": "b"})
+    with pytest.raises(ValueError, match="changed after it was indexed"):
+        samples[1]
+
+
+def test_rows_stay_on_disk(tmp_path):
+    """16 bytes a row to find it, 25 with what tells ids apart and where the row stands; a parsed row takes over 700."""
+
+    def traced(make):
+        tracemalloc.start()
+        made = make()
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(made)
+        return kept, peak
+
+    path = write(tmp_path, *({**ROW, "id": str(n)} for n in range(100_000)))
+    kept, peak = traced(lambda: formats.open_rows(path))
+    assert kept < 17 * 100_000 and peak < 5e6
+    path = write(tmp_path, *({**ROW, "id": str(n)} for n in range(3_000)))
+    kept, peak = traced(lambda: Samples(path))
+    parsed, _ = traced(lambda: read_jsonl(path))
+    assert kept < 80 * 3_000 and peak < 160 * 3_000 and parsed > 700 * 3_000
+
+
 def test_root_may_be_elsewhere(tmp_path):
     (tmp_path / "media").mkdir()
     [sample] = read_jsonl(write(tmp_path, ROW), root=tmp_path / "media")
@@ -108,7 +244,7 @@ def test_paths_stay_inside_the_root(tmp_path, video):
     ("row", "message"),
     [
         ("{", "not a JSON object"),
-        ("[1]", "jq -c"),
+        ("[1]", "expected a JSON object, got list"),
         ({**ROW, "id": None}, "key 'id' is None"),
         ({**ROW, "id": ""}, "key 'id'"),
         ({**ROW, "id": True}, "key 'id'"),
@@ -148,7 +284,7 @@ def test_bad_rows_name_file_line_and_fault(tmp_path, row, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(ValueError, match="no JSONL file"):
+    with pytest.raises(ValueError, match="no JSONL, JSON or Parquet file"):
         read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="has no rows"):
         read_jsonl(write(tmp_path, "", " "))
@@ -197,3 +333,81 @@ def test_missing_and_broken_media_raise_or_are_skipped(tmp_path):
         assert row.get("video", row.get("image")) in skipped.reason
     with pytest.raises(ValueError, match="on_error='ignore'"):
         VideoJsonl(path, on_error="ignore")
+
+
+# --- frame folders ----------------------------------------------------------------------------------------------------
+
+
+def write_frames(folder, num_frames):
+    folder.mkdir()
+    for number, image in enumerate(numbered_images(num_frames)):
+        Image.fromarray(image).save(folder / f"f_{number}.png")
+
+
+def test_a_frame_folder_is_a_video(tmp_path):
+    write_frames(tmp_path / "v_demo", 12)
+    (tmp_path / "v_demo" / "notes.txt").write_text("no frame")
+    row = {**ROW, "video": "v_demo"}
+    data = VideoJsonl(write(tmp_path, row, {**row, "id": "b", "fps": 2, "clip": [1, 2]}), num_frames=4)
+    assert frame_numbers(data[0].frames) == [0, 3, 7, 11], "f_10 comes after f_9"
+    assert data[0].timestamps_s.tolist() == [0, 3, 7, 11] and data[0].duration_s == 12
+    assert frame_numbers(data[1].frames) == [2, 2, 3, 4] and data[1].timestamps_s.tolist() == [1, 1, 1.5, 2]
+
+
+def test_broken_frame_folders_are_named(tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    root = tmp_path / "root"
+    (root / "linked").mkdir(parents=True)
+    (root / "linked" / "f.png").symlink_to(secret)
+    write_frames(root / "mixed", 2)
+    Image.new("RGB", (8, 8)).save(root / "mixed" / "f_1.png")
+    rows = [{**ROW, "id": name, "video": name} for name in ("linked", "mixed")] + [{**ROW, "video": "mixed", "fps": 0}]
+    data = VideoJsonl(write(root, *rows), num_frames=2)
+    for place, fault in enumerate(("without pictures", "several sizes", "'fps' is 0")):
+        with pytest.raises(VideoError, match=fault):
+            data[place]
+
+
+# --- what never returns -----------------------------------------------------------------------------------------------
+
+
+def test_pipes_are_no_media(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    picture = {"id": "b", "image": "pipe.mp4", "conversations": [{"from": "human", "value": "what ?"}]}
+    data = VideoJsonl(write(tmp_path, {**ROW, "video": "pipe.mp4"}, picture), on_error="skip")
+    assert all("pipe.mp4" in data[place].reason for place in range(2))
+
+
+def test_a_file_that_never_opens_is_skipped_in_a_loader_worker(tmp_path):
+    """A lease on a regular file makes the kernel hold back whoever opens it, as a dead network mount does."""
+    for name in ("good.mp4", "stuck.mp4"):
+        write_video(tmp_path / name, numbered_images(8))
+    rows = [{**ROW, "id": name, "video": f"{name}.mp4"} for name in ("good", "stuck", "good")]
+    data = VideoJsonl(write(tmp_path, *({**row, "id": str(n)} for n, row in enumerate(rows))), num_frames=2,
+                      timeout_s=1.0, on_error="skip")  # fmt: skip
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel asks for the lease back
+    holder = os.open(tmp_path / "stuck.mp4", os.O_RDWR)
+    try:
+        try:
+            fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            pytest.skip(f"no leases here: {error}")
+        started = time.monotonic()
+        items = list(DataLoader(data, batch_size=None, num_workers=1))
+        assert time.monotonic() - started < 20, "the kernel takes a lease away after 45 s"
+    finally:
+        os.close(holder)
+        signal.signal(signal.SIGIO, before)
+    assert [type(item) for item in items] == [Example, Skipped, Example]
+    assert "stuck.mp4" in items[1].reason and "timeout_s=1.0" in items[1].reason
+
+
+def test_a_video_too_long_to_decode_in_time_is_an_error_with_its_name(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered_images(200, 240, 320), gop=200)
+    with pytest.raises(VideoError, match=r"sample 'a': .*a\.mp4: not .* within timeout_s=0\.02"):
+        VideoJsonl(write(tmp_path, ROW), timeout_s=0.02)[0]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert len(VideoJsonl(write(tmp_path, ROW), timeout_s=60, num_frames=4)[0].frames) == 4
+    with pytest.raises(ValueError, match="timeout_s=0"):
+        VideoJsonl(write(tmp_path, ROW), timeout_s=0)
