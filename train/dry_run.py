@@ -63,7 +63,9 @@ def not_rehearsed(config: Any) -> str:
     strategy = trainer["strategy"]
     if not isinstance(strategy, str):
         strategy = strategy["class_path"].rpartition(".")[2]
-    files = [data[name] for name in ("train", "val") if data.get(name)] if data["kind"] != "shapes" else []
+    train = data.get("train")
+    sources = [source["path"] for source in train] if isinstance(train, list) else [train]
+    files = [file for file in (*sources, data.get("val")) if file] if data["kind"] != "shapes" else []
     found = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files]
     return "left out: " + ", ".join(
         [f"the weights of {config['model']['model']}", *found, f"trainer.strategy={strategy}"]
