@@ -6,6 +6,7 @@ everything the run writes) and `resume`."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -81,6 +82,7 @@ class FitCLI(LightningCLI):
             trainer["logger"] = make_loggers(config["logger"], out)
         every_picture = config["overlay_every"]
         every, keep = config["checkpoint_every"], config["keep_checkpoints"]
+        given = trainer["callbacks"] or []
         trainer["callbacks"] = [
             ProgressLines(config["progress_every"]),
             SkipList(out),
@@ -88,7 +90,7 @@ class FitCLI(LightningCLI):
             Throughput(config["peak_tflops"]),
             *([Overlays(out, every_picture)] if every_picture else []),
             Checkpoints(out, self.settings, every, keep, resumed=self.saved is not None),
-            *(trainer["callbacks"] or []),
+            *(given if isinstance(given, list) else [given]),
         ]
         return super().instantiate_trainer(**kwargs)
 
@@ -110,7 +112,8 @@ def make_cli(argv: Sequence[str]) -> FitCLI:
 
 def read_config(argv: Sequence[str]) -> Any:
     """Every setting of a run with its default, by the parser that a run uses; nothing is loaded."""
-    return _cli(_Reading, argv).config
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    return _cli(_Reading, [*argv, "--seed_everything=false"]).config
 
 
 def _cli(cli_class: type[FitCLI], argv: Sequence[str]) -> FitCLI:
@@ -126,6 +129,17 @@ def _cli(cli_class: type[FitCLI], argv: Sequence[str]) -> FitCLI:
         # our batches are sharded by rank already; a replaced sampler would undo token-budget batches
         trainer_defaults={"use_distributed_sampler": False, "enable_progress_bar": sys.stderr.isatty()},
     )
+
+
+def _train(cli: FitCLI) -> None:
+    state = None if cli.saved is None else cli.saved.state
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=True)
+    except ValueError:
+        launcher = cli.trainer.strategy.launcher
+        if launcher is not None:  # the ranks that Lightning started may wait for this one
+            launcher.kill(signal.SIGKILL)
+        raise
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -149,8 +163,7 @@ def fit(argv: Sequence[str]) -> int:
             check_fits(cli.saved, cli.trainer)
         if cli.why:
             line(cli.why)
-        state = None if cli.saved is None else cli.saved.state
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=True)
+        _train(cli)
     except Stopped as stopped:
         line(str(stopped))
         return 0

@@ -30,7 +30,7 @@ from stts.pruners.base import Positions
 from .lengths import largest_grid, num_placed_tokens
 from .lora import MARK, Lora, add_lora, merge
 from .retention import Setting, make_retention
-from .strategies import FSDP2, DeepSpeed, adamw, cut, is_cut, whole_tensors
+from .strategies import FSDP2, DeepSpeed, adamw, cut, engine_norm, is_cut, whole_tensors
 
 PARTS = ("llm", "vit", "connector", "scorer")
 _UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
@@ -328,8 +328,8 @@ class VideoFinetune(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if isinstance(self.trainer.strategy, DeepSpeed):  # clipped by its engine; the norm is known once it has stepped
-            norm = float(self.trainer.model.get_global_grad_norm())
+        norm = engine_norm(self.trainer)
+        if norm is not None:
             self._check_finite("gradient", {"grad_norm": norm})
             self.log("grad_norm", norm, batch_size=1)
 
@@ -338,6 +338,7 @@ class VideoFinetune(pl.LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDP2):
             layers = [layer for layer in self.modules() if isinstance(layer, GradientCheckpointingLayer)]
+            assert self.device_mesh is not None
             cut(self, layers, self.device_mesh, self.trainer.precision, ("training_step", "validation_step"))
 
     def setup(self, stage: str) -> None:
@@ -352,6 +353,8 @@ class VideoFinetune(pl.LightningModule):
                 )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # hooks for reentrant checkpointing: they would carry gradients through parts that are frozen
+            self.model.disable_input_require_grads()
         self.pruning.attach()
         self._attached = True
 
@@ -385,17 +388,19 @@ class VideoFinetune(pl.LightningModule):
         """Write the model and its pruner as an ordinary Hugging Face folder, whole or not at all.
 
         Where parameters are cut every rank must call it; rank 0 writes."""
-        path, tensors = Path(path), None
+        path, tensors, writes = Path(path), None, not self._attached or self.trainer.is_global_zero
         if self._attached and is_cut(self.trainer.strategy):
-            tensors = whole_tensors(self, keep=self.trainer.is_global_zero)
-        if self._attached and not self.trainer.is_global_zero:
-            return path
-        if self.lora is not None:
+            tensors = whole_tensors(self, keep=writes)
+        if writes and self.lora is not None:
             tensors = merge(self.state_dict() if tensors is None else tensors, self.lora)
-        self.pruning.detach()  # the switched-on attention must not end up in config.json
+        # The switched-on attention must not end up in config.json. On every rank: where the hooks stand among
+        # DeepSpeed's decides in which order parameters are gathered.
+        self.pruning.detach()
         self.pruning.retention_ratio = self.retention.target
         try:
-            return save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors)
+            if writes:
+                save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors)
+            return path
         finally:
             if self._attached:
                 self.pruning.attach()

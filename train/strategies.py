@@ -5,6 +5,7 @@ Importing this module makes `trainer.strategy: deepspeed_stage_2` (and `deepspee
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -36,6 +38,45 @@ class _Precision(DeepSpeedPrecision):
         return replace(data, inputs=data.inputs | super().convert_input(pixels))
 
 
+class _OneOrder:
+    """Hands finished gradients to ZeRO in one order on every rank.
+
+    ZeRO 1 to 3 put gradients into buckets as the backward pass finishes them, and add up the buckets of all ranks by
+    position. A rank with images alone finishes the newline before the word embedding, one with videos the other way
+    round: ZeRO then adds the gradient of one to that of the other, without an error (seen in DeepSpeed 0.19.8). Here a
+    gradient that comes early waits for its turn. The order is that of rank 0's first backward pass."""
+
+    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+        self.number = {id(parameter): number for number, parameter in enumerate(parameters)}
+        self.order, self.known = list(range(len(parameters))), False
+        self.arrived: list[int] = []
+        self.waiting: dict[int, tuple[Any, ...]] = {}
+        self.turn = 0
+        self.give = optimizer.reduce_ready_partitions_and_remove_grads
+        self.end = optimizer.overlapping_partition_gradients_reduce_epilogue
+        optimizer.reduce_ready_partitions_and_remove_grads = self.arrive
+        optimizer.overlapping_partition_gradients_reduce_epilogue = self.finish
+
+    def arrive(self, *given: Any) -> None:
+        number = self.number[id(given[0])]
+        self.arrived.append(number)
+        self.waiting[number] = given
+        while self.turn < len(self.order) and self.order[self.turn] in self.waiting:
+            self.give(*self.waiting.pop(self.order[self.turn]))
+            self.turn += 1
+
+    def finish(self) -> None:
+        """At the end of each backward pass; parameters that got no gradient have held up those behind them."""
+        for number in [*(n for n in self.order if n in self.waiting), *sorted(set(self.waiting) - set(self.order))]:
+            self.give(*self.waiting.pop(number))
+        if not self.known and self.arrived:
+            arrived = [self.arrived]
+            torch.distributed.broadcast_object_list(arrived)
+            self.order, self.known = arrived[0], True
+        self.arrived, self.turn = [], 0
+        self.end()
+
+
 class DeepSpeed(DeepSpeedStrategy):
     """ZeRO 0 to 3. Rank 0's parameters are broadcast and cut when training starts, so whatever `from_pretrained` loaded
     and the scorer drew is what every rank trains; each rank holds the whole model in host memory until then.
@@ -47,8 +88,8 @@ class DeepSpeed(DeepSpeedStrategy):
         persistence_threshold: parameters of fewer elements are not cut (stage 3).
         options: other arguments of Lightning's DeepSpeedStrategy, such as buffer sizes or nvme_path.
 
-    **Differs** from Lightning's: runs on CPU ranks over gloo too; an input keeps the dtype its processor gave it;
-    a step whose gradient is not finite is refused; memory-hungry CPU offload is off unless asked for."""
+    **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast; gradients are summed
+    in one order on all ranks, whatever their batches hold."""
 
     def __init__(
         self,
@@ -90,7 +131,9 @@ class DeepSpeed(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, chosen: Precision | None) -> None:
-        self._precision_plugin = _Precision(chosen.precision) if isinstance(chosen, DeepSpeedPrecision) else chosen
+        self._precision_plugin = chosen
+        if isinstance(chosen, DeepSpeedPrecision):
+            self._precision_plugin = _Precision(chosen.precision)  # type: ignore[arg-type]  # checked by Lightning
 
     def setup_environment(self) -> None:
         from deepspeed.accelerator import get_accelerator
@@ -107,6 +150,13 @@ class DeepSpeed(DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super()._initialize_deepspeed_train(model)
+        optimizer = self.optimizers[0]
+        if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads") and self.world_size > 1:
+            _OneOrder(optimizer, learning)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -141,6 +191,18 @@ def cut(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, precisio
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for name in entries:
         register_fsdp_forward_method(root, name)
+
+
+def engine_norm(trainer: pl.Trainer) -> float | None:
+    """Gradient norm of the step just taken, before clipping, where DeepSpeed holds the gradients; nan: not finite.
+
+    None for other strategies, and at stage 0 without clipping, where its engine computes none."""
+    if not isinstance(trainer.strategy, DeepSpeed):
+        return None
+    norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+    if norm is None:
+        return None
+    return math.nan if norm < 0 else float(norm)  # the engine's word for inf and nan is -1
 
 
 def is_cut(strategy: Strategy) -> bool:

@@ -8,7 +8,8 @@ Logged values have these names in every logger (CSV, W&B, TensorBoard); "this ra
     retention_configured    ratio asked for in this step, where it varies (train/retention.py)
     retention_measured      equivalent retention: visual tokens the LLM saw / all of them, this rank's last batch
     kept_per_frame          groups kept per frame (Qwen: temporal patch of two), this rank's last batch
-    tokens_per_s            LLM tokens of this rank's last batch, text included, after pruning, / time since the one before
+    tokens_per_s            LLM tokens of this rank's last batch, text included, after pruning, per second since the one
+                            before
     pad_waste               share of the LLM's slots that were padding, this rank's last batch
     step_s                  seconds from the end of the optimizer step before, loading included, validation excluded
     tflops_per_s            10^12 FLOPs per second of this rank: what its device computed in the step / step_s. Forward
@@ -25,7 +26,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,12 +36,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from stts.data.collate import Batch
 from stts.metrics.cost import VlmShape
@@ -86,8 +86,8 @@ class FlopMeter:
 
     Linear layers and patch embeddings report the rows they saw, so pruning, LoRA, images and frozen parts count as they
     are: the backward pass costs a forward pass for each of input and weight that has a gradient. Attention comes from
-    lengths, causal as full (as in `stts/metrics/cost.py`), twice its forward cost in the backward pass (a fused kernel's
-    own recomputation is not counted); that inside image tiles, and the scorer's over nine patches, is left out."""
+    lengths, causal as full (as in `stts/metrics/cost.py`), twice its forward cost in the backward pass; what a fused
+    kernel computes again, and attention inside image tiles, the scorer and Molmo2's connector, are left out."""
 
     def __init__(self, module: VideoFinetune) -> None:
         self.pruning = module.pruning
@@ -264,10 +264,7 @@ class Overlays(pl.Callback):
         self._step = step
         if batch.blank or report is None or not report.grids:
             return  # nothing was shown in this batch; the next picture comes in its turn
-        frames = first_frames(batch, pl_module.processor)
-        if frames is None:
-            rank_zero_warn("this family hands over loose patches instead of frames: overlays are not drawn")
-            return
+        frames = first_frames(batch.inputs, pl_module.processor.video_processor)
         picture = draw_overlay(frames, report, title=f"step {step}   {batch.video_uids[0]}")
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{step:08d}.png"
@@ -280,33 +277,46 @@ class Overlays(pl.Callback):
                 logger.experiment.add_image("overlay", np.asarray(picture), step, dataformats="HWC")
 
 
-def first_frames(batch: Batch, processor: ProcessorMixin) -> NDArray[np.uint8] | None:
-    """(T, H, W, 3) frames of the first video as the tower saw them; None where pixels are no frames."""
-    pixels = batch.inputs.get("pixel_values_videos")
-    if pixels is None or pixels[0].dim() != 4:  # (V, T, C, H, W), or a list of (T, C, H, W)
-        return None
-    maker = processor.video_processor
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (maker.image_mean, maker.image_std))
-    frames = pixels[0].detach().float().cpu() * std + mean
-    return (255 * frames.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
+def first_frames(inputs: Mapping[str, Any], processor: BaseVideoProcessor) -> NDArray[np.uint8]:
+    """(T, H, W, 3) frames of the first video as the tower saw them, from what the processor made.
+
+    LLaVA: frames, of one video after another. Qwen: patches over two frames each, in the order of merge units.
+    Molmo2: patches of frames."""
+    pixels = inputs["pixel_values_videos"]
+    if "video_grid_thw" in inputs:
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        m, pair, p = processor.merge_size, processor.temporal_patch_size, processor.patch_size
+        patches = pixels[: t * h * w].view(t, h // m, w // m, m, m, 3, pair, p, p)
+        frames = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * pair, 3, h * p, w * p)
+    elif "video_grids" in inputs:
+        p = processor.patch_size
+        side = processor.size["height"] // p
+        patches = pixels[: int(inputs["video_grids"][0, 0])].view(-1, side, side, p, p, 3)
+        frames = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side * p, side * p)
+    else:
+        frames = pixels[0]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shown = frames.detach().float().cpu() * std + mean
+    return (255 * shown.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", video: int = 0) -> Image.Image:
     """Frames in reading order, each above its scores.
 
-    Dropped groups are darkened. Scores run from purple (the lowest of the video) to yellow (the highest); where the
-    pruner gave none, or saw only what another had left, there are frames alone. Of more than 32 frames evenly spread
+    Dropped groups are darkened. Scores are coloured by rank, purple (the lowest of the video) to yellow (the highest):
+    one far above the rest would else leave all others alike. Where the pruner gave none, or saw only what another had
+    left, there are frames alone. Of more than 32 frames evenly spread
     ones are shown. Several frames may share a temporal cell (Qwen)."""
     grid = report.grids[video]
     cells = grid.num_groups
-    kept = np.zeros(cells, bool)
-    kept[report.index[video].cpu().numpy()] = True
+    alive = np.zeros(cells, bool)
+    alive[report.index[video].cpu().numpy()] = True
+    kept = alive.reshape(grid.t, grid.h, grid.w)
     given = report.scores[video]
     scores = None
     if given is not None and len(given) == cells:
-        values = given.detach().float().cpu().numpy()
-        scores = ((values - values.min()) / max(float(np.ptp(values)), 1e-9)).reshape(grid.t, grid.h, grid.w)
-    kept = kept.reshape(grid.t, grid.h, grid.w)
+        rank = np.unique(given.detach().float().cpu().numpy(), return_inverse=True)[1]  # equal scores, equal rank
+        scores = (rank / max(1, rank.max())).reshape(grid.t, grid.h, grid.w)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _MOST_FRAMES)).round().astype(int))
     side = -(-_TILE // frames.shape[2]) * frames.shape[2], -(-_TILE // frames.shape[2]) * frames.shape[1]
     width, height = side[0] + 4, (side[1] + 2) * (1 if scores is None else 2) + _LINE + 4
@@ -314,6 +324,8 @@ def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", vid
     picture = Image.new("RGB", (max(columns * width, 320), -(-len(shown) // columns) * height + 2 * _LINE), "white")
     pen = ImageDraw.Draw(picture)
     caption = f"{title}   kept {kept.sum()} of {cells} groups ({kept.mean():.1%})"
+    if scores is not None:
+        caption += "   below: scores by rank, purple lowest, yellow highest"
     pen.text((2, 2), caption, fill="black")
     for number, frame in enumerate(shown):
         cell = frame * grid.t // len(frames)

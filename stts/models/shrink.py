@@ -114,7 +114,8 @@ def shrink_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) 
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     if "mrope_section" in text.rope_parameters:
-        text.rope_parameters = text.rope_parameters | {"mrope_section": [2, 1, 1]}
+        half = _WIDTH // (4 * _HEADS)
+        text.rope_parameters = text.rope_parameters | {"mrope_section": [half // 2, half // 4, half // 4]}
     _set(vision, hidden_size=_WIDTH, intermediate_size=_MLP)
     side = _SIDE * vision.patch_size
     if family == "llava_onevision":

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import stts
+from stts.data.collate import Batch
 from stts.data.shapes import ShapesConfig
 from stts.data.shapes_files import write_shapes
 from stts.models.load import pruner_settings
@@ -29,6 +30,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def loader(batches: list[Batch]) -> Any:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
 
 
 class Ratios(pl.Callback):
@@ -141,7 +146,7 @@ def test_validation_and_export_use_the_target(tiny_folder: Path, tmp_path: Path)
         accelerator="cpu", logger=False, max_steps=2, num_sanity_val_steps=0, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=[Look()],
     )  # fmt: skip
-    trainer.fit(module, DataLoader([batch] * 2, batch_size=None), DataLoader([batch], batch_size=None))
+    trainer.fit(module, loader([batch] * 2), loader([batch]))
     assert seen == [pytest.approx(0.25, abs=0.01)]
     folder = module.export(tmp_path / "model")
     settings = pruner_settings(folder)
@@ -221,7 +226,7 @@ def test_a_run_resumed_midway_goes_on_with_the_same_ratios(tiny_folder: Path, tm
             accelerator="cpu", logger=False, max_steps=6, enable_progress_bar=False, callbacks=[look, StopAt(last)],
             enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
-        trainer.fit(module, DataLoader([batch_for(module)] * 6, batch_size=None), **more)
+        trainer.fit(module, loader([batch_for(module)] * 6), **more)
         return module, look.seen, trainer
 
     whole, seen, _ = run(6)
@@ -237,7 +242,14 @@ def test_a_run_resumed_midway_goes_on_with_the_same_ratios(tiny_folder: Path, tm
 def test_two_ranks_draw_the_same_ratios(tiny_folder: Path, files: Path, tmp_path: Path) -> None:
     """Each rank writes what it used; the command is the user's."""
     out = tmp_path / "out"
-    argv = ["--config", ROOT / "configs" / "shapes_tiny.yaml", "--model.model", tiny_folder, "--out", out]
+    argv: list[str | Path] = [
+        "--config",
+        ROOT / "configs" / "shapes_tiny.yaml",
+        "--model.model",
+        tiny_folder,
+        "--out",
+        out,
+    ]
     argv += ["--model.retention_ratio", json.dumps(RANGE), "--data.batch_size", "2", "--trainer.max_steps", "4"]
     argv += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.num_val_clips", "0"]
     argv += ["--trainer.callbacks+=tests.train.test_retention.WriteRatios", f"--trainer.callbacks.out={tmp_path}"]

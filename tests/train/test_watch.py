@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import stts_train.cli as cli
+from stts.models.load import load_vlm
 from stts.models.report import Report
 from stts.tokens import Grid
 from stts_train.module import VideoFinetune
+from stts_train.retention import Sampled
 from stts_train.watch import FlopMeter, Overlays, Throughput, draw_overlay, first_frames, make_loggers, peak_tflops
+from tests.families import FAMILIES, write_family
+from tests.models import qwen_tiny
+from tests.models.test_molmo2 import SIDE, write_molmo2
 from tests.train.test_module import FAST, batch_for, fit
+from tests.train.test_retention import loader
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +64,12 @@ def test_flops_are_those_that_torch_counts(tiny_folder: Path, checkpointing: boo
     ours, again, theirs = measure(VideoFinetune(str(tiny_folder), gradient_checkpointing=checkpointing, **FAST))
     assert ours + again == pytest.approx(theirs, rel=1e-9)
     assert (again > 0.2 * ours) == checkpointing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_every_family_are_those_that_torch_counts(family: str, tmp_path: Path) -> None:
+    ours, again, theirs = measure(VideoFinetune(str(write_family(family, tmp_path / family)), **FAST))
+    assert again == 0 and ours == pytest.approx(theirs, rel=1e-3 if family == "molmo2" else 1e-9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -103,7 +118,7 @@ def test_validation_is_no_part_of_a_step(tiny_folder: Path) -> None:
         accelerator="cpu", logger=False, max_steps=2, num_sanity_val_steps=0, enable_progress_bar=False,
         val_check_interval=1, enable_model_summary=False, enable_checkpointing=False, callbacks=[meter, look],
     )  # fmt: skip
-    trainer.fit(module, DataLoader([batch] * 2, batch_size=None), DataLoader([batch], batch_size=None))
+    trainer.fit(module, loader([batch] * 2), loader([batch]))
     assert len(set(look.seen)) == 1, "the FLOPs of a validation pass are not counted either"
 
 
@@ -175,13 +190,18 @@ def test_long_videos_show_32_frames_and_shared_cells_are_shown_twice() -> None:
     assert [int(shared[60, 2 + 132 * frame + 60].max()) for frame in range(4)] == [40, 40, 200, 200]
 
 
-def test_frames_are_those_the_tower_saw(tiny_folder: Path) -> None:
-    module = VideoFinetune(str(tiny_folder), **FAST)
-    frames = first_frames(batch_for(module), module.processor)
-    assert frames is not None and frames.shape == (8, 56, 56, 3)
-    batch = batch_for(module)
-    batch.inputs["pixel_values_videos"] = torch.zeros(16, 588)
-    assert first_frames(batch, module.processor) is None
+def test_frames_are_those_the_tower_saw(tiny_folder: Path, tmp_path: Path) -> None:
+    """Every family's own processor, there and back, on frames that it need not resize."""
+    llava = load_vlm(tiny_folder)[1]
+    qwens = [qwen_tiny.make(family, tmp_path)[1] for family in ("qwen2_5_vl", "qwen3_vl")]
+    molmo2 = load_vlm(write_molmo2(tmp_path))[1]
+    sides = [(56, 56), (24, 40), (24, 40), (SIDE * 14, SIDE * 14)]
+    for processor, (height, width) in zip([llava, *qwens, molmo2], sides, strict=True):
+        maker = processor.video_processor
+        rng = np.random.default_rng(0)
+        videos = [rng.integers(0, 256, (4, height, width, 3), dtype=np.uint8) for _ in range(2)]
+        inputs = maker(videos=videos, do_sample_frames=False, return_tensors="pt")
+        assert np.array_equal(first_frames(inputs, maker), videos[0]), type(maker).__name__
 
 
 def test_overlays_are_written_every_n_steps(tiny_folder: Path, tmp_path: Path) -> None:
@@ -232,11 +252,36 @@ def test_wandb_offline_and_csv_hold_the_same_values(
         ours |= {name: float(value) for name, value in row.items() if value and is_logged(name)}
     assert theirs.keys() - {"overlay"} == ours.keys()
     assert ours == pytest.approx({name: theirs[name] for name in ours})
-    assert {"train/answer_loss", "train/temporal_loss", "tflops_per_s", "mfu", "step_s", "scorer_grad_norm"} <= set(ours)
+    assert {"train/answer_loss", "train/temporal_loss", "tflops_per_s", "mfu", "step_s", "scorer_grad_norm"} <= set(
+        ours
+    )
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     [written] = folder.glob("*.wandb")
-    assert all(name.encode() in written.read_bytes() for name in ours), "in the file that `wandb sync` would send"
+    until = time.monotonic() + 60  # another process writes it, and `finish` does not wait for that
+    while (missing := [n for n in ours if n.encode() not in written.read_bytes()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert missing == [], "in the file that `wandb sync` would send"
     assert list(folder.glob("files/media/images/overlay*.png"))
+
+
+def test_the_command_line_chooses_what_is_watched(tiny_folder: Path, tmp_path: Path) -> None:
+    argv = ["--config", str(ROOT / "configs" / "shapes_tiny.yaml"), "--model.model", str(tiny_folder)]
+    argv += ["--out", str(tmp_path), "--logger", "csv,wandb", "--overlay_every", "2", "--peak_tflops", "1"]
+    argv += ["--model.retention_ratio", "{low: 0.2, high: 0.6, spacing: log}"]
+    made = cli.make_cli(argv)
+    assert [type(logger).__name__ for logger in made.trainer.loggers] == ["CSVLogger", "WandbLogger"]
+    watching = {type(callback).__name__: callback for callback in made.trainer.callbacks}
+    assert watching["Overlays"].every_n_steps == 2 and watching["Throughput"].peak == 1.0
+    assert made.model.retention == Sampled(low=0.2, high=0.6, spacing="log")
+
+
+def test_a_wrong_logger_stops_before_anything_is_written(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", str(ROOT / "configs" / "shapes_tiny.yaml"), "--model.model", str(tiny_folder)]
+    assert cli.fit([*argv, "--out", str(tmp_path / "out"), "--logger", "mlflow"]) == 2
+    assert "--logger mlflow: expected each of csv, wandb, tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def is_logged(name: str) -> bool:

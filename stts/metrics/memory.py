@@ -1,0 +1,127 @@
+"""Bytes that training holds until the backward pass, from shapes alone.
+
+What autograd keeps of the stock code, tensor by tensor; c = bytes of a value in matrix products (bf16: 2), s = bytes in
+the residual stream (4 under autocast, where norms and sums stay fp32). Values in [brackets] are kept for gradients of
+weights only, so a frozen block that gradients pass through does without them. Per token, with d = width, a / g = query
+/ key-value heads times their width, H = query heads, m = inner width of one branch:
+
+    RMS norm     4 d (its fp32 input) [+ s d (before the scale)]      layer norm   s d + 8
+    attention    c (2 a + 2 g) + 4 H  (q, k, v, output, fp32 log-sum of a flash kernel)  [+ c d (input)]
+    q, k norm    4 (a + g) [+ c (a + g)]
+    gated MLP    c 3 m [+ c d + c m (inputs of its matrices)]         plain MLP    c m [+ c d + c m]
+
+With activation checkpointing a block keeps its input (s d), and one block at a time is whole while it is recomputed.
+Checked against torch's saved tensors by tests/train/test_plan.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Bytes of one value."""
+
+    compute: int
+    """c, of inputs and outputs of matrix products."""
+    stream: int
+    """s, of the residual stream."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """A transformer block, of a tower or of an LLM."""
+
+    width: int
+    heads: int
+    query: int
+    """Query heads times their width."""
+    key: int
+    """Key heads times theirs."""
+    mlp: int
+    gated: bool
+    rms: bool
+    """RMS norms, else layer norms."""
+    norms_heads: bool = False
+    """Queries and keys have a norm of their own."""
+
+    @classmethod
+    def of_llm(cls, config: Any) -> BlockShape:
+        """From `text_config`."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            width=config.hidden_size,
+            heads=heads,
+            query=heads * head_dim,
+            key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+            mlp=config.intermediate_size,
+            gated=True,
+            rms=True,
+            norms_heads=config.model_type.startswith(("qwen3", "molmo2")),
+        )
+
+    @classmethod
+    def of_vit(cls, config: Any) -> BlockShape:
+        """From `vision_config`."""
+        qwen2_5 = hasattr(config, "fullatt_block_indexes")
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        width = config.hidden_size
+        return cls(
+            width=width,
+            heads=heads,
+            query=width,
+            key=width,
+            mlp=config.intermediate_size,
+            gated=qwen2_5,
+            rms=qwen2_5,
+        )
+
+
+def block_bytes(shape: BlockShape, widths: Widths, *, learns: bool) -> int:
+    """Kept per token by one block that gradients pass through."""
+    c, s, d, inner = widths.compute, widths.stream, shape.width, shape.query + shape.key
+    norm = 4 * d + (s * d if learns else 0) if shape.rms else s * d + 8
+    attention = c * 2 * inner + 4 * shape.heads + (c * d if learns else 0)
+    if shape.norms_heads:
+        attention += 4 * inner + (c * inner if learns else 0)
+    mlp = c * shape.mlp * (3 if shape.gated else 1) + (c * (d + shape.mlp) if learns else 0)
+    return 2 * norm + attention + mlp
+
+
+def input_bytes(shape: BlockShape, widths: Widths) -> int:
+    """Kept per token by a block that is recomputed."""
+    return widths.stream * shape.width
+
+
+def scorer_bytes(width: int, mlp: int, heads: int, patches: int, widths: Widths) -> int:
+    """Kept per group of `patches` patches by the scorer of STTS: windows, fp32 attention inside them, the MLP."""
+    c, d, w, m = widths.compute, width, patches, mlp
+    pooling = c * w * d + c * d + 4 * (2 * w * d + d) + 4 * heads * w + c * d
+    return pooling + c * 2 * d + c * 4 * m + (4 - c) * m
+
+
+def connector_bytes(config: Any, widths: Widths) -> tuple[int, int]:
+    """Kept per item, and patches per item: LLaVA's projector runs on patches, Qwen's mergers and Molmo2's pooling on
+    cells."""
+    c, text, vision = widths.compute, config.text_config.hidden_size, config.vision_config
+    if config.model_type == "molmo2":
+        adapter = config.adapter_config
+        taps, cells = adapter.hidden_size * len(adapter.vision_feature_layer), 9
+        heads = adapter.num_attention_heads * adapter.head_dim
+        pooled = c * (cells * taps + taps + heads * (2 * cells + 2)) + 4 * adapter.num_attention_heads * cells
+        return pooled + c * (adapter.hidden_size + 4 * adapter.intermediate_size), cells
+    if hasattr(vision, "spatial_merge_size"):
+        patches = vision.spatial_merge_size**2
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return mergers * (widths.stream + 3 * c) * vision.hidden_size * patches, patches
+    taps = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    return c * (taps * vision.hidden_size + 2 * text), 1
+
+
+def head_bytes(config: Any, widths: Widths) -> int:
+    """At its peak per answer token: logits, their fp32 copy, its log-softmax, and the gradient."""
+    text = config.text_config
+    return text.vocab_size * (widths.compute + 4 + 4 + 4) + widths.compute * text.hidden_size

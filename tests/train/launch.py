@@ -1,0 +1,90 @@
+"""`stts fit` as a user starts it: a process of its own, which starts those of the other ranks."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RATES = [f"--model.{part}_lr=1e-3" for part in ("llm", "vit", "connector", "scorer")]
+TWO_RANKS = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+CUTS = [
+    pytest.param("ddp", id="ddp"),
+    *(pytest.param(f"deepspeed_stage_{stage}", marks=needs_deepspeed, id=f"zero{stage}") for stage in (1, 2, 3)),
+    pytest.param("fsdp2", id="fsdp2"),
+]
+
+
+def strategy(name: str) -> list[str]:
+    """Options for a strategy that also cuts what is as small as our test model."""
+    if name != "deepspeed_stage_3":
+        return [f"--trainer.strategy={name}"]
+    settings = '{"stage": 3, "persistence_threshold": 100}'
+    return ["--trainer.strategy=stts_train.strategies.DeepSpeed", f"--trainer.strategy.init_args={settings}"]
+
+
+def start(argv: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process group of its own, so that all ranks and loader workers can be signalled or ended together.
+
+    Operators that DeepSpeed builds on first use (half a minute) are kept between runs of these tests."""
+    built = Path(tempfile.gettempdir()) / "stts_test_operators"
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    known = {"TORCH_EXTENSIONS_DIR": str(built), **os.environ, **(variables or {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stts.cli", "fit", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**known, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> tuple[int, str]:
+    """Exit code and output. A rank that waits for another for ever fails the test, and is ended."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"still running after {timeout_s} s:\n{process.communicate()[0][-3000:]}")
+    return process.returncode, output
+
+
+def run(argv: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> str:
+    code, output = finish(start(argv, variables))
+    assert code == 0, output[-4000:]
+    return output
+
+
+def wait_for(process: subprocess.Popen[str], marker: str) -> str:
+    """Read output up to a line with `marker`."""
+    assert process.stdout is not None
+    seen = ""
+    for text in process.stdout:
+        seen += text
+        if marker in text:
+            return seen
+    pytest.fail(f"ended without {marker!r}:\n{seen[-3000:]}")
+
+
+def shown(output: str) -> dict[int, str]:
+    """The losses of each optimizer step, as the progress lines show them."""
+    lines = re.finditer(r"step (\d+)/\d+  (.*?) kept", output)
+    return {int(match[1]): match[2] for match in lines}
+
+
+def logged(out: Path, name: str) -> list[float]:
+    """A value of each optimizer step, from the newest log of a run."""
+    file = max((out / "log").glob("version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
+    return [float(row[name]) for row in csv.DictReader(file.open()) if row.get(name)]

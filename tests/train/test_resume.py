@@ -1,0 +1,183 @@
+"""Nothing is lost: a run that is killed, or told to stop, goes on to the losses it would have had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import stts_train.cli as cli
+from stts_train.checkpoints import Saved, choose, newest
+from tests.train.launch import (
+    CUTS,
+    RATES,
+    ROOT,
+    TWO_RANKS,
+    finish,
+    run,
+    shown,
+    start,
+    strategy,
+    wait_for,
+)
+
+STEPS = 7
+RESUMED = [p for p in CUTS if p.values[0] != "deepspeed_stage_1"]
+
+
+def settings(model: Path, out: Path, *more: str) -> list[str]:
+    """Epochs of 5 steps: step 4, after which the run is killed, lies inside one, step 7 in the next."""
+    argv = [f"--config={ROOT / 'configs' / 'shapes_tiny.yaml'}", f"--model.model={model}", f"--out={out}", *RATES]
+    argv += ["--data.phases=[{num_clips: 20}]", "--data.batch_size=2", "--data.num_val_clips=0"]
+    argv += ["--data.shapes={num_sampled: 8}", "--data.num_workers=1", "--model.warmup_steps=3"]
+    argv += [f"--trainer.max_steps={STEPS}", "--progress_every=1", "--checkpoint_every=3"]
+    return [*argv, "--model.clip_per_part=false", "--trainer.accelerator=cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """The losses of two ranks that nothing interrupts."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    losses = numbers(run(settings(tiny_folder, out, *TWO_RANKS, "--trainer.strategy=ddp", "--checkpoint_every=0")))
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses
+
+
+def numbers(output: str) -> dict[int, list[float]]:
+    """Answer and temporal loss of each step, to the four digits that are shown."""
+    return {step: [float(word) for word in text.split()[1::2]] for step, text in shown(output).items()}
+
+
+def assert_equal(losses: dict[int, list[float]], expected: dict[int, list[float]]) -> None:
+    """Up to the last digit shown, which strategies may round to either side."""
+    for step, values in losses.items():
+        assert values == pytest.approx(expected[step], abs=1.5e-4), f"step {step}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_goes_on_to_the_same_losses(
+    name: str, tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]]
+) -> None:
+    """kill -9 of all its processes in mid-epoch, one step behind its checkpoint; then the same command again."""
+    argv = settings(tiny_folder, tmp_path, *TWO_RANKS, *strategy(name))
+    process = start(argv)
+    seen = wait_for(process, "step 4/")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    output = run([*argv, "--resume=last"])
+    before, after = numbers(seen), numbers(output)
+    assert list(before) == [1, 2, 3, 4] and list(after) == [4, 5, 6, 7]
+    assert shown(output)[4] == shown(seen)[4]
+    assert_equal(before, straight)
+    assert_equal(after, straight)
+    last = newest(tmp_path)
+    assert last is not None and last.step == STEPS and last.ranks == 2
+    if name == "ddp":
+        check_refusals(tiny_folder, tmp_path)
+
+
+def check_refusals(tiny_folder: Path, out: Path) -> None:
+    """What another number of ranks or another strategy would make of this checkpoint is never guessed."""
+    before = sorted(out.rglob("*"))
+    assert cli.fit(settings(tiny_folder, out)) == 2, "one rank"
+    argv = settings(tiny_folder, out, *TWO_RANKS, *strategy("fsdp2"))
+    assert finish(start(argv))[1].count("was written under strategy DDPStrategy, this run uses FSDP2") == 1
+    assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_run_told_to_stop_saves_and_goes_on(
+    whole_group: bool, tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]]
+) -> None:
+    """SIGTERM to the first process, as a shell sends it, or to all, loader workers included, as schedulers do."""
+    argv = settings(tiny_folder, tmp_path, *TWO_RANKS, "--trainer.strategy=ddp", "--checkpoint_every=0")
+    process = start(argv)
+    seen = wait_for(process, "step 2/")
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    code, rest = finish(process)
+    before = numbers(seen + rest)
+    assert code == 0, rest
+    assert f"stopped at step {max(before)}; the same command goes on" in rest and max(before) < STEPS
+    output = run(argv)
+    assert f"going on from {tmp_path / 'checkpoints'}/step-0000000{max(before)}" in output
+    after = numbers(output)
+    assert list(before | after) == list(range(1, STEPS + 1)) and not set(before) & set(after)
+    assert_equal(before | after, straight)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run in one process, with validation."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert cli.fit(small(tiny_folder, out)) == 0
+    return out
+
+
+def small(model: Path, out: Path, *more: str) -> list[str]:
+    validation = ["--data.num_val_clips=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+    return settings(model, out, "--data.num_workers=0", "--checkpoint_every=1", *validation, *more)
+
+
+def folders(out: Path) -> set[str]:
+    return {folder.name for folder in (out / "checkpoints").iterdir()}
+
+
+def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
+    assert {name for name in folders(finished) if name.startswith("step")} == {"step-00000006", "step-00000007"}
+    assert sum(name.startswith("best") for name in folders(finished)) == 1
+    assert len(folders(finished)) == 3, "nothing unfinished is left"
+
+
+def test_the_same_command_again_has_nothing_to_do(
+    finished: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (finished / "model" / "model.safetensors").read_bytes()
+    assert cli.fit(small(tiny_folder, finished)) == 0
+    shown_text = capsys.readouterr().out
+    assert "going on from" in shown_text and "step 7/7" not in shown_text
+    assert (finished / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_other_settings_start_anew_and_set_old_checkpoints_aside(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert cli.fit(small(tiny_folder, out, "--model.llm_lr=2e-3", "--trainer.max_steps=2")) == 0
+    text = capsys.readouterr().out
+    assert "written with other settings (model.llm_lr, trainer.max_steps): starting anew" in text
+    assert "step 1/2" in text and "step-00000002" in folders(out)
+    assert {folder.name for folder in (out / "checkpoints-1").iterdir()} == folders(finished)
+    assert cli.fit(small(tiny_folder, out, "--model.llm_lr=3e-3", "--trainer.max_steps=3", "--resume=last")) == 0
+    assert "step 2/3" not in capsys.readouterr().out, "asked for by name, it goes on under other settings"
+
+
+def test_a_checkpoint_cut_short_is_not_there(finished: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    cut_short = out / "checkpoints" / ".unfinished-step-00000009"
+    (cut_short / "state").mkdir(parents=True)
+    found = newest(out)
+    assert found is not None and found.step == 7
+    assert cli.fit(small(tiny_folder, out, "--resume=last")) == 0
+    assert not cut_short.exists(), "a run clears what the one before it left"
+
+
+def test_a_checkpoint_of_one_rank_says_so_to_a_run_of_two(
+    finished: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.fit(small(tiny_folder, finished, *TWO_RANKS, "--trainer.strategy=ddp")) == 2
+    assert "was written by 1 rank(s) with 1 batch(es) per step, this run has 2 with 1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
+    assert choose("auto", tmp_path, {}) == (None, "") and choose(None, tmp_path, {}) == (None, "")
+    with pytest.raises(ValueError, match="--resume last finds no checkpoint in"):
+        choose("last", tmp_path, {})
+    with pytest.raises(ValueError, match=r"no checkpoint at .*expected a folder such as"):
+        Saved.read(tmp_path)

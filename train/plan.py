@@ -1,0 +1,507 @@
+"""`stts plan --config x.yaml --gpus 64`: will it fit, how many tokens and FLOPs is a step, and what to change.
+
+It reads the YAML of `stts fit` through the same parser and builds the model on the meta device, so parameters are
+counted, not guessed; no weights are read and no network is needed for the published checkpoints. How states are
+stored (T = parameters that learn, Z = frozen ones; bytes each of weights, gradients, AdamW's two moments):
+
+    bf16-mixed, 32-true            T 4 + 4 + 8     Z as in the checkpoint's files (fsdp2, 32-true: 4)
+    bf16-true                      T 2 + 2 + 4     Z 2
+    DeepSpeed in bf16              T 2 + 2 + 12    Z 2       (the 12: an fp32 copy of the weights, and the moments)
+
+and what each rank holds of them (ZeRO, arXiv 1910.02054): stage 1 cuts the optimizer's part over the ranks, stage 2
+gradients too, stage 3 and fsdp2 everything; offloading moves the cut part to host memory. Activations: see
+`stts/metrics/memory.py`; FLOPs: see `stts/metrics/cost.py`. Training keeps no KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as resize_frame
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
+
+from stts.budget import plan as plan_budget
+from stts.metrics.cost import LlmShape, VlmShape, llm_prefill_flops, video_cost, vit_block_flops
+from stts.metrics.memory import (
+    BlockShape,
+    Widths,
+    block_bytes,
+    connector_bytes,
+    head_bytes,
+    input_bytes,
+    scorer_bytes,
+)
+from stts.models.pruning import Pruning
+from stts.models.published import config_of
+from stts.tokens import Grid
+
+from .cli import read_config
+from .lora import Lora, add_lora
+from .module import PARTS, learns, part_of
+from .retention import make_retention
+
+GIB = 2**30
+_SPARE = 0.08  # of a GPU, for CUDA itself, NCCL and fragmentation: a rule of thumb, not a measurement
+_BUCKET = 200_000_000  # elements of DeepSpeed's reduce and gather buckets, as Lightning sets them
+# What a prompt has beside visual tokens, per frame (per temporal patch): marks and a time of usual length
+_MARKS = {"llava_onevision": 0, "qwen2_5_vl": 0, "qwen3_vl": 10, "molmo2": 7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What of the states a rank holds."""
+
+    name: str
+    cuts: tuple[bool, bool, bool]
+    """Weights, gradients, optimizer states: cut over ranks?"""
+    deepspeed: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a plan depends on."""
+
+    config: PretrainedConfig
+    pruner: str
+    pruner_options: Mapping[str, Any]
+    retention_ratio: float
+    rates: Mapping[str, float]
+    lora: Lora | None
+    checkpointing: bool
+    precision: str
+    strategy: Strategy
+    gpus: int
+    accumulate: int
+    num_frames: int
+    frame_size: tuple[int, int]
+    """Pixels of the files, height and width; only where the family's resolution is free."""
+    video_size: Mapping[str, int] | None
+    batch_size: int
+    max_tokens: int
+    text_tokens: int
+    """Of a conversation without its video."""
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Of one model, by part; ties counted once."""
+
+    learning: Mapping[str, int]
+    frozen: Mapping[str, int]
+    layer: int
+    """The largest block or layer."""
+    root: int
+    """All that is in no block or layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of one GPU, tokens and FLOPs of one optimizer step."""
+
+    parameters: Parameters
+    memory: Mapping[str, int]
+    """By name, in the order of printing."""
+    host: int
+    """Bytes of host memory per rank."""
+    grid: Grid
+    tokens: Mapping[str, int]
+    flops: Mapping[str, int]
+    """By part: forward, backward and recomputation, one optimizer step on all GPUs."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
+    """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
+    given = read_config(argv)
+    model, data, trainer = given["model"], given["data"], given["trainer"]
+    rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
+    lora = model["lora"]
+    if lora is not None and not isinstance(lora, Lora):
+        lora = Lora(**dict(lora))
+    shapes = data["kind"] == "shapes"
+    return Run(
+        config=config_of(model["model"], args.model_config),
+        pruner=model["pruner"],
+        pruner_options=dict(model["pruner_options"] or {}),
+        retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
+        rates=rates,
+        lora=lora,
+        checkpointing=model["gradient_checkpointing"],
+        precision=str(trainer["precision"] or "32-true"),
+        strategy=read_strategy(trainer["strategy"]),
+        gpus=args.gpus or _devices(trainer),
+        accumulate=trainer["accumulate_grad_batches"],
+        num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
+        frame_size=args.frame_size,
+        video_size=_plain(model["video_size"]),
+        batch_size=data["batch_size"],
+        max_tokens=data["max_tokens"],
+        text_tokens=args.text_tokens,
+        answer_tokens=args.answer_tokens,
+    )
+
+
+def read_strategy(given: Any) -> Strategy:
+    """From `trainer.strategy`: a name, or a class with its arguments."""
+    name = given if isinstance(given, str) else str(given["class_path"]).rpartition(".")[2]
+    options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
+    if name.lower().startswith("deepspeed"):
+        digits = [int(letter) for letter in name if letter.isdigit()]
+        stage = options.get("stage", digits[0] if digits else 2)
+        offload = name.endswith("offload")
+        return Strategy(
+            name=f"deepspeed stage {stage}{' offload' * (offload or bool(options.get('offload_optimizer')))}",
+            cuts=(stage >= 3, stage >= 2, stage >= 1),
+            deepspeed=True,
+            offload_optimizer=offload or bool(options.get("offload_optimizer")),
+            offload_parameters=(offload and stage == 3) or bool(options.get("offload_parameters")),
+        )
+    if name.lower() in ("fsdp2", "fsdp", "modelparallelstrategy", "fsdpstrategy"):
+        return Strategy(name="fsdp2", cuts=(True, True, True))
+    return Strategy(name="ddp", cuts=(False, False, False))
+
+
+def count_parameters(run: Run) -> Parameters:
+    """Of the model and its pruner, on the meta device, by the rule that a run uses. ValueError if nothing learns."""
+    holder, _ = build(run)
+    learning, frozen = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+    for name, parameter in holder.named_parameters():
+        (learning if learns(name, run.rates, run.lora) else frozen)[part_of(name)] += parameter.numel()
+    if not any(learning.values()):
+        raise ValueError(f"nothing would learn with the rates {dict(run.rates)}; set one of {', '.join(PARTS)}_lr")
+    layers = [
+        sum(parameter.numel() for parameter in layer.parameters())
+        for layer in holder.modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    whole = sum(learning.values()) + sum(frozen.values())
+    return Parameters(learning=learning, frozen=frozen, layer=max(layers), root=whole - sum(layers))
+
+
+def build(run: Run) -> tuple[nn.Module, Pruning]:
+    """Model and scorer without memory, under the names they have in a run."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(run.config)
+        pruning = Pruning(model, run.pruner, retention_ratio=run.retention_ratio, **run.pruner_options)
+        pruning.check_trainable()
+        if run.lora is not None and "llm" in run.rates:
+            add_lora(pruning.adapter.language_model, run.lora)
+    holder = nn.Module()
+    holder.add_module("model", model)
+    holder.add_module("scorer", pruning.module)
+    return holder, pruning
+
+
+def make_plan(run: Run) -> Plan:
+    """Memory of one GPU and the work of one optimizer step."""
+    parameters, (_, pruning) = count_parameters(run), build(run)
+    grid = grid_of(run, pruning)
+    sites = [stage.site for stage in pruning.pruner.stages]
+    planned = plan_budget(sites, run.retention_ratio, [grid], pruning.adapter.host.llm_layers)
+    kept = planned[-1][0].num_kept if planned else grid.num_groups
+    sample = kept + _MARKS[run.config.model_type] * grid.t + run.text_tokens
+    samples = run.batch_size or max(1, run.max_tokens // sample)
+    row = max(samples * sample, run.max_tokens)
+    states, host = _states(run, parameters)
+    work = _Work(run, pruning, grid, kept, sample, samples, row)
+    return Plan(
+        parameters=parameters,
+        memory=states | work.activations(),
+        host=host,
+        grid=grid,
+        tokens={
+            "video, dense": grid.num_groups,
+            "video, kept": kept,
+            "sample, with text": sample,
+            "samples per batch": samples,
+            "batch": row,
+            "step": row * run.gpus * run.accumulate,
+        },
+        flops={part: flops * samples * run.gpus * run.accumulate for part, flops in work.flops().items()},
+    )
+
+
+def grid_of(run: Run, pruning: Pruning) -> Grid:
+    """Groups of one video at these settings; free resolutions are resized as the family's processor does."""
+    vision, family = run.config.vision_config, run.config.model_type
+    if not hasattr(vision, "spatial_merge_size"):
+        return pruning.adapter.grid(run.num_frames)
+    if run.video_size is None:
+        raise ValueError(
+            "the resolution of this family is free and its limits are in the processor, not in the config; set "
+            "model.video_size (shortest_edge, longest_edge in pixels)"
+        )
+    factor, frames = vision.patch_size * vision.spatial_merge_size, run.num_frames
+    low, high = run.video_size["shortest_edge"], run.video_size["longest_edge"]
+    if family == "qwen3_vl":
+        height, width = resize_video(frames, *run.frame_size, vision.temporal_patch_size, factor, low, high)
+    else:
+        height, width = resize_frame(*run.frame_size, factor, low, high)
+    return Grid(-(-frames // vision.temporal_patch_size), height // factor, width // factor)
+
+
+def _states(run: Run, parameters: Parameters) -> tuple[dict[str, int], int]:
+    """Bytes of one rank by kind, and those in host memory."""
+    strategy, mixed, low = run.strategy, run.precision.endswith("mixed"), "16" in run.precision
+    learning, frozen = sum(parameters.learning.values()), sum(parameters.frozen.values())
+    weight, gradient, optimizer, still = 4, 4, 8, 4
+    if strategy.deepspeed and low:
+        weight, gradient, optimizer, still = 2, 2, 12, 2
+    elif low and not mixed:
+        weight, gradient, optimizer, still = 2, 2, 4, 2
+    elif mixed and strategy.name != "fsdp2":
+        still = (run.config.dtype or torch.float32).itemsize
+    ranks = [run.gpus if cut else 1 for cut in strategy.cuts]
+    weights = -(-(weight * learning + still * frozen) // ranks[0])
+    gradients, states = (-(-size * learning // n) for size, n in ((gradient, ranks[1]), (optimizer, ranks[2])))
+    host = states if strategy.offload_optimizer else 0
+    if strategy.offload_parameters:
+        host += weights
+    compute = 2 if low else 4
+    if strategy.cuts[0]:  # blocks one by one with the next one fetched, the rest of the model for the whole pass
+        copies = compute * (2 * 2 * parameters.layer + parameters.root)
+    elif strategy.deepspeed:
+        copies = 2 * compute * min(_BUCKET, learning)
+    else:  # autocast's copies of fp32 weights, and DDP's buckets
+        fp32 = learning + (frozen if still == 4 else 0)
+        copies = (2 * fp32 if mixed else 0) + (gradient * learning if run.gpus > 1 else 0)
+    memory = {
+        "weights": 0 if strategy.offload_parameters else weights,
+        "gradients": gradients,
+        "optimizer": 0 if strategy.offload_optimizer else states,
+        "copies and buckets": copies,
+    }
+    return memory, host
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Activations and FLOPs of one batch."""
+
+    run: Run
+    pruning: Pruning
+    grid: Grid
+    kept: int
+    sample: int
+    samples: int
+    row: int
+
+    @property
+    def upstream(self) -> dict[str, bool]:
+        """Whether gradients pass through a part: it learns, or something before it does."""
+        rates, scorer = self.run.rates, self.pruning.module is not None and "scorer" in self.run.rates
+        vit = "vit" in rates or scorer
+        return {"vit": vit, "connector": vit or "connector" in rates, "llm": True}
+
+    @property
+    def _drop(self) -> tuple[int, int]:
+        """First block that gradients pass through, and the first that runs on survivors (the depth, if none does)."""
+        site = next((stage.site for stage in self.pruning.pruner.stages if stage.site.kind == "vit"), None)
+        depth = self.pruning.adapter.host.vit_depth
+        after = depth if site is None or site.drop_after is None else site.drop_after + 1
+        if "vit" in self.run.rates:
+            return 0, after
+        return (depth if site is None or site.layer is None else site.layer + 1), after
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        """Of all frames of a video, and of those left (shared patches of overlapping windows: a little more)."""
+        host = self.pruning.adapter.host
+        whole = self.grid.num_groups * host.patches_per_group
+        if host.patches_per_frame:
+            whole = self.grid.t * host.patches_per_frame
+        return whole, round(whole * self.kept / self.grid.num_groups)
+
+    def activations(self) -> dict[str, int]:
+        """Bytes kept for the backward pass, by part."""
+        run, config, host = self.run, self.run.config, self.pruning.adapter.host
+        low, mixed = "16" in run.precision, run.precision.endswith("mixed") and not run.strategy.deepspeed
+        widths = Widths(compute=2 if low else 4, stream=4 if mixed or not low else 2)
+        vit, llm = BlockShape.of_vit(config.vision_config), BlockShape.of_llm(config.text_config)
+        llm_learns = "llm" in run.rates and run.lora is None
+        whole, left = self._patches
+        start, dropped = self._drop
+        dense, pruned = max(0, dropped - start), host.vit_depth - max(dropped, start)
+        if not self.upstream["vit"]:
+            dense = pruned = 0
+        patches = self.samples * (dense * whole + pruned * left)
+        one_vit = block_bytes(vit, widths, learns="vit" in run.rates)
+        one_llm = block_bytes(llm, widths, learns=llm_learns)
+        if run.checkpointing:
+            tower, language = patches * input_bytes(vit, widths), self.row * host.llm_layers * input_bytes(llm, widths)
+            busiest = max(self.samples * whole * one_vit if dense else 0, self.row * one_llm)
+        else:
+            tower, language, busiest = patches * one_vit, self.row * host.llm_layers * one_llm, 0
+        if run.lora is not None and "llm" in run.rates and not run.checkpointing:  # inputs of the adapters, in fp32
+            inputs = {"o_proj": llm.query, "down_proj": llm.mlp}
+            widest = sum(4 * inputs.get(name, llm.width) + 4 * run.lora.rank for name in run.lora.targets)
+            language += self.row * host.llm_layers * widest
+        connector, per_item = connector_bytes(config, widths)
+        items = self.samples * (left if per_item == 1 else self.kept)
+        vision = VlmShape.from_config(config).vit
+        pixels = 4 * self.samples * whole * vision.channels * vision.patch_size**2  # fp32, as processors make them
+        learned = self.pruning.module is not None and "scorer" in run.rates
+        groups = self.samples * self.grid.num_groups if learned else 0
+        scorer = scorer_bytes(host.vit_width, host.vit_mlp, host.vit_heads, host.patches_per_group, widths)
+        return {
+            "pixels": pixels,
+            "tower activations": tower,
+            "scorer activations": groups * scorer,
+            "connector activations": items * connector if self.upstream["connector"] else 0,
+            "LLM activations": language,
+            "block recomputed": busiest,
+            "logits": self.samples * run.answer_tokens * self.samples * head_bytes(config, widths),
+        }
+
+    def flops(self) -> dict[str, int]:
+        """Of one sample, forward, backward and recomputation."""
+        run, config = self.run, self.run.config
+        shape = VlmShape.from_config(config).at(self.grid)
+        _, left = self._patches
+        start, dropped = self._drop
+        stages = self.pruning.pruner.stages
+        pruner = sum(stage.flops(self.grid, shape.vit.width, self.kept) for stage in stages)
+        cut = dropped < shape.vit.blocks
+        per_frame, more = divmod(left, self.grid.t)
+        cost = video_cost(
+            shape,
+            num_frames=self.grid.t,
+            llm_tokens=self.kept,
+            kept_patches=[per_frame + (frame < more) for frame in range(self.grid.t)] if cut else None,
+            drop_after=dropped - 1 if cut else None,
+            num_cells=self.kept,
+            pruner_flops=pruner,
+        )
+        llm = LlmShape.from_config(config.text_config)
+        language = llm_prefill_flops(llm, self.sample)
+        head = 2 * run.answer_tokens * llm.width * config.text_config.vocab_size
+        through, redo = self.upstream, int(run.checkpointing)
+        unreached = self.grid.t * sum(vit_block_flops(shape.vit, shape.vit.patches, block) for block in range(start))
+        vit_back = (2 if "vit" in run.rates else 1) + redo if through["vit"] else 0
+        connector_back = ("connector" in run.rates) + through["vit"]
+        llm_back = 1 + ("llm" in run.rates and run.lora is None) + redo
+        return {
+            "ViT": cost.vit + cost.vit_embed + vit_back * max(0, cost.vit - unreached),
+            "scorer": cost.pruner * (3 if "scorer" in run.rates and self.pruning.module is not None else 1),
+            "connector": cost.connector * (1 + connector_back),
+            "LLM": language * (1 + llm_back) + 3 * head,
+        }
+
+
+def advise(run: Run, room: int) -> list[tuple[str, int]]:
+    """What brings a run that does not fit closer, one change at a time, with the bytes it leads to; cheapest first."""
+    changes: list[tuple[str, Run]] = []
+    if not run.checkpointing:
+        changes.append(("model.gradient_checkpointing: true", replace(run, checkpointing=True)))
+    for name in ("deepspeed_stage_2", "fsdp2", "deepspeed_stage_3_offload"):
+        if read_strategy(name) != run.strategy and run.gpus > 1:
+            changes.append((f"trainer.strategy: {name}", replace(run, strategy=read_strategy(name))))
+    if "llm" in run.rates and run.lora is None:
+        changes.append(("model.lora: {rank: 16}", replace(run, lora=Lora())))
+    if {"llm", "vit"} & set(run.rates) and run.pruner != "none":
+        only = {part: rate for part, rate in run.rates.items() if part == "scorer"}
+        if only:
+            changes.append(("llm_lr, vit_lr, connector_lr: 0 (train the scorer alone)", replace(run, rates=only)))
+    if run.batch_size > 1:
+        fewer = replace(run, batch_size=max(1, run.batch_size // 2))
+        changes.append((f"data.batch_size: {fewer.batch_size}", fewer))
+    if run.num_frames > 8:
+        changes.append((f"data.num_frames: {run.num_frames // 2}", _shorter(run, num_frames=run.num_frames // 2)))
+    if run.pruner != "none" and run.retention_ratio > 0.3:
+        changes.append(("model.retention_ratio: 0.3", _shorter(run, retention_ratio=0.3)))
+    made = []
+    for text, changed in changes:
+        try:
+            made.append((text, make_plan(changed).total))
+        except ValueError:
+            continue
+    return sorted(made, key=lambda change: change[1] > room)
+
+
+def _shorter(run: Run, **change: Any) -> Run:
+    """With a row budget, shorter samples only make room for more of them: the budget shrinks along."""
+    shorter = replace(run, **change)
+    if not run.max_tokens:
+        return shorter
+    before, after = (make_plan(replace(one, batch_size=1, max_tokens=0)).tokens["batch"] for one in (run, shorter))
+    return replace(shorter, max_tokens=run.max_tokens * after // before)
+
+
+def describe(run: Run, made: Plan, gpu_gib: float) -> str:
+    """The plan as text."""
+    room = round(gpu_gib * (1 - _SPARE) * GIB)
+    count = made.parameters
+    lines = [f"{'parameters':24}{'learn':>16}{'frozen':>16}"]
+    lines += [f"  {part:22}{count.learning[part]:>16,}{count.frozen[part]:>16,}" for part in PARTS]
+    lines += ["", f"memory of one GPU ({run.strategy.name} on {run.gpus}, {run.precision})     GiB"]
+    lines += [f"  {name:40}{size / GIB:>10.2f}" for name, size in made.memory.items() if size]
+    lines += [f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({gpu_gib:g} less {_SPARE:.0%} to spare)"]
+    if made.host:
+        lines += [f"  {'host memory, per rank':40}{made.host / GIB:>10.2f}"]
+    lines += ["", "tokens"]
+    lines += [f"  {name:40}{number:>10,}" for name, number in made.tokens.items()]
+    total = sum(made.flops.values())
+    lines += ["", "TFLOPs of a step on all GPUs (forward, backward, recomputation; 1 multiply-add = 2)"]
+    lines += [f"  {name:40}{flops / 1e12:>10,.1f}  {flops / total:6.1%}" for name, flops in made.flops.items()]
+    lines += [f"  {'all':40}{total / 1e12:>10,.1f}  per GPU {total / run.gpus / 1e12:,.1f}"]
+    lines += ["", f"assumed: {run.text_tokens} text tokens a sample, {run.answer_tokens} of them answers"]
+    if hasattr(run.config.vision_config, "spatial_merge_size"):
+        lines[-1] += f", files of {run.frame_size[0]} x {run.frame_size[1]} pixels"
+    lines[-1] += " (options of this command); rows full to the budget"
+    if made.total <= room:
+        return "\n".join([*lines, "", "it fits"])
+    lines += ["", f"it does not fit: {(made.total - room) / GIB:.1f} GiB too much. One change at a time:"]
+    for text, size in advise(run, room):
+        lines.append(f"  {'fits' if size <= room else 'not enough':12}{size / GIB:>8.1f} GiB  {text}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`stts plan`: 0 when the run fits, 1 when it does not."""
+    parser = argparse.ArgumentParser(
+        prog="stts plan",
+        usage="stts plan --config FILE.yaml [--gpus N] [--gpu_gib G] [options of stts fit]",
+        description="Memory, tokens and FLOPs of a training run, before it is started.",
+    )
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs in all; default: devices x nodes of the config")
+    parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU")
+    parser.add_argument("--model_config", type=Path, help="config.json of a model that is not on this machine")
+    parser.add_argument("--frame_size", type=_size, default=(720, 1280), help="of the video files, default 720x1280")
+    parser.add_argument("--text_tokens", type=int, default=128, help="of a conversation without its video")
+    parser.add_argument("--answer_tokens", type=int, default=32, help="how many of them are answers")
+    args, rest = parser.parse_known_args(list(argv))
+    if args.gpus < 0 or args.gpu_gib <= 0:
+        raise ValueError(f"--gpus {args.gpus} and --gpu_gib {args.gpu_gib} must be above 0")
+    run = read_run(rest, args)
+    made = make_plan(run)
+    print(describe(run, made, args.gpu_gib))
+    return 0 if made.total <= args.gpu_gib * (1 - _SPARE) * GIB else 1
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def _plain(value: Any) -> Any:
+    """Parsed mappings as dicts."""
+    return value.as_dict() if hasattr(value, "as_dict") else value
+
+
+def _devices(trainer: Any) -> int:
+    devices = trainer["devices"]
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer["num_nodes"]
