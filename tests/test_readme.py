@@ -27,7 +27,13 @@ def listed_files() -> set[str]:
 def test_the_file_tree_is_complete_and_true() -> None:
     present = {
         path.relative_to(ROOT).as_posix()
-        for folder, pattern in (("stts", "*.py"), ("train", "*.py"), ("configs", "*.yaml"), ("scripts", "*.sh"), ("scripts", "*.py"))
+        for folder, pattern in (
+            ("stts", "*.py"),
+            ("train", "*.py"),
+            ("configs", "*.yaml"),
+            ("scripts", "*.sh"),
+            ("scripts", "*.py"),
+        )
         for path in (ROOT / folder).rglob(pattern)
         if path.name != "__init__.py"
     }

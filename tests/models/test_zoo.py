@@ -63,7 +63,7 @@ def test_every_pruner_answers_a_batch_of_unequal_videos(tiny_zoo: Any, name: str
             assert report.retention_per_video == pytest.approx([0.5] * 3, abs=0.02), "equivalent retention, per video"
         assert (report.llm_cuts != []) == (name in INSIDE)
         for index, grid in zip(report.index, report.grids, strict=True):
-            assert (index.diff() > 0).all() and 0 <= index[0] and index[-1] < grid.num_groups
+            assert (index.diff() > 0).all() and index[0] >= 0 and index[-1] < grid.num_groups
         pruned.describe(["a", "b", "c"], [torch.arange(n, dtype=torch.float64) / 2 for n in FRAMES])
         ids = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         assert ids.shape == (4, inputs["input_ids"].shape[1] + 3)

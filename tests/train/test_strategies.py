@@ -127,7 +127,7 @@ def check_export(out: Path) -> None:
     live.load_state_dict(state)
     inputs = make_inputs(processor, ["v what colour ?"], num_frames=8)
     logits = []
-    for host, given in ((model, pruner), (live.model.eval(), live.scorer.eval())):  # type: ignore[union-attr]
+    for host, given in ((model, pruner), (live.model.eval(), live.scorer.eval())):
         with torch.no_grad(), Pruning(host, given, retention_ratio=0.5, positions="original"):
             logits.append(host(**inputs).logits)
     assert torch.equal(*logits)
