@@ -53,7 +53,7 @@ def add_lora(llm: nn.Module, lora: Lora) -> None:
         for name, module in llm.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.targets
     ]
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type, unused-ignore]
     inject_adapter_in_model(config, llm)
     for name, parameter in llm.named_parameters():
         if MARK in f".{name}":
