@@ -33,7 +33,8 @@ if [[ -z ${SLURM_JOB_NUM_NODES:-} ]]; then
 fi
 
 export MASTER_ADDR MASTER_PORT
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not piped into head: scontrol would die of the closed pipe
+MASTER_ADDR=${nodes%%[[:space:]]*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # newer SLURM does not hand it on
 # Loader workers share the cores of their task.
