@@ -405,8 +405,8 @@ def test_a_file_that_never_opens_is_skipped_in_a_loader_worker(tmp_path):
 
 def test_a_video_too_long_to_decode_in_time_is_an_error_with_its_name(tmp_path):
     write_video(tmp_path / "a.mp4", numbered_images(200, 240, 320), gop=200)
-    with pytest.raises(VideoError, match=r"sample 'a': .*a\.mp4: not .* within timeout_s=0\.02"):
-        VideoJsonl(write(tmp_path, ROW), timeout_s=0.02)[0]
+    with pytest.raises(VideoError, match=r"sample 'a': .*a\.mp4: not .* within timeout_s=0\.002"):
+        VideoJsonl(write(tmp_path, ROW), timeout_s=0.002)[0]
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert len(VideoJsonl(write(tmp_path, ROW), timeout_s=60, num_frames=4)[0].frames) == 4
     with pytest.raises(ValueError, match="timeout_s=0"):
