@@ -15,16 +15,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import extra_mib, machine, timed, where, write_json
+from measure import table as columns
 
 import stts  # noqa: F401  (before torch's profiler pulls in torchvision)
 from stts.budget import plan
@@ -85,34 +85,6 @@ def bench(name: str, stage: Stage, grid: Grid, width: int, ratio: float, device:
     return replace(row, naive_ms=naive_ms, ratio=naive_ms / ms, same=agreed)
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def extra_mib(call: Callable[[], object], device: torch.device) -> float:
-    """Peak of what torch's allocator holds beyond what it held before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()  # negative where memory is given back
-        peak = max(peak, now)
-    return peak / 2**20
-
-
 def reference_of(stage: Stage) -> Callable[[VideoTokens, Budget], Kept] | None:
     """`naive/<file>.py` holds a function named like the file, and `<file>_inner` for a stage inside the LLM."""
     method = getattr(stage, "method", stage)  # AdaTP: the settings are on what its stages share
@@ -137,12 +109,7 @@ def table(rows: Sequence[Row]) -> str:
             compared = [f"{row.naive_ms:.0f}", f"{row.ratio:.0f}x", f"{100 * row.same:.1f} %"]
         numbers = [str(row.tokens), str(row.kept), f"{row.ms:.2f}", f"{row.extra_mib:.1f}"]
         lines.append([row.pruner, row.stage, row.site, *numbers, *compared])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    justify = [str.ljust] * 3 + [str.rjust] * 7
-    return "\n".join(
-        "  ".join(place(text, width) for place, text, width in zip(justify, line, widths, strict=True))
-        for line in lines
-    )
+    return columns(lines, 3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,13 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seen.append(stage)
                 rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats))
                 print(f"{name}: {rows[-1].ms:.1f} ms", file=sys.stderr)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{grid.t} frames of {grid.h}x{grid.w} tokens, width {width}, {where}, torch {torch.__version__}\n")
+    print(f"{grid.t} frames of {grid.h}x{grid.w} tokens, width {width}, {where(device)}, torch {torch.__version__}\n")
     print(table(rows))
-    if args.json:
-        setting = {"grid": [grid.t, grid.h, grid.w], "width": width, "device": where, "torch": torch.__version__}
-        setting |= {"retention_ratio": args.retention_ratio, "repeats": args.repeats}
-        args.json.write_text(json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2), encoding="utf-8")
+    setting = {"grid": [grid.t, grid.h, grid.w], "width": width, "retention_ratio": args.retention_ratio}
+    setting["repeats"] = args.repeats
+    write_json(args.json, {**machine(device), **setting, "rows": [asdict(row) for row in rows]})
     return 0
 
 

@@ -19,7 +19,7 @@ from stts.packing.naive import naive_packed_attention
 from stts.packing.segments import Segments
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-ONE_LONG = [70, 3, 0, 2, 1]  # padding five sequences to 70 would more than double the work
+ONE_LONG = [110, 3, 0, 2, 1]  # padding four sequences to 110 would cost more than four calls
 LENGTHS = [[5], [1, 7, 3], [2] * 9, [0, 1, 7, 0, 3, 0], [0, 2, 2, 0], ONE_LONG]
 HEADS = [(2, 2), (4, 2), (3, 1)]
 NAMES = ["out", "q", "k", "v", "key_bias"]  # what `run` returns; without a bias the last is missing
@@ -120,7 +120,7 @@ class SeenShapes(TorchFunctionMode):
         ([0, 2, 2, 0], [(2, 2, 2, 8)]),
         ([1, 7, 3], [(3, 2, 7, 8)]),
         ([64, 1, 1, 1], [(4, 2, 64, 8)]),  # short sequences are padded: calls cost more than the waste
-        (ONE_LONG, [(1, 2, 70, 8), (1, 2, 3, 8), (1, 2, 2, 8), (1, 2, 1, 8)]),
+        (ONE_LONG, [(1, 2, 110, 8), (1, 2, 3, 8), (1, 2, 2, 8), (1, 2, 1, 8)]),
     ],
     ids=["equal", "equal-with-empty", "padded", "padded-short", "one-by-one"],
 )

@@ -1,0 +1,67 @@
+"""Every benchmark runs at its smallest, and what it reports adds up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.scripts import load_script
+
+CASE7 = Path(__file__).parent / "golden" / "data" / "stts" / "case7_packing_only.safetensors"
+ABSENT = -99  # how the file marks a patch that went nowhere
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def test_extra_memory_is_the_peak_beyond_what_was_there() -> None:
+    held = torch.ones(1 << 18)  # 1 MiB, there before
+
+    def call() -> torch.Tensor:
+        doubled = held * 2  # + 1 MiB
+        once_more = doubled + 1  # + 1 MiB
+        del doubled
+        return once_more * 3  # the place of `doubled` again
+
+    assert load_script("measure").extra_mib(call, held.device) == pytest.approx(2, abs=0.01)
+
+
+def test_a_round_in_which_everything_is_slow_changes_no_ratio() -> None:
+    measure = load_script("measure")
+    found = measure.compared([10.0, 30.0, 10.0], [5.0, 15.0, 5.0])
+    assert (found.ms, found.ratio, found.ratio_spread) == (5.0, 2.0, 0.0)
+    assert found.spread == pytest.approx(1.0)  # quartiles 5 and 10
+
+
+def test_ways_take_turns() -> None:
+    order: list[str] = []
+    ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    found = load_script("measure").in_turns(ways, torch.device("cpu"), 2)
+    assert "".join(order) == "ab" + "abab" and list(found) == ["a", "b"]
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["random_groups", "all_full", "lone_frame", "several_empty", "many_small"])
+def test_the_rival_packs_like_the_release(group: str) -> None:
+    case = {name.removeprefix(f"{group}."): x for name, x in load_file(CASE7).items() if name.startswith(f"{group}.")}
+    rows = load_script("bench_packing").rival_layout(case["keep"])
+    present = case["packed_slot"] != ABSENT
+    assert torch.equal(rows.row_FN, case["packed_row"].where(present, -1))
+    assert torch.equal(rows.slot_FN, case["packed_slot"].where(present, -1))
+    assert torch.equal(rows.mask_R1NN, case["packed_attn_mask"])
+
+
+def test_packing_is_compared_with_the_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new folder" / "packing.json"
+    assert load_script("bench_packing").main(["--quick", "--json", str(file)]) == 0
+    rival, ours = json.loads(file.read_text())["rows"]
+    assert rival["way"] == "rows and mask" and rival["rows"] >= 4 and ours["waste"] == 0
+    assert ours["memory_ratio"] == rival["extra_mib"] / ours["extra_mib"] > 1
+    assert ours["layout"]["ratio"] == rival["layout"]["ms"] / ours["layout"]["ms"]
+    assert "729 patches a frame, half kept" in capsys.readouterr().out
