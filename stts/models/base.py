@@ -60,6 +60,11 @@ class Visual:
             start += grid.t
         return sizes
 
+    def span(self, video: int, first: int, last: int) -> tuple[int, int]:
+        """Places in `frames` of frames first to last - 1 of a video."""
+        start = self.num_tiles + sum(grid.t for grid in self.grids[:video])
+        return start + first, start + last
+
 
 class Adapter(Protocol):
     """One Hugging Face family."""
@@ -110,6 +115,10 @@ class Adapter(Protocol):
     def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
         """Patches of each group of a video, int64 (G, W) rows counted from its first patch, -1 = outside, and their
         weights (G, W) fp32 when values of patches are pooled to groups as features are, 0 outside."""
+        ...
+
+    def part(self, visual: Visual, video: int | None, first: int = 0, last: int = 0) -> Visual:
+        """Frames first to last - 1 of one video alone, or (None) the images alone."""
         ...
 
     def embed(self, visual: Visual) -> TowerInput:

@@ -138,6 +138,12 @@ class LlavaOnevision:
         rows_GW = torch.where(patch_PW >= 0, patch_PW + offset_T, -1).flatten(0, 1)
         return rows_GW, weight_PW.repeat(frames, 1)
 
+    def part(self, visual: Visual, video: int | None, first: int = 0, last: int = 0) -> Visual:
+        if video is None:
+            return self._visual(visual.pixels[: visual.num_tiles], [], visual.image_args)
+        start, stop = visual.span(video, first, last)
+        return self._visual(visual.pixels[start:stop], [last - first], {"sizes": None, "tiles": []})
+
     def embed(self, visual: Visual) -> TowerInput:
         x_FND: Tensor = self.inner.vision_tower.embeddings(visual.pixels)
         return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)

@@ -163,6 +163,16 @@ class Molmo2:
         windows: Tensor = visual.image_args["video_windows"]
         return windows.split([grid.num_groups for grid in visual.grids])
 
+    def part(self, visual: Visual, video: int | None, first: int = 0, last: int = 0) -> Visual:
+        images = visual.image_args["image_windows"]
+        if video is None:  # images and videos never share a call
+            return visual
+        start, stop = visual.span(video, first, last)
+        grid, windows = visual.grids[video], self._windows(visual)[video]
+        windows = windows[first * grid.per_frame : last * grid.per_frame]
+        windows = torch.where(windows >= 0, windows - sum(visual.frames[:start]), -1)
+        return self._visual(visual.pixels[start:stop], images[:0], [], windows, (Grid(last - first, grid.h, grid.w),))
+
     def embed(self, visual: Visual) -> TowerInput:
         tower = self.inner.vision_tower
         x_FND: Tensor = tower.patch_embedding(visual.pixels.to(tower.dtype))

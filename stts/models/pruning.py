@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.budget import adjust, check_ratio, plan
+from stts.models import chunked
 from stts.models.attention import check_device, is_on, switch_off, switch_on
 from stts.models.base import Adapter, Visual, make_adapter
 from stts.models.llm import Layers, Present
@@ -38,6 +39,8 @@ class Pruning:
     exact: stages return exactly the planned count (False: a release's own count).
     positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the first stage declares. Stages
         inside the LLM never change positions.
+    chunk_frames: run tower and connector on so many frames of a video at a time, in evaluation without gradients, so
+        that their memory does not grow with the video (`stts.models.chunked` says what must be held); None: all at once.
     siglip: a SigLIP checkpoint (`stts.models.signals.load_siglip`) whose pooling head and text tower make the signals;
         None: the fallbacks, which `Report.signals` names.
     """
@@ -50,6 +53,7 @@ class Pruning:
         retention_ratio: float = 0.5,
         exact: bool = True,
         positions: Positions | None = None,
+        chunk_frames: int | None = None,
         siglip: SiglipSource | None = None,
         **options: Any,
     ) -> None:
@@ -69,6 +73,12 @@ class Pruning:
             siglip.check(self.adapter.host)
         self.siglip = siglip
         self._vit, self._pre_llm, self._llm = split_sites(self.pruner, self.adapter)
+        if chunk_frames is not None:
+            if chunk_frames < 1:
+                raise ValueError(f"chunk_frames={chunk_frames} must be at least 1, or None for all frames at once")
+            for stage in self._vit:
+                chunked.check_in_pieces(stage)
+        self.chunk_frames = chunk_frames
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
         if positions not in (None, "compact", "original"):
             raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
@@ -209,13 +219,25 @@ class Pruning:
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
+        pieces = self._in_pieces(seen, everything)
         if (
-            whole and not everything and self.adapter.runs_stock(seen)
+            whole and not everything and not pieces and self.adapter.runs_stock(seen)
         ):  # dense is sacred: the stock code runs, untouched
             self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
                 return args, before
         return args, self._visual_pass(kwargs, seen, budgets, names, blank=blank, expand=expand)
+
+    def _in_pieces(self, visual: Visual, everything: bool) -> bool:
+        """Whether this pass goes through the videos in pieces. ValueError where it should and cannot."""
+        if self.chunk_frames is None or not visual.grids:
+            return False
+        if everything or torch.is_grad_enabled():
+            raise ValueError(
+                f"chunk_frames={self.chunk_frames} is for evaluation without gradients; call the model inside "
+                "torch.no_grad() or torch.inference_mode(), or leave chunk_frames out"
+            )
+        return max(grid.t for grid in visual.grids) > self.chunk_frames
 
     def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
         cuts = sorted(stage.site.layer or 0 for stage in self._llm)
@@ -252,12 +274,19 @@ class Pruning:
         times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, grids, strict=True)]
         now = Pass(grids, budgets, names.uids, times, [{} for _ in grids], [None] * len(grids), report)
         collector = Collector(self.adapter, self._wanted, self.siglip)
-        with collector.capture():
-            tower = self._tower(seen, now)
-        if tower.lengths_F is not None:
-            frames = tower.lengths_F[seen.num_tiles :].split([grid.t for grid in grids])
-            report.kept_patches = [part.tolist() for part in frames]
-        connected = self.adapter.connect(tower, seen, now.cells)
+        tower = TowerOutput((), None, None)
+        if not blank and self._in_pieces(seen, everything=False):
+            stage = self._vit[0] if self._vit else None
+            connected, report.kept_patches = chunked.encode(
+                self.adapter, seen, now, stage, collector, self.chunk_frames or 1
+            )
+        else:
+            with collector.capture():
+                tower = self._tower(seen, now)
+            if tower.lengths_F is not None:
+                frames = tower.lengths_F[seen.num_tiles :].split([grid.t for grid in grids])
+                report.kept_patches = [part.tolist() for part in frames]
+            connected = self.adapter.connect(tower, seen, now.cells)
         whole = connected.videos
         features = list(whole)
         early = [list(videos) for _, videos in connected.early]

@@ -127,6 +127,16 @@ class QwenVision:
         rows_GW = place_G[:, None] * width + torch.arange(width, device=place_G.device)
         return rows_GW, torch.full(rows_GW.shape, 1 / width, device=rows_GW.device)
 
+    def part(self, visual: Visual, video: int | None, first: int = 0, last: int = 0) -> Visual:
+        given = visual.image_args["given"]
+        if video is None:
+            return self._visual(visual.pixels[: visual.num_tile_patches], visual.image_args["images"], [], given)
+        start, stop = visual.span(video, first, last)
+        before, inside = sum(visual.frames[:start]), sum(visual.frames[start:stop])
+        grid = visual.grids[video]
+        size = (last - first, grid.h * self.side, grid.w * self.side)
+        return self._visual(visual.pixels[before : before + inside], [], [size], given)
+
     # --- tower and connector -----------------------------------------------------------------------------------------
 
     def embed(self, visual: Visual) -> TowerInput:

@@ -11,7 +11,7 @@ D = tower width, C = width of a frame feature, G = groups of a video, T = frames
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,7 @@ class Collector:
         self._qk: tuple[Tensor, Tensor] | None = None
         self._pooled: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[Signal, list[Tensor | None]] = {}
+        self._parts: dict[Signal, list[Tensor]] = {}
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -169,6 +170,33 @@ class Collector:
 
         with capture(self._adapter.tower_attention(), note):
             yield
+
+    @contextmanager
+    def piece(self) -> Iterator[Callable[[TowerOutput, Visual, Sequence[Tensor]], None]]:
+        """Around the tower call on a piece of one video; then give the function what tower and connector made of it.
+
+        Only signals stay of a piece: all of them but `text` are frame by frame."""
+        own = self._wanted - {"text"}
+        part = Collector(self._adapter, own, self._siglip)
+
+        def note(tower: TowerOutput, visual: Visual, features: Sequence[Tensor]) -> None:
+            for signal in own:
+                [fields] = part.per_video(
+                    tower, visual, features, visual.grids, questions=None, signals=frozenset({signal})
+                )
+                made = fields[_FIELDS[signal]]
+                assert made is not None
+                self._parts.setdefault(signal, []).append(made)
+            self.sources |= part.sources
+
+        with part.capture():
+            yield note
+
+    def end_of_video(self) -> None:
+        """Behind the last piece of each video."""
+        for signal, parts in self._parts.items():
+            self._made.setdefault(signal, []).append(torch.cat(parts))
+        self._parts = {}
 
     @torch.no_grad()
     def per_video(

@@ -50,6 +50,21 @@ class Pruner(Protocol):
     def stages(self) -> tuple[Stage, ...]: ...
 
 
+@runtime_checkable
+class InPieces(Stage, Protocol):
+    """A stage inside the tower that can take a long video in pieces: it scores frame by frame, then settles once."""
+
+    def score(self, videos: Sequence[VideoTokens]) -> list[Tensor]:
+        """(G,) per video; a group's score may depend on its own frame and the one before only."""
+        ...
+
+    def settle(
+        self, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Kept groups of every whole video and, where the stage has a key bias, the weights it is the logarithm of."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """What the host model offers; read from its config by the family's adapter, never hard-coded."""

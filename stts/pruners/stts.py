@@ -122,23 +122,21 @@ class STTS(nn.Module):
         if not videos:
             return []
         check_finite(videos)
-        batch = _flatten(videos, budgets, self.rescale_scope, across_videos=self.compat == "official")
+        batch = _flatten(videos, budgets, across_videos=self.compat == "official")
         scores_G = self.scorer(batch.x_ND, batch.group_GW, batch.previous_G)
         grids = [video.grid for video in videos]
-        indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
-        losses = {"temporal": self._loss(batch, scores_G)} if self.training else {}
-
         num_patches = [len(video.x_ND) for video in videos]
         num_groups = [grid.num_groups for grid in grids]
+        indices, weights = self.settle(torch.split(scores_G, num_groups), grids, budgets)
+        losses = {"temporal": self._loss(batch, scores_G)} if self.training else {}
+
         biases: Sequence[Tensor | None] = [None] * len(videos)
         gates: Sequence[Tensor | None] = [None] * len(videos)
-        if batch.any_prunable:  # without a bias the tower stays bit-identical to the dense one
-            free_G = batch.prunable_G & ~batch.first_G
-            weight_G = temporal.rescale(scores_G, batch.range_G, batch.num_ranges, self.rescale_min)
-            weight_G = torch.where(free_G, weight_G, 1.0)
-            bias_N = temporal.key_bias(weight_G, batch.group_GW, len(batch.x_ND))
+        if weights is not None:  # without a bias the tower stays bit-identical to the dense one
+            bias_N = temporal.key_bias(torch.cat(weights), batch.group_GW, len(batch.x_ND))
             biases = torch.split(bias_N, num_patches)
             if self.straight_through:
+                free_G = batch.prunable_G & ~batch.first_G
                 gate_G = torch.where(free_G, 1 + (scores_G - scores_G.detach()), 1.0)
                 gates = torch.split(gate_G, num_groups)
         parts = zip(indices, biases, gates, torch.split(scores_G.detach(), num_groups), strict=True)
@@ -149,11 +147,34 @@ class STTS(nn.Module):
 
     def score(self, videos: Sequence[VideoTokens]) -> list[Tensor]:
         """(G,) fp32 per video. Needs one frame of context only: a long video can be scored in pieces that begin with
-        the last frame of the piece before (whose scores are then dropped); `choose` needs all scores of the video."""
+        the last frame of the piece before (whose scores are then dropped); `settle` needs all scores of the video."""
         full = [Budget(video.grid.num_groups, 1.0) for video in videos]
-        batch = _flatten(videos, full, self.rescale_scope, across_videos=self.compat == "official")
+        batch = _flatten(videos, full, across_videos=self.compat == "official")
         scores_G: Tensor = self.scorer(batch.x_ND, batch.group_GW, batch.previous_G)
         return list(torch.split(scores_G, [video.grid.num_groups for video in videos]))
+
+    def settle(
+        self, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Kept groups of every video, int64 (K,), and the weights of its groups, (G,) in (0, 1], whose logarithm is the
+        key bias; None where no video loses any. `scores` are those of whole videos, also when `score` made them in
+        pieces."""
+        scores_G = torch.cat(list(scores))
+        indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
+        prunable = [budget.num_kept < grid.num_groups for grid, budget in zip(grids, budgets, strict=True)]
+        if not any(prunable):
+            return indices, None
+        free, ranges, num_ranges = [], [], 0
+        for grid, prune in zip(grids, prunable, strict=True):
+            number_G = torch.arange(grid.num_groups, device=scores_G.device)
+            free.append(number_G >= (grid.per_frame if prune else grid.num_groups))
+            # The first frame is a range of its own in every scope: its weights are never used.
+            size = {"row": grid.w, "frame": grid.per_frame}.get(self.rescale_scope)
+            ranges.append((number_G // size if size else (number_G >= grid.per_frame).long()) + num_ranges)
+            num_ranges += grid.num_groups // size if size else 2
+        weight_G = temporal.rescale(scores_G, torch.cat(ranges), num_ranges, self.rescale_min)
+        weight_G = torch.where(torch.cat(free), weight_G, 1.0)
+        return indices, list(torch.split(weight_G, [grid.num_groups for grid in grids]))
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Pooling attention and MLP of every group; the temporal target, used in training only, is not in it."""
@@ -213,14 +234,9 @@ class _Batch:
     previous_G: Tensor  # number of the group one frame earlier, -1 = none
     first_G: Tensor  # bool, in the first frame of its video
     prunable_G: Tensor  # bool, its video loses groups
-    range_G: Tensor  # number of the range it is rescaled in
-    num_ranges: int
-    any_prunable: bool
 
 
-def _flatten(
-    videos: Sequence[VideoTokens], budgets: Sequence[Budget], scope: RescaleScope, *, across_videos: bool
-) -> _Batch:
+def _flatten(videos: Sequence[VideoTokens], budgets: Sequence[Budget], *, across_videos: bool) -> _Batch:
     device = videos[0].x_ND.device
     windows: list[Tensor] = []
     slots = 0
@@ -239,8 +255,8 @@ def _flatten(
     if across_videos and len({video.grid.per_frame for video in videos}) > 1:
         raise ValueError('compat="official" needs frames of one size in the batch; pass one video at a time')
 
-    previous, first, ranges = [], [], []
-    num_patches = num_groups = num_ranges = 0
+    previous, first = [], []
+    num_patches = num_groups = 0
     for video in videos:
         grid, group_GW = video.grid, video.group_GW
         assert group_GW is not None
@@ -250,12 +266,8 @@ def _flatten(
         first.append(number_G < grid.per_frame)
         before_G = number_G - grid.per_frame + num_groups
         previous.append(before_G if across_videos else torch.where(first[-1], -1, before_G))
-        # The first frame is a range of its own in every scope: its weights are never used.
-        size = {"row": grid.w, "frame": grid.per_frame}.get(scope)
-        ranges.append((number_G // size if size else (~first[-1]).long()) + num_ranges)
         num_patches += len(video.x_ND)
         num_groups += grid.num_groups
-        num_ranges += grid.num_groups // size if size else 2
     prunable = [budget.num_kept < video.grid.num_groups for video, budget in zip(videos, budgets, strict=True)]
     return _Batch(
         x_ND=torch.cat([video.x_ND for video in videos]),
@@ -263,7 +275,4 @@ def _flatten(
         previous_G=torch.cat(previous).clamp_min(-1),
         first_G=torch.cat(first),
         prunable_G=torch.cat([torch.full_like(f, p) for f, p in zip(first, prunable, strict=True)]),
-        range_G=torch.cat(ranges),
-        num_ranges=num_ranges,
-        any_prunable=any(prunable),
     )
