@@ -12,8 +12,8 @@ Shape suffixes: S = patches of a piece, G = groups of a video, K = kept groups, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from stts.models.stages import Pass
 from stts.models.vit import Drop, TowerOutput, run_tower
 from stts.pruners.base import InPieces, Stage
 from stts.pruners.temporal import key_bias
-from stts.tokens import Grid, Kept, VideoTokens
+from stts.tokens import Kept, VideoTokens
 
 
 @dataclass(frozen=True)

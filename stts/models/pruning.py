@@ -40,7 +40,7 @@ class Pruning:
     positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the first stage declares. Stages
         inside the LLM never change positions.
     chunk_frames: run tower and connector on so many frames of a video at a time, in evaluation without gradients, so
-        that their memory does not grow with the video (`stts.models.chunked` says what must be held); None: all at once.
+        that their memory does not grow with the video (`stts.models.chunked` says what must be held); None: all.
     siglip: a SigLIP checkpoint (`stts.models.signals.load_siglip`) whose pooling head and text tower make the signals;
         None: the fallbacks, which `Report.signals` names.
     """
