@@ -108,7 +108,11 @@ class Phase:
     weights: dict[str, float] | None = None
     """Relative weight of each family in the questions; null: as written files have them."""
     questions_per_clip: int = 1
-    """Up to 3 questions about a clip, as turns of one conversation: one pass of the tower teaches several answers."""
+    """So many questions about a clip, or all there are, as turns of one conversation: one pass of the tower teaches
+    several answers."""
+    num_sampled: int | None = None
+    """Frames of a clip in this phase, null: as `data.shapes` says. Few frames teach colours, shapes and counts at a
+    fraction of the cost. A number of clips that fills whole batches keeps batches of one length."""
 
 
 class ResumableLoader:
@@ -255,10 +259,13 @@ class VideoData(pl.LightningDataModule):
                     "train",
                     phase.num_clips,
                     seed + number,
-                    shapes,
-                    phase.families,
-                    phase.weights,
-                    phase.questions_per_clip,
+                    replace(
+                        shapes,
+                        num_sampled=phase.num_sampled or shapes.num_sampled,
+                        families=tuple(phase.families or shapes.families),
+                    ),
+                    weights=phase.weights,
+                    questions_per_item=phase.questions_per_clip,
                 )
                 for number, phase in enumerate(phases or [])
             ]

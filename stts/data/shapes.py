@@ -12,6 +12,8 @@ scene is built around it, so guessing without the video stays at chance:
     order       two things, one after the other                 direction   one moving thing, re-entering at the edge
     count       1 to 4 things of one shape, always visible      flash       a white-cored disc on exactly one tick
 
+`ShapesConfig` makes clips harder: smaller things, bright things at rest, most frames near duplicates, brief evidence.
+
 Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from stts.data.datasets import Example, Message, Sample
+from stts.data.shapes_colour import ColourScene
 from stts.data.shapes_draw import COLOURS, Thing, background, draw, frame_noise, noise_bank
 from stts.data.shapes_scene import (
     COUNTS,
@@ -40,7 +43,6 @@ from stts.data.shapes_scene import (
 __all__ = ["Clip", "Question", "ShapesConfig", "ShapesFrames", "Thing", "make_clip", "sampled_indices", "vocabulary"]
 
 SPLITS = ("train", "val", "test", "long")  # the position is part of the seed: append only
-QUESTIONS_PER_CLIP = 3  # four would not fit: count 4 + pair 2 + lane 3 already fill the nine cells
 
 
 def vocabulary() -> list[str]:
@@ -54,6 +56,7 @@ def vocabulary() -> list[str]:
             ("which", "way", "does", "the", "move", "?"),
             ("how", "many", "are", "there", "?"),
             ("which", "colour", "flashed", "?"),
+            ("thing", "things"),
         )
     )
 
@@ -72,16 +75,30 @@ class Clip:
     def uid(self) -> str:
         return f"{self.split}-{self.index:06d}"
 
+    @property
+    def conversation(self) -> tuple[Question, ...]:
+        """Questions that may be asked in turn: once the answers to `order` have named what comes and goes, asking
+        whether there is such a colour would teach to read earlier turns."""
+        if self.config.ask_by == "shape":
+            return self.questions
+        order = [place for place, question in enumerate(self.questions) if question.family == "order"]
+        first = min(order, default=len(self.questions))
+        return tuple(q for place, q in enumerate(self.questions) if place < first or q.family != "existence")
+
     @cached_property
     def _pixels(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
         """Still picture with everything that never changes (H, W, 3), and the bank of frame noise."""
         size = self.config.frame_size
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLITS.index(self.split), self.index, 1]))
         still = background(size, rng)[None]
-        for thing in self.things:
+        for thing in self._shown:
             if self._is_still(thing):
                 draw(still, thing, np.zeros(1, np.int64))
         return still[0].astype(np.int16), noise_bank(size, rng)
+
+    @property
+    def _shown(self) -> tuple[Thing, ...]:
+        return () if self.config.show == "nothing" else self.things
 
     def _is_still(self, thing: Thing) -> bool:
         return thing.start == 0 and thing.stop == self.num_frames and not any(thing.velocity)
@@ -95,9 +112,13 @@ class Clip:
             raise ValueError(f"frame_indices must be 1-D and in [0, {self.num_frames}) for clip {self.uid}")
         still, bank = self._pixels
         frames = np.repeat(still[None], len(index_T), axis=0)
-        for thing in self.things:
+        seen_T = index_T
+        if self.config.show == "one_frame":
+            num_sampled = self.config.num_sampled
+            seen_T = np.full_like(index_T, sampled_indices(self.num_frames, num_sampled)[num_sampled // 2])
+        for thing in self._shown:
             if not self._is_still(thing):
-                draw(frames, thing, index_T)
+                draw(frames, thing, seen_T)
         frames += frame_noise(bank, self.config.frame_size, index_T)
         return frames.clip(0, 255).astype(np.uint8)
 
@@ -114,27 +135,15 @@ def make_clip(seed: int, split: str, index: int, config: ShapesConfig, focus: st
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     families = [str(family) for family in rng.permutation(list(config.families)) if family != focus]
     families = ([focus] if focus else []) + families
-    del families[QUESTIONS_PER_CLIP:]
+    del families[config.families_per_clip :]
     shortest, longest = (30.0, 300.0) if split == "long" else (SHORTEST_S, 8.0)
     num_frames = int(rng.integers(int(np.ceil(shortest * config.fps)), int(longest * config.fps) + 1))
 
-    scene = Scene(config, rng, num_frames)
-    questions: dict[str, Question] = {}
-    if "direction" in families:
-        questions["direction"] = scene.direction()
-    if "order" in families or "existence" in families:
-        questions |= scene.pair()
-    if "count" in families:
-        questions["count"] = scene.count()
-    if "colour" in families:
-        questions["colour"] = scene.colour_of()
-    if "flash" in families:
-        questions["flash"] = scene.flash()
-    if "count" in families or "colour" in families:
-        scene.bystanders()
-    return Clip(
-        seed, split, index, config, num_frames, tuple(scene.things), tuple(questions[family] for family in families)
-    )
+    scene = (ColourScene if config.ask_by == "colour" else Scene)(config, rng, num_frames)
+    asked = scene.build(families)
+    rounds = range(config.questions_per_family)
+    questions = [asked[family][turn] for turn in rounds for family in families if turn < len(asked[family])]
+    return Clip(seed, split, index, config, num_frames, tuple(scene.things), tuple(questions))
 
 
 def _turns(question: Question, *, first: bool) -> tuple[Message, Message]:
@@ -186,7 +195,7 @@ class ShapesFrames(Dataset[Example]):
             raise IndexError(f"item {index} is outside [0, {self.num_clips})")
         clip = make_clip(self.seed, self.split, index, self.config, self._focus(index))
         frame_index_T = sampled_indices(clip.num_frames, self.config.num_sampled)
-        questions = clip.questions[: self.questions_per_item]
+        questions = clip.conversation[: self.questions_per_item]
         question = questions[0]
         sample = Sample(
             uid=f"{clip.uid}-{question.family}",

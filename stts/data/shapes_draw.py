@@ -23,6 +23,7 @@ COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
         "cyan": (56, 214, 224),
     }
 )
+_PAINT = {**COLOURS, "white": (255, 255, 255)}  # white is no answer
 NOISE_SHIFTS = 32
 
 
@@ -31,7 +32,7 @@ class Thing:
     """One object: where it is (pixels; the centre at frame 0) and on which native frames it shows."""
 
     shape: str
-    """A key of `PLURALS`, or "flash"."""
+    """A key of `PLURALS`, "flash" or "glare"."""
     colour: str
     y: float
     x: float
@@ -86,7 +87,7 @@ def _inside(shape: str, dy: NDArray[np.float64], dx: NDArray[np.float64], r: flo
     ax, ay = np.abs(dx), np.abs(dy)
     if shape in ("circle", "flash"):
         distance = r - np.sqrt(dy * dy + dx * dx)
-    elif shape == "square":
+    elif shape in ("square", "glare"):
         distance = 0.86 * r - np.maximum(ax, ay)
     elif shape == "triangle":  # apex up, as wide as high
         distance = np.minimum(0.8 * r - dy, (dy + r - 1.8 * ax) / 2.06)
@@ -119,8 +120,10 @@ def draw(frames: NDArray[Any], thing: Thing, index_T: NDArray[np.int64]) -> None
     alpha = np.clip(_inside(thing.shape, dy, dx, thing.radius) + 0.5, 0, 1)[..., None]
     (top, bottom), (left, right) = low_high["y"], low_high["x"]
     patch = frames[rows, top:bottom, left:right]
-    patch = patch + alpha * (np.array(COLOURS[thing.colour], float) - patch)
+    patch = patch + alpha * (np.array(_PAINT[thing.colour], float) - patch)
     if thing.shape == "flash":
         core = np.clip(_inside("circle", dy, dx, 0.4 * thing.radius) + 0.5, 0, 1)[..., None]
         patch = patch + core * (255 - patch)
+    if thing.shape == "glare":  # a chequered square: the strongest contrast there can be
+        patch = patch * (1 - alpha * (dy * dx > 0)[..., None])
     frames[rows, top:bottom, left:right] = patch.astype(frames.dtype)

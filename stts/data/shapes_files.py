@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -39,24 +39,26 @@ def shapes(
     seed: int = 0,
     num_sampled: int = 16,
     families: tuple[str, ...] = FAMILIES,
+    form: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
 ) -> Path:
     """Write ShapesQA, a synthetic video question-answering data set, as MP4 files with JSONL questions.
 
     Args:
         out: folder to write; an interrupted run goes on where it stopped.
-        train: clips of 2 to 8 s for training; every clip has three questions.
+        train: clips of 2 to 8 s for training; every clip has three questions, unless `form` says otherwise.
         val: clips for validation.
         test: clips for evaluation.
         long: clips of 30 s to 5 min for test-time scaling.
         seed: of clips and questions.
         num_sampled: frames a uniform sampler must take to see all evidence; fewer miss some of it.
         families: kinds of questions.
+        form: everything else about the clips, as in `--form.grid 4 --form.ask_by colour`; its `num_sampled`,
+            `families` and `fps` are not read.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
     fps = max(ShapesConfig().fps, num_sampled / SHORTEST_S)  # the shortest clip must have that many frames
-    return write_shapes(
-        out, sizes=sizes, seed=seed, config=ShapesConfig(num_sampled=num_sampled, fps=fps, families=families)
-    )
+    config = replace(form, num_sampled=num_sampled, fps=fps, families=families)
+    return write_shapes(out, sizes=sizes, seed=seed, config=config)
 
 
 def write_shapes(
@@ -94,8 +96,11 @@ def write_shapes(
                 name = f"{split}/{clip.uid}.mp4"
                 if not (out / name).exists():
                     _write_whole(out / name, partial(_encode, clip))
-                single += [_row(clip, name, [one], f"{clip.uid}-{one.family}") for one in clip.questions]
-                whole.append(_row(clip, name, clip.questions, clip.uid))
+                families = [one.family for one in clip.questions]
+                for place, one in enumerate(clip.questions):
+                    again = "-2" if one.family in families[:place] else ""
+                    single.append(_row(clip, name, [one], f"{clip.uid}-{one.family}{again}"))
+                whole.append(_row(clip, name, clip.conversation, clip.uid))
                 bar.update()
             for file, rows in ((f"{split}.jsonl", single), (f"{split}_conversations.jsonl", whole)):
                 text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -112,6 +117,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         except ValueError as error:
             raise ValueError(f"{manifest} is not JSON ({error}); choose another folder or remove this one") from error
         wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        if isinstance(found, dict) and isinstance(found.get("config"), dict):  # written before there was some setting
+            found["config"] = {**json.loads(json.dumps(asdict(ShapesConfig()))), **found["config"]}
         if found != wanted:
             raise ValueError(f"{out} holds ShapesQA with settings {found}, not {wanted}; choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -55,16 +55,20 @@ class SmallVlmConfig:
     llm_kv_heads: int = 2
     llm_mlp: int = 192
     seed: int = 0
+    start: Path | None = None
+    """A small VLM of the same widths and depths to begin with, of any frame size: words keep their vectors, position
+    embeddings are interpolated, everything else is copied."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
 
 
-def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **sizes: int) -> Path:
+def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **sizes: Any) -> Path:
     """Write an untrained small LLaVA-OneVision (model, processor, word-level tokenizer) to the folder `out`.
 
     The same config and seed give the same bytes. An existing folder is refused; the folder appears whole or not at all.
+    Raises ValueError for a `start` of other widths, depths or patch size.
     """
     config = config or SmallVlmConfig(**sizes)
     out = Path(out)
@@ -74,7 +78,10 @@ def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **siz
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         staged = Path(scratch) / out.name
         processor = _processor(config)
-        _model(config, processor.tokenizer).save_pretrained(staged)
+        model = _model(config, processor.tokenizer)
+        if config.start is not None:
+            _begin_with(model, processor.tokenizer, config.start)
+        model.save_pretrained(staged)
         processor.save_pretrained(staged)
         if out.exists():
             out.rmdir()
@@ -174,3 +181,29 @@ def _model(config: SmallVlmConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaO
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+@torch.no_grad()
+def _begin_with(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
+    """Fill `model` with the weights of the folder `start`, word by word and place by place."""
+    given = LlavaOnevisionForConditionalGeneration.from_pretrained(start)
+    old_words = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+    weights, old = model.state_dict(), given.state_dict()
+    for name, weight in weights.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            for word, row in tokenizer.get_vocab().items():
+                if word in old_words:
+                    weight[row] = old[name][old_words[word]]
+        elif name.endswith("position_embedding.weight"):
+            side, old_side = (round(len(table) ** 0.5) for table in (weight, old[name]))
+            grid_1DHW = old[name].T.reshape(1, -1, old_side, old_side)
+            wider = torch.nn.functional.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
+            weight.copy_(wider[0].flatten(1).T)
+        elif name not in old or old[name].shape != weight.shape:
+            found = tuple(old[name].shape) if name in old else "missing"
+            raise ValueError(
+                f"start={start}: {name} is {found}, expected {tuple(weight.shape)}; give the widths, depths and patch "
+                "size of that folder"
+            )
+        else:
+            weight.copy_(old[name])

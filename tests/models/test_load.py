@@ -29,6 +29,22 @@ def test_the_small_vlm_is_a_function_of_its_seed(tmp_path: Path) -> None:
         write_small_vlm(one, None, **TINY)
 
 
+def test_a_small_vlm_begins_with_another_of_a_different_frame_size(tiny_folder: Path, tmp_path: Path) -> None:
+    same = write_small_vlm(tmp_path / "same", image_size=56, seed=5, start=tiny_folder, **TINY)
+    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
+        assert torch.equal(load_file(same / "model.safetensors")[name], tensor), name
+    larger = write_small_vlm(tmp_path / "larger", image_size=112, start=tiny_folder, **TINY)
+    narrow, wide = (
+        next(t for n, t in load_file(folder / "model.safetensors").items() if "position_embedding" in n)
+        for folder in (same, larger)
+    )
+    assert wide.shape == (14 * 14, 32)
+    means = wide.view(7, 2, 7, 2, 32).mean((1, 3)).flatten(0, 1)
+    assert torch.nn.functional.cosine_similarity(means, narrow).min() > 0.9
+    with pytest.raises(ValueError, match="give the widths"):
+        write_small_vlm(tmp_path / "wider", start=tiny_folder, **{**TINY, "vit_width": 64})
+
+
 def test_a_learned_pruner_comes_back_as_it_was(tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
     model, processor = tiny
     inputs = make_inputs(processor, ["v which is red ?"])
