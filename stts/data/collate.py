@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from stts.data.datasets import Example, Message, Sample, Skipped
+from stts.data.stream import VALUES, StreamedPixels, stand_in
 
 IGNORED = -100
 """Label of a token that is not part of an answer; the value that stock losses leave out."""
@@ -81,7 +83,8 @@ class Batch:
         def move(value: Any) -> Any:
             if isinstance(value, list):
                 return [move(item) for item in value]
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            can_move = isinstance(value, Tensor | StreamedPixels)
+            return value.to(device, non_blocking=non_blocking) if can_move else value
 
         return replace(self, inputs={name: move(value) for name, value in self.inputs.items()})
 
@@ -114,7 +117,7 @@ class Collator:
         if type(self.processor).__name__ == "Molmo2Processor":
             _check_one_kind(examples)
         texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
-        videos = [example for example in examples if example.frames is not None]
+        videos = [example for example in examples if example.has_video]
         inputs = self._process(texts, videos, examples)
         if self.training:
             inputs["labels"] = self._labels(inputs["input_ids"], inputs["attention_mask"], examples)
@@ -197,11 +200,22 @@ class Collator:
         if any(example.images for example in examples):
             media["images"] = [list(example.images) for example in examples if example.images]
         side = "right" if self.training else "left"
+        streams = [video.stream for video in videos if video.stream is not None]
+        if streams and (len(streams) < len(videos) or self.training):
+            raise ValueError("streamed videos are for evaluation, and not beside others in a batch; set stream=False")
         # No return_tensors: the processor would stack videos of unequal length, and fail.
-        made = self.processor(text=texts, padding=True, padding_side=side, **media)
-        return {name: _to_tensor(value) for name, value in made.items()}
+        with stand_in(self.processor, streams) if streams else nullcontext():
+            made = self.processor(text=texts, padding=True, padding_side=side, **media)
+        inputs = {
+            name: _to_tensor(value) for name, value in made.items() if name != "pixel_values_videos" or not streams
+        }
+        if streams:
+            inputs["pixel_values_videos"] = StreamedPixels(streams, self.processor.video_processor)
+        return inputs
 
     def _frames(self, example: Example) -> Tensor:
+        if example.stream is not None:
+            return torch.from_numpy(example.stream.read(0, 1))
         frames_THWC = torch.from_numpy(np.ascontiguousarray(example.frames))
         if len(frames_THWC) > 1 or getattr(self.processor.video_processor, "temporal_patch_size", 1) == 1:
             return frames_THWC
@@ -284,7 +298,7 @@ def time_instruction(timestamps_s: Sequence[float], duration_s: float) -> str:
 
 
 def _timed(example: Example) -> Sample:
-    if example.frames is None:
+    if not example.has_video:
         return example.sample
     if example.timestamps_s is None or example.duration_s is None:
         raise ValueError(
@@ -312,8 +326,9 @@ def _metadata(example: Example) -> VideoMetadata:
             f"sample {example.sample.uid!r} has no frame times, which this model reads in the prompt; fill "
             "timestamps_s of the Example"
         )
-    assert example.frames is not None
-    num_frames, height, width, _ = example.frames.shape
+    shown = example.stream if example.frames is None else example.frames
+    assert shown is not None
+    num_frames, height, width, _ = shown.shape
     step_s = float(times_s[-1] - times_s[0]) / max(num_frames - 1, 1)
     return VideoMetadata(
         total_num_frames=max(round(num_frames * step_s * _TICKS_PER_S), 1),
@@ -332,7 +347,7 @@ def _last_answer(sample: Sample) -> str:
 
 def _check_media(example: Example) -> None:
     text = "".join(message.text for message in example.sample.messages)
-    for marker, given in (("<video>", int(example.frames is not None)), ("<image>", len(example.images))):
+    for marker, given in (("<video>", int(example.has_video)), ("<image>", len(example.images))):
         found = text.count(marker)
         if found != given:
             raise ValueError(
@@ -343,7 +358,7 @@ def _check_media(example: Example) -> None:
 
 def _check_one_kind(examples: Sequence[Example]) -> None:
     """Molmo2 has one placeholder token for frames and images and sorts them by call."""
-    videos = [example.sample.uid for example in examples if example.frames is not None]
+    videos = [example.sample.uid for example in examples if example.has_video]
     images = [example.sample.uid for example in examples if example.images]
     if videos and images:
         raise ValueError(

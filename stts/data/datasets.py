@@ -21,7 +21,7 @@ from stts.data.cache import Decoded, FrameCache, frames_key
 from stts.data.formats import open_rows
 from stts.data.media import read_picture, read_video, time_limit
 from stts.data.mixture import limited
-from stts.data.video import VideoError
+from stts.data.video import FrameStream, VideoError
 
 Role = Literal["user", "assistant", "system"]
 OnError = Literal["raise", "skip"]
@@ -66,6 +66,12 @@ class Example:
     """each (H, W, 3)"""
     duration_s: float | None = None
     """Of the whole video file."""
+    stream: FrameStream | None = None
+    """Instead of `frames`: decoded piece by piece while the model runs"""
+
+    @property
+    def has_video(self) -> bool:
+        return self.frames is not None or self.stream is not None
 
 
 @dataclass(frozen=True)
@@ -305,7 +311,8 @@ def _seconds(value: Any, has_video: bool) -> tuple[float, float] | None:
 
 
 class VideoJsonl(Dataset[Example | Skipped]):
-    """The rows of one data file, decoded when asked for; never more than the sampled frames in memory.
+    """The rows of one data file, decoded when asked for; never more than the sampled frames in memory, and with
+    `stream` not even those: a video file then becomes an `Example.stream` (folders of pictures are read as ever).
 
     `on_error="skip"` returns a `Skipped` where media are missing, broken or not read within `timeout_s`; "raise" lets
     the ValueError out. Rows that cannot be parsed raise here, in the constructor, whatever `on_error` says. The
@@ -325,6 +332,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
         on_error: OnError = "raise",
         timeout_s: float | None = None,
         cache: FrameCache | None = None,
+        stream: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} must be one of {get_args(OnError)}")
@@ -332,7 +340,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
             raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds; None for no limit")
         self.samples = Samples(path, root, limit=limit, seed=limit_seed, uid_prefix=uid_prefix)
         self.sampler, self.num_frames, self.max_fps, self.on_error = sampler, num_frames, max_fps, on_error
-        self.timeout_s, self.cache = timeout_s, cache
+        self.timeout_s, self.cache, self.stream = timeout_s, cache, stream
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -352,6 +360,8 @@ class VideoJsonl(Dataset[Example | Skipped]):
                 images = tuple(read_picture(path) for path in sample.images)
             if sample.video is None:
                 return Example(sample, images=images)
+            if self.stream and not sample.video.is_dir():
+                return self._streamed(sample, sample.video, images)
             video = self._video(sample, sample.video)
         except TimeoutError as error:
             names = ", ".join(str(path) for path in (*sample.images, sample.video) if path is not None)
@@ -360,6 +370,17 @@ class VideoJsonl(Dataset[Example | Skipped]):
                 "ask for a shorter clip, or re-encode the file"
             ) from error
         return Example(sample, video.frames, video.timestamps_s, images, video.duration_s)
+
+    def _streamed(self, sample: Sample, path: Path, images: tuple[NDArray[np.uint8], ...]) -> Example:
+        stream = FrameStream(
+            path,
+            sampler=self.sampler,
+            num_frames=self.num_frames,
+            clip=sample.clip,
+            max_fps=self.max_fps,
+            timeout_s=self.timeout_s,
+        )
+        return Example(sample, None, stream.timestamps_s, images, stream.source.duration_s, stream)
 
     def _video(self, sample: Sample, path: Path) -> Decoded:
         fps = sample.meta.get("fps", 1.0)

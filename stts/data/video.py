@@ -88,6 +88,45 @@ def sample_frames(
     return VideoClip(frames, timeline.timestamps_N[chosen_T], source)
 
 
+class FrameStream:
+    """The frames that `sample_frames` would choose, decoded a few at a time when asked for, so that an hour of video
+    never lies in memory as pixels.
+
+    Arguments and errors as there (`timeout_s` holds for each call); a file whose packets do not say which frames are
+    shown cannot be read in pieces. Decoding jumps to keyframes: re-encode files that have few of them."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampler: str = "uniform_inclusive",
+        num_frames: int,
+        clip: tuple[float, float] | None = None,
+        max_fps: float | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._name, self._timeout_s = os.fspath(path), timeout_s
+        _check_file(self._name)
+        with _naming(self._name, timeout_s):
+            self._index = self._reader().index_packets()
+            timeline = self._index.timeline
+            self._chosen_T = choose_frames(timeline, sampler, num_frames, clip, max_fps)
+        self.timestamps_s: npt.NDArray[np.float64] = timeline.timestamps_N[self._chosen_T]
+        self.source = VideoSource(self._name, timeline.native_fps, timeline.duration_s, sampler, timeline.num_frames)
+        self.shape: tuple[int, int, int, int] = (len(self._chosen_T), *self.read(0, 1).shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._chosen_T)
+
+    def read(self, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """uint8 (last - first, H, W, 3), RGB, upright: frames first to last - 1 of those chosen."""
+        with _naming(self._name, self._timeout_s):
+            return self._reader().collect(self._index, self._chosen_T[first:last])
+
+    def _reader(self) -> Reader:
+        return Reader(self._name, math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s)
+
+
 def _check_file(name: str) -> None:
     try:
         status = os.stat(name)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stts.data.stream import StreamedPixels
 from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo, Newlines
 from stts.tokens import Grid
@@ -37,7 +38,7 @@ class Visual:
     """The visual input of one forward pass, flat: images first, then the frames of all videos."""
 
     pixels: Tensor
-    """As the family's patch embedding takes it."""
+    """As the family's patch embedding takes it; or `StreamedPixels` in its place, which `loaded` makes into that."""
     frames: tuple[int, ...]
     """Patches of every frame (image tile, temporal patch), in the order of `pixels`."""
     num_tiles: int
@@ -46,6 +47,15 @@ class Visual:
     """Groups of every video; its frames follow those of the video before."""
     image_args: dict[str, Any]
     """What the adapter needs to lay out features (sizes, counts)."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the pixels are not there yet."""
+        return isinstance(self.pixels, StreamedPixels)
+
+    def loaded(self) -> Visual:
+        """The same with its pixels in memory."""
+        return replace(self, pixels=self.pixels.load()) if isinstance(self.pixels, StreamedPixels) else self
 
     @property
     def num_tile_patches(self) -> int:

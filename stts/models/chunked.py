@@ -73,6 +73,7 @@ def encode(
             if choice is not None and not bool(choice.keep_G.any()):  # frames without survivors need no second run
                 lengths.append(torch.zeros(len(part.frames), dtype=torch.long))
                 continue
+            part = part.loaded()
             with collector.piece() as note:
                 tower, cells = _run(adapter, part, stage, choice)
             connected = adapter.connect(tower, part, [cells])
@@ -148,7 +149,7 @@ def _score(adapter: Adapter, visual: Visual, video: int, stage: InPieces, spans:
     per_frame, found = visual.grids[video].per_frame, []
     before_SD: Tensor | None = None
     for first, last in spans:
-        part = adapter.part(visual, video, first, last)
+        part = adapter.part(visual, video, first, last).loaded()
         x_SD = run_tower(adapter.embed(part), adapter.blocks()[: layer + 1], [layer]).taps[0]
         last_SD = x_SD[-part.frames[-1] :].clone()  # a view would keep the whole piece
         context = int(before_SD is not None)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+from stts.data.stream import StreamedPixels
 from stts.models.base import Connected, Placed, Visual
 from stts.models.video_layout import STOCK, VideoLayout
 from stts.models.vit import Block, TowerInput, TowerOutput
@@ -100,6 +101,10 @@ class LlavaOnevision:
             raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
         if images is None and videos is None:
             return None
+        if isinstance(videos, StreamedPixels):
+            if images is not None:
+                raise ValueError("streamed videos and images came in one call; put them into different batches")
+            return self._visual(cast(Tensor, videos), videos.lengths, {"sizes": None, "tiles": []})
         parts: list[Tensor] = []
         tiles: list[int] = []
         if images is not None:

@@ -230,6 +230,8 @@ class Pruning:
 
     def _in_pieces(self, visual: Visual, everything: bool) -> bool:
         """Whether this pass goes through the videos in pieces. ValueError where it should and cannot."""
+        if visual.streamed and self.chunk_frames is None:
+            raise ValueError("streamed pixel values are read in pieces; pass chunk_frames, such as chunk_frames=64")
         if self.chunk_frames is None or not visual.grids:
             return False
         if everything or torch.is_grad_enabled():
@@ -237,7 +239,7 @@ class Pruning:
                 f"chunk_frames={self.chunk_frames} is for evaluation without gradients; call the model inside "
                 "torch.no_grad() or torch.inference_mode(), or leave chunk_frames out"
             )
-        return max(grid.t for grid in visual.grids) > self.chunk_frames
+        return visual.streamed or max(grid.t for grid in visual.grids) > self.chunk_frames
 
     def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
         cuts = sorted(stage.site.layer or 0 for stage in self._llm)
