@@ -206,12 +206,8 @@ class Collator:
         # No return_tensors: the processor would stack videos of unequal length, and fail.
         with stand_in(self.processor, streams) if streams else nullcontext():
             made = self.processor(text=texts, padding=True, padding_side=side, **media)
-        inputs = {
-            name: _to_tensor(value) for name, value in made.items() if name != "pixel_values_videos" or not streams
-        }
-        if streams:
-            inputs["pixel_values_videos"] = StreamedPixels(streams, self.processor.video_processor)
-        return inputs
+        inputs = {name: _to_tensor(value) for name, value in made.items() if not streams or name != VALUES}
+        return inputs | ({VALUES: StreamedPixels(streams, self.processor.video_processor)} if streams else {})
 
     def _frames(self, example: Example) -> Tensor:
         if example.stream is not None:
