@@ -105,7 +105,7 @@ class Runner:
                     num_groups=grid.num_groups,
                     num_kept=report.llm_counts[row][0],
                     retention=report.retention_per_video[row],
-                    cost=_cost(shape, host, self.pruning.pruner, report, row),
+                    cost=cost_of(shape, host, self.pruning.pruner, report, row),
                 )
             )
         return Answered(outcomes, made.elapsed_ms, report)
@@ -185,7 +185,8 @@ def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorM
     return Runner(Cell(BEFORE), Pruning(model.to(like.device), "none"))
 
 
-def _cost(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
+def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
+    """What one video of the pass that `report` describes cost."""
     grid = report.grids[video]
     own, drop_after, present, connected = 0, None, grid.num_groups, grid.num_groups
     for stage, kept in zip(pruner.stages, report.stage_kept, strict=False):  # empty where nothing was to be pruned
