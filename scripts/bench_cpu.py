@@ -69,7 +69,7 @@ SHAPES = {
     "base": Shape(
         {"image_size": 224, "patch_size": 16, "vit_width": 768, "vit_blocks": 12, "vit_heads": 12, "vit_mlp": 3072,
          "llm_width": 896, "llm_layers": 8, "llm_heads": 14, "llm_kv_heads": 2, "llm_mlp": 4864},
-        1, 16, 5, ("stts", "random-vit", "visionzip", "tango", "fastv"), ("stts", "visionzip"),
+        1, 8, 4, ("stts", "random-vit", "visionzip", "fastv"), ("stts", "visionzip"),
     ),
 }  # fmt: skip
 
@@ -152,6 +152,8 @@ class Row:
     """Medians."""
     parts_ratio: dict[str, float | None]
     """The rival's median / this one, where the rival spends time too."""
+    parts_ceiling: dict[str, float | None]
+    """The same of FLOPs."""
 
 
 def batch_of(processor: Any, shape: Shape, training: bool) -> dict[str, Tensor]:
@@ -242,25 +244,30 @@ def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: flo
     for label, every in rounds.items():
         time_ = compared(rival, [one["total"] for one in every])
         ceiling = sum(flops[DENSE].values()) / sum(flops[label].values())
-        ratios = {
-            part: medians[DENSE][part] / own if own > 0 and medians[DENSE][part] > 0 else None
-            for part, own in medians[label].items()
-        }
-        rows.append(Row(name, work, label, time_, ceiling, time_.ratio / ceiling, flops[label], medians[label], ratios))
+        ratios = {part: over(medians[DENSE][part], medians[label][part]) for part in PARTS}
+        ceilings = {part: over(flops[DENSE][part], flops[label][part]) for part in PARTS}
+        share = time_.ratio / ceiling
+        rows.append(Row(name, work, label, time_, ceiling, share, flops[label], medians[label], ratios, ceilings))
     return rows
 
 
+def over(rival: float, own: float) -> float | None:
+    return rival / own if rival > 0 and own > 0 else None
+
+
 def report(rows: Sequence[Row]) -> str:
-    lines = [["way", "ms", "spread", "speed-up", "ceiling", "share", *(word for part in PARTS for word in (part, ""))]]
+    head = ["way", "ms", "spread", "speed-up", "ceiling", "share"]
+    lines = [[*head, "tower ms", "x / ceiling", "LLM ms", "x / ceiling", "pruner ms", "other ms"]]
     for row in rows:
         parts = []
-        for part in PARTS:
-            ratio = row.parts_ratio[part]
-            parts += [f"{row.parts_ms[part]:.1f}", "-" if ratio is None or part == "other" else f"{ratio:.2f}x"]
+        for part in ("tower", "LLM"):
+            ratio, ceiling = row.parts_ratio[part], row.parts_ceiling[part]
+            parts += [f"{row.parts_ms[part]:.1f}", f"{ratio:.2f} / {ceiling:.2f}"]
         lines.append(
             [
                 row.way, f"{row.time.ms:.1f}", f"{row.time.ratio_spread:.0%}", f"{row.time.ratio:.2f}x",
                 f"{row.ceiling:.2f}x", f"{row.share:.2f}", *parts,
+                f"{row.parts_ms['pruner']:.1f}", f"{row.parts_ms['other']:.1f}",
             ]
         )  # fmt: skip
     return table(lines, 1)
@@ -271,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the tiny shape, two pruners, once")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--retention_ratio", type=float, default=0.5)
-    parser.add_argument("--repeats", type=int, help="rounds; default: 15 tiny, 5 base")
+    parser.add_argument("--repeats", type=int, help="rounds; default: 15 tiny, 4 base")
     parser.add_argument("--threads", type=int, help="CPU threads; 1: CPU time is measured, for busy machines")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
@@ -287,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             repeats = 1 if args.quick else args.repeats or shape.repeats
             shape = replace(shape, videos=1, frames=4) if args.quick else shape
             found = bench(name, shape, work, pruners[:2] if args.quick else pruners, args.retention_ratio, repeats)
-            print(f"\n{name}, {work}: {shape.videos} x {shape.frames} frames, {repeats} rounds; ms of each part\n")
+            print(f"\n{name}, {work}: {shape.videos} x {shape.frames} frames, {repeats} rounds\n")
             print(report(found), flush=True)
             rows += found
     setting = {"retention_ratio": args.retention_ratio, "shapes": {name: asdict(SHAPES[name]) for name in SHAPES}}

@@ -31,7 +31,7 @@ _OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,mxf,nut,ivf,h264,hevc,m4v,wav,mp3",
 }
-_MIN_JUMP = 8  # packets that a jump must save: it flushes the decoder and looks up the container's index
+_MIN_JUMP = 8  # frames that a jump must save: it flushes the decoder and looks up the container's index
 
 
 class UnusableFileError(ValueError):
@@ -127,17 +127,16 @@ class Reader:
         """Decode the chosen frames, each once, into one uint8 (T, H, W, 3) array.
 
         Raises DamagedError or NotShownError when one of them cannot be had."""
-        if len(index.keyframes) > 1:
-            try:
-                return self._fill(index, chosen_T, jump=True)
-            except (DamagedError, NotShownError):
-                pass  # some streams cannot be entered at the keyframes they list; the long way round settles it
-        return self._fill(index, chosen_T, jump=False)
+        try:
+            return self._fill(index, chosen_T, shortcuts=True)
+        except (DamagedError, NotShownError):
+            # Some streams cannot be entered at the keyframes they list; the long way round settles it.
+            return self._fill(index, chosen_T, shortcuts=False)
 
-    def _fill(self, index: FrameIndex, chosen_T: Indices, jump: bool) -> npt.NDArray[np.uint8]:
+    def _fill(self, index: FrameIndex, chosen_T: Indices, shortcuts: bool) -> npt.NDArray[np.uint8]:
         frames: npt.NDArray[np.uint8] | None = None
         numbers = np.unique(chosen_T)
-        for number, frame in zip(numbers, self._decode(index, numbers, jump), strict=True):
+        for number, frame in zip(numbers, self._decode(index, numbers, shortcuts), strict=True):
             image = _upright_rgb(frame)
             if frames is None:
                 frames = np.empty((len(chosen_T), *image.shape), np.uint8)
@@ -149,24 +148,27 @@ class Reader:
         assert frames is not None, "samplers choose at least one frame"
         return frames
 
-    def _decode(self, index: FrameIndex, numbers: Indices, jump: bool) -> Iterator[VideoFrame]:
-        """The frames with these increasing numbers."""
+    def _decode(self, index: FrameIndex, numbers: Indices, shortcuts: bool) -> Iterator[VideoFrame]:
+        """The frames with these increasing numbers. Shortcuts: jump to keyframes, and never decode an H.264 frame that
+        is neither chosen nor a reference of others (half of an ordinary file)."""
         with self._open() as (container, stream):
             if index.pts_N is None:
                 yield from _counted(self._frames(container, stream), numbers)
                 return
             key_pts = [pts for pts, _ in index.keyframes] or [int(index.pts_N[0])]
-            position = 0  # packets read, or jumped over
-            frames = self._frames(container, stream)
+            # Only H.264 says so strictly: in HEVC a picture of a higher layer may refer to such a frame.
+            sparse = shortcuts and stream.codec_context.name == "h264"
+            wanted = frozenset(index.pts_N[numbers].tolist()) if sparse else None
+            position = 0  # frames shown, or jumped over
+            frames = self._frames(container, stream, wanted)
             damage: list[int] = []
             for number in numbers:
                 pts = int(index.pts_N[number])
                 group = int(np.searchsorted(key_pts, pts, side="right")) - 1
                 start = index.keyframes[group][1] if group >= 0 and index.keyframes else 0
-                if jump and start - position >= _MIN_JUMP:
+                if shortcuts and start - position >= _MIN_JUMP:
                     container.seek(key_pts[group], stream=stream)
-                    frames = self._frames(container, stream)
-                    position = start
+                    frames = self._frames(container, stream, wanted)
                 after = key_pts[group + 1] if group + 1 < len(key_pts) else math.inf
                 before = key_pts[group] if group >= 0 else -math.inf
                 while True:
@@ -178,14 +180,23 @@ class Reader:
                         continue
                     if frame is None or frame.pts is None or frame.pts > pts:
                         raise NotShownError(f"frame {number} is listed but the decoder never shows it")
-                    position += 1
                     if frame.pts == pts:
                         break
+                if sparse and frame.interlaced_frame:
+                    raise NotShownError(f"the second field of frame {number} may have been left out")
+                position = int(number) + 1
                 yield frame
 
-    def _frames(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | _Damage]:
-        """Decoded frames in the order shown; a `_Damage` before the frames that it may have spoilt."""
+    def _frames(
+        self, container: InputContainer, stream: VideoStream, wanted: frozenset[int] | None = None
+    ) -> Iterator[VideoFrame | _Damage]:
+        """Decoded frames in the order shown; a `_Damage` before the frames that it may have spoilt.
+
+        wanted: presentation times outside of which a frame is decoded only if others refer to it; None: decode all."""
         for packet in self._packets(container, stream):
+            if wanted is not None:
+                needed = packet.pts in wanted or not packet.size
+                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             try:
                 frames = packet.decode()
             except av.FFmpegError:
