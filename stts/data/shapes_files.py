@@ -1,24 +1,26 @@
-"""ShapesQA as real files: H.264 clips and one JSONL of questions per split, the road that evaluation takes."""
+"""ShapesQA as real files: H.264 clips (or pictures) and one JSONL of questions per split, as evaluation reads them."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import av
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip
+from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
 from stts.data.shapes_scene import FAMILIES, SHORTEST_S
 
+Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"
 _VERSION = 1  # raise when the same settings would give other clips or questions
 _CHUNK_FRAMES = 64  # rendered at a time: a 5-minute clip never lies in memory whole
@@ -40,6 +42,7 @@ def shapes(
     num_sampled: int = 16,
     families: tuple[str, ...] = FAMILIES,
     form: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
+    files: Files = "mp4",
 ) -> Path:
     """Write ShapesQA, a synthetic video question-answering data set, as MP4 files with JSONL questions.
 
@@ -54,11 +57,12 @@ def shapes(
         families: kinds of questions.
         form: everything else about the clips, as in `--form.grid 4 --form.ask_by colour`; its `num_sampled`,
             `families` and `fps` are not read.
+        files: mp4, or png for folders with the sampled frames alone, which need no video decoder to write or read.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
     fps = max(ShapesConfig().fps, num_sampled / SHORTEST_S)  # the shortest clip must have that many frames
     config = replace(form, num_sampled=num_sampled, fps=fps, families=families)
-    return write_shapes(out, sizes=sizes, seed=seed, config=config)
+    return write_shapes(out, sizes=sizes, seed=seed, config=config, files=files)
 
 
 def write_shapes(
@@ -68,11 +72,13 @@ def write_shapes(
     seed: int = 0,
     config: ShapesConfig | None = None,
     progress: bool = True,
+    files: Files = "mp4",
 ) -> Path:
     """Writes `sizes[split]` clips of each split and returns `out`.
 
         out/shapes.json             the settings; another run must bring the same
-        out/<split>/<uid>.mp4       H.264, `config.fps`, one file per clip
+        out/<split>/<uid>.mp4       H.264, `config.fps`, one file per clip; files="png": a folder <uid> of pictures,
+                                    the `config.num_sampled` frames that a uniform sampler takes
         out/<split>.jsonl           one row per question: id, video, conversations, family, options, duration (seconds)
         out/<split>_conversations.jsonl   one row per clip, its questions as turns: one decoded clip teaches several
 
@@ -82,8 +88,12 @@ def write_shapes(
     out, config = Path(out), ShapesConfig() if config is None else config
     if not sizes or any(split not in SPLITS or size < 1 for split, size in sizes.items()):
         raise ValueError(f"sizes={dict(sizes)} must give at least 1 clip for one or more of the splits {SPLITS}")
+    if files not in get_args(Files):
+        raise ValueError(f"files={files!r} must be one of {get_args(Files)}")
     make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
-    _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), "pixels": _PIXEL_FORMAT, "x264": _X264})
+    form = {"pixels": _PIXEL_FORMAT, "x264": _X264} if files == "mp4" else {"pixels": "png"}
+    _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), **form})
+    write, suffix = (_encode, ".mp4") if files == "mp4" else (_save_pictures, "")
     pause_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no line per clip
     with tqdm(
         total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
@@ -93,9 +103,9 @@ def write_shapes(
             single, whole = [], []
             for index in range(size):
                 clip = make_clip(seed, split, index, config)
-                name = f"{split}/{clip.uid}.mp4"
+                name = f"{split}/{clip.uid}{suffix}"
                 if not (out / name).exists():
-                    _write_whole(out / name, partial(_encode, clip))
+                    _write_whole(out / name, partial(write, clip))
                 families = [one.family for one in clip.questions]
                 for place, one in enumerate(clip.questions):
                     again = "-2" if one.family in families[:place] else ""
@@ -135,6 +145,8 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         os.replace(part, path)
     finally:
+        if part.is_dir():
+            shutil.rmtree(part)
         part.unlink(missing_ok=True)
 
 
@@ -142,7 +154,15 @@ def _save_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
+def _save_pictures(clip: Clip, path: Path) -> None:
+    path.mkdir()
+    for number, picture in enumerate(clip.render(sampled_indices(clip.num_frames, clip.config.num_sampled))):
+        Image.fromarray(picture).save(path / f"{number:03d}.png")
+
+
 def _encode(clip: Clip, path: Path) -> None:
+    import av  # not everywhere; pictures do without
+
     rate = Fraction(clip.config.fps).limit_denominator(1001)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={**_X264, "g": str(max(1, round(2 * rate)))})
@@ -172,4 +192,5 @@ def _row(clip: Clip, video: str, questions: Sequence[Question], uid: str) -> dic
         "family": questions[0].family,
         "options": list(questions[0].options),
         "duration": clip.num_frames / clip.config.fps,
+        **({} if video.endswith(".mp4") else {"fps": clip.config.num_sampled * clip.config.fps / clip.num_frames}),
     }

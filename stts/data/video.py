@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import av
 import numpy as np
 import numpy.typing as npt
 
-from stts.data.decoding import NotShownError, Reader, UnusableFileError
 from stts.data.sampling import choose_frames
 
 _REMEDY = "fetch the file again, re-encode it (ffmpeg -i IN -c:v libx264 OUT.mp4), or drop it from the data"
@@ -72,6 +70,8 @@ def sample_frames(
     if timeout_s is not None and not timeout_s > 0:
         raise VideoError(f"{name}: timeout_s={timeout_s} must be positive; leave it out (None) for no limit")
     _check_file(name)
+    from stts.data.decoding import NotShownError, Reader  # PyAV: frame folders and drawn clips do without
+
     with _naming(name, timeout_s):
         reader = Reader(name, math.inf if timeout_s is None else time.monotonic() + timeout_s)
         try:
@@ -141,6 +141,10 @@ def _check_file(name: str) -> None:
 @contextmanager
 def _naming(name: str, timeout_s: float | None) -> Iterator[None]:
     """Turn what goes wrong inside into a VideoError that names the file."""
+    import av
+
+    from stts.data.decoding import UnusableFileError
+
     try:
         yield
     except (TimeoutError, av.error.ExitError) as error:  # ExitError: ffmpeg itself was stopped by the limit

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
+from stts.data.datasets import VideoJsonl
 from stts.data.shapes import Clip, Question, ShapesConfig, ShapesFrames, make_clip, sampled_indices, vocabulary
 from stts.data.shapes_draw import COLOURS
 from stts.data.shapes_files import shapes, write_shapes
@@ -136,6 +139,30 @@ def test_files_name_each_question_once(tmp_path):
     rows = [json.loads(line) for line in (out / "val.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["id"] for row in rows}) == 16
     assert json.loads((out / "shapes.json").read_text())["config"] == json.loads(json.dumps(asdict(HARD)))
+
+
+def test_pictures_hold_the_sampled_frames_exactly(tmp_path):
+    out = write_shapes(tmp_path / "data", sizes={"val": 2}, config=HARD, files="png", progress=False)
+    assert len(list((out / "val" / "val-000001").iterdir())) == 16 and not list((out / "val").glob(".*"))
+    drawn = ShapesFrames("val", 2, 0, HARD)[1]
+    read = next(example for example in VideoJsonl(out / "val.jsonl") if example.sample.uid == drawn.sample.uid)
+    assert np.array_equal(read.frames, drawn.frames)
+    np.testing.assert_allclose(read.timestamps_s, drawn.timestamps_s, atol=drawn.duration_s / 16)
+    with pytest.raises(ValueError, match="holds ShapesQA with settings"):
+        write_shapes(out, sizes={"val": 2}, config=HARD, progress=False)
+
+
+def test_drawing_reading_pictures_and_training_data_need_no_video_decoder(tmp_path):
+    code = (
+        "import sys; sys.modules['av'] = None\n"
+        "import stts_train.data_module, stts_train.module, stts.eval.compare\n"
+        "from stts.data.datasets import VideoJsonl\n"
+        "from stts.data.shapes_files import shapes\n"
+        f"out = shapes({str(tmp_path / 'data')!r}, train=0, val=1, test=0, files='png')\n"
+        "print(VideoJsonl(out / 'val.jsonl')[0].frames.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("(16, 48, 48, 3)"), done.stderr
 
 
 def test_a_folder_from_before_a_setting_existed_goes_on(tmp_path):
