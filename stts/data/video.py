@@ -15,11 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from stts.data.sampling import choose_frames
+
+if TYPE_CHECKING:  # it imports PyAV, which frame folders and drawn clips do without
+    from stts.data.decoding import Reader
 
 _REMEDY = "fetch the file again, re-encode it (ffmpeg -i IN -c:v libx264 OUT.mp4), or drop it from the data"
 
@@ -70,7 +74,7 @@ def sample_frames(
     if timeout_s is not None and not timeout_s > 0:
         raise VideoError(f"{name}: timeout_s={timeout_s} must be positive; leave it out (None) for no limit")
     _check_file(name)
-    from stts.data.decoding import NotShownError, Reader  # PyAV: frame folders and drawn clips do without
+    from stts.data.decoding import NotShownError, Reader
 
     with _naming(name, timeout_s):
         reader = Reader(name, math.inf if timeout_s is None else time.monotonic() + timeout_s)
@@ -124,6 +128,8 @@ class FrameStream:
             return self._reader().collect(self._index, self._chosen_T[first:last])
 
     def _reader(self) -> Reader:
+        from stts.data.decoding import Reader
+
         return Reader(self._name, math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s)
 
 
