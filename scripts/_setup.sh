@@ -163,14 +163,17 @@ make_venv() {
   fi
 }
 
+# pins: the versions that pip is held to.
+pins() { cat "$ROOT/constraints.txt"; }
+
 # install_torch: keeps a torch that .venv already sees, otherwise installs one; leaves $VENV/constraints.txt for pip.
 install_torch() {
   local version build site source=() report
-  cp "$ROOT/constraints.txt" "$VENV/constraints.txt"
+  pins >"$VENV/constraints.txt"
   if IFS=$'\t' read -r version build site < <(torch_facts "$VENV/bin/python") && torch_in_range "$version"; then
     if [ "${version%%+*}" != "$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")" ]; then
       # Another torch than the pinned one stays; pip then looks for the torchvision that goes with it.
-      { grep -vE '^torch(vision)?==' "$ROOT/constraints.txt" && echo "torch==$version"; } >"$VENV/constraints.txt"
+      { pins | grep -vE '^torch(vision)?==' && echo "torch==$version"; } >"$VENV/constraints.txt"
     fi
     [ -z "${STTS_TORCH_INDEX:-}" ] || echo "STTS_TORCH_INDEX is not used: .venv has torch $version. Delete .venv to change it."
     return

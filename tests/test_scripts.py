@@ -63,7 +63,9 @@ def call(checkout: Path, functions: str, **environment: str) -> subprocess.Compl
     return run(checkout, "-c", lines, **environment)
 
 
-@pytest.mark.parametrize("name", ["scripts/_setup.sh", "scripts/quickstart.sh", "scripts/test.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["scripts/_setup.sh", "scripts/quickstart.sh", "scripts/test.sh", "scripts/lmms_eval.sh", ".ci/run"]
+)
 def test_scripts_parse(name: str) -> None:
     checked = subprocess.run(["bash", "-n", ROOT / name], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -31,6 +31,7 @@ _OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,mxf,nut,ivf,h264,hevc,m4v,wav,mp3",
 }
+_PYAV_17 = int(av.__version__.split(".")[0]) >= 17  # shows tables of samples; converts on several threads unless told
 _MIN_JUMP = 8  # frames that a jump must save: it flushes the decoder and looks up the container's index
 
 
@@ -216,7 +217,7 @@ class Reader:
 
     def _refuse_cut_off(self, container: InputContainer, stream: VideoStream, found_s: float) -> None:
         """To ffmpeg a file that stops early looks like a short one: compare with what its header promises."""
-        if container.format.name.startswith("mov"):  # the table of samples is exact
+        if _PYAV_17 and container.format.name.startswith("mov"):  # the table of samples is exact
             size = os.stat(self.path).st_size
             missing = sum(entry.pos + entry.size > size for entry in stream.index_entries)
             if missing:
@@ -291,7 +292,13 @@ def _upright_rgb(frame: VideoFrame) -> npt.NDArray[np.uint8]:
     """uint8 (H, W, 3) with the file's colour matrix and range, turned the way it is meant to be seen.
 
     Untagged video is read as BT.601 limited range, as every public loader does through swscale."""
-    image = np.asarray(frame.to_ndarray(format="rgb24", threads=1), np.uint8)
+    if _PYAV_17:
+        options: dict[str, Any] = {"threads": 1}
+    elif frame.colorspace == 1:  # it would read BT.709 as BT.601 unless the target's matrix is named, which RGB has not
+        options = {"src_color_range": frame.color_range, "dst_color_range": 2, "dst_colorspace": "ITU601"}
+    else:
+        options = {}
+    image = np.asarray(frame.to_ndarray(format="rgb24", **options), np.uint8)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return image

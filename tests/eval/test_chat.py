@@ -1,0 +1,128 @@
+"""Questions in pieces get the answers that `stts compare` gets, and the VLMEvalKit wrapper of the docs works."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stts.data.collate import Collator
+from stts.data.datasets import VideoJsonl
+from stts.data.shapes_files import write_shapes
+from stts.eval.chat import Chat, Piece
+from stts.eval.runner import Runner, asked_of
+from stts.eval.table import Cell
+from stts.models.load import load_vlm
+from stts.models.pruning import Pruning
+
+ROOT = Path(__file__).parents[2]
+VLM = ROOT / "stts" / "assets" / "shapes_vlm"
+FRAMES = 8
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), sizes={"test": 3}, progress=False)
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(VLM, "tango", 0.25, num_frames=FRAMES)
+
+
+@pytest.fixture(scope="module")
+def asked(clips: Path) -> list[tuple[Path, str]]:
+    """Video and question of every row."""
+    return [(sample.video, asked_of(sample)) for sample in VideoJsonl(clips / "test.jsonl").samples if sample.video]
+
+
+@pytest.fixture(scope="module")
+def expected(clips: Path) -> list[str]:
+    """What `stts compare` makes of these rows, all in one batch."""
+    model, processor = load_vlm(VLM)
+    data = VideoJsonl(clips / "test.jsonl", num_frames=FRAMES)
+    batch = Collator(processor, training=False)([data[place] for place in range(len(data))])
+    assert batch is not None
+    runner = Runner(Cell("tango", 0.25), Pruning(model, "tango", retention_ratio=0.25))
+    texts = runner.generate(batch, processor, max_new_tokens=6).texts
+    assert len(set(texts)) > 2, "a model that always says the same would show nothing"
+    return texts
+
+
+def test_the_answers_are_those_of_compare_alone_and_in_a_batch(
+    chat: Chat, asked: list[tuple[Path, str]], expected: list[str]
+) -> None:
+    examples = [
+        chat.example(f"q{number}", [("user", [Piece("video", str(video)), Piece("text", question)])])
+        for number, (video, question) in enumerate(asked)
+    ]
+    answers = chat.answer(examples, max_new_tokens=6)
+    assert [answer.text for answer in answers] == expected
+    assert [answer.retention for answer in answers] == [0.25] * len(asked)
+    assert all(1 <= answer.num_tokens <= 6 for answer in answers)
+    assert [chat.answer([example], max_new_tokens=6)[0].text for example in examples[:2]] == expected[:2]
+
+
+def test_media_stand_where_their_pieces_or_the_markers_of_the_text_are(chat: Chat, clips: Path) -> None:
+    video = Piece("video", clips / "test" / "test-000000.mp4", clip=(0.0, 1.0))
+
+    def written(*pieces: Piece) -> list[str]:
+        return [
+            turn.text
+            for turn in chat.example("a", [("system", [Piece("text", "s")]), ("user", pieces)]).sample.messages
+        ]
+
+    assert written(Piece("text", "before"), video, Piece("text", "after")) == ["s", "before\n<video>\nafter"]
+    assert written(video, Piece("text", "look: <video> what?")) == ["s", "look: <video> what?"]
+    example = chat.example("a", [("user", [video, Piece("text", "?")])])
+    assert example.timestamps_s is not None and example.timestamps_s.max() <= 1.0, "the clip bounds the frames"
+
+
+def test_images_and_text_alone_are_answered_and_measure_no_retention(chat: Chat, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.full((48, 48, 3), 90, np.uint8))
+    picture.save(tmp_path / "a.png")
+    pieces = [Piece("image", picture), Piece("image", tmp_path / "a.png"), Piece("text", "what colour ?")]
+    for said in (pieces, pieces[2:]):
+        example = chat.example("a", [("user", said)])
+        assert len(example.images) == len(said) - 1
+        [answer] = chat.answer([example], max_new_tokens=3)
+        assert answer.retention is None and isinstance(answer.text, str)
+
+
+def test_two_videos_and_a_stock_folder_without_a_pruner_are_refused(chat: Chat) -> None:
+    with pytest.raises(ValueError, match="shows 2 videos"):
+        chat.example("a", [("user", [Piece("video", "a.mp4"), Piece("video", "b.mp4")])])
+    with pytest.raises(ValueError, match="name a pruner"):
+        Chat(VLM)
+
+
+def test_the_vlmevalkit_wrapper_answers_its_message_lists(
+    asked: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "vlmevalkit.md").read_text(encoding="utf-8")
+    package = tmp_path / "vlmeval" / "vlm"
+    package.mkdir(parents=True)
+    (package / "base.py").write_text("class BaseModel:\n    INTERLEAVE, allowed_types = False, ['text', 'image']\n")
+    (package / "stts.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        model = importlib.import_module("vlmeval.vlm.stts").STTS(
+            str(VLM), "tango", 0.25, max_new_tokens=6, device="cpu", sampler="uniform_inclusive"
+        )
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "vlmeval"]:
+            del sys.modules[name]
+    assert model.VIDEO_LLM and "video" in model.allowed_types and model.nframe == 32
+    own = Chat(VLM, "tango", 0.25, num_frames=FRAMES)
+    model.nframe = FRAMES  # as VLMEvalKit does for --nframe
+    for video, question in asked[:3]:
+        message = [{"type": "video", "value": str(video)}, {"type": "text", "value": question}]
+        example = own.example("a", [("user", [Piece("video", video), Piece("text", question)])])
+        assert (
+            model.generate_inner(message, dataset="MVBench") == own.answer([example], max_new_tokens=6)[0].text.strip()
+        )
