@@ -12,50 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-lmms-eval"
-
-
-def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH")}
-    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=900)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `bash scripts/lmms_eval.sh` writes. Skips where lmms-eval cannot be installed, and only there."""
-    out = tmp_path_factory.mktemp("lmms")
-    done = run("bash", ROOT / "scripts" / "lmms_eval.sh", STTS_LMMS_OUT=str(out))
-    if done.returncode and not (VENV / "installed-lmms-eval").is_file():
-        pytest.skip(f"lmms-eval cannot be installed here: {' '.join(done.stderr.splitlines()[-3:])}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "18 of 18 answers are the same" in done.stdout
-    return out
-
-
-def samples(out: Path) -> list[dict[str, Any]]:
-    [path] = (out / "lmms-eval").rglob("*_samples_shapesqa.jsonl")
-    return sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["doc_id"])
-
-
-@pytest.mark.slow
-def test_lmms_eval_gets_the_same_answers_and_accuracy(made: Path) -> None:
-    ours = json.loads((made / "compare" / "comparison.json").read_text(encoding="utf-8"))
-    cell = "tango@0.25"
-    said = [row["outcomes"][cell]["prediction"] for row in ours["records"]]
-    theirs = samples(made)
-    assert [row["filtered_resps"] for row in theirs] == said and len(set(said)) > 3
-    assert [row["target"] for row in theirs] == [row["answer"] for row in ours["records"]]
-    [path] = (made / "lmms-eval").rglob("*_results.json")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    [row] = [row for row in ours["rows"] if row["method"] == "tango"]
-    assert results["results"]["shapesqa"]["exact_match,none"] == pytest.approx(row["accuracy"])
-    assert results["throughput"]["avg_retention_measured"] == pytest.approx(0.25)
-    assert results["config"]["model"] == "stts" and "pruner=tango" in results["config"]["model_args"]
-
-
-@pytest.mark.slow
-def test_settings_of_tasks_and_refusals(made: Path) -> None:
-    lines = """
-import stts
+INSIDE = """import stts
 from types import SimpleNamespace as Part
 from lmms_eval.models import get_model, list_available_models
 from stts.eval.lmms_eval import STTS, cut, generation, _piece
@@ -74,5 +31,40 @@ except ValueError as error:
 else:
     raise AssertionError("audio was taken")
 """
-    done = run(VENV / "bin" / "python", "-c", lines)
-    assert done.returncode == 0, done.stderr
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH")}
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=900)
+
+
+def samples(out: Path) -> list[dict[str, Any]]:
+    [path] = (out / "lmms-eval").rglob("*_samples_shapesqa.jsonl")
+    return sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["doc_id"])
+
+
+@pytest.mark.slow
+def test_lmms_eval_gets_the_same_answers_and_accuracy(tmp_path: Path) -> None:
+    """Skips where lmms-eval cannot be installed, and only there. One test: installing twice at once would clash."""
+    made = tmp_path / "with space"
+    done = run("bash", ROOT / "scripts" / "lmms_eval.sh", STTS_LMMS_OUT=str(made))
+    if done.returncode and not (VENV / "installed-lmms-eval").is_file():
+        pytest.skip(f"lmms-eval cannot be installed here: {' '.join(done.stderr.splitlines()[-3:])}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "18 of 18 answers are the same" in done.stdout
+
+    ours = json.loads((made / "compare" / "comparison.json").read_text(encoding="utf-8"))
+    cell = "tango@0.25"
+    said = [row["outcomes"][cell]["prediction"] for row in ours["records"]]
+    theirs = samples(made)
+    assert [row["filtered_resps"] for row in theirs] == said and len(set(said)) > 3
+    assert [row["target"] for row in theirs] == [row["answer"] for row in ours["records"]]
+    [path] = (made / "lmms-eval").rglob("*_results.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    [row] = [row for row in ours["rows"] if row["method"] == "tango"]
+    assert results["results"]["shapesqa"]["exact_match,none"] == pytest.approx(row["accuracy"])
+    assert results["throughput"]["avg_retention_measured"] == pytest.approx(0.25)
+    assert results["config"]["model"] == "stts" and "pruner=tango" in results["config"]["model_args"]
+
+    inside = run(VENV / "bin" / "python", "-c", INSIDE)
+    assert inside.returncode == 0, inside.stderr
