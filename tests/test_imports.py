@@ -30,7 +30,10 @@ SHARED = {
         "video_layout",
     },
 }
-DOORS = {"pruners": {"__init__", "registry", "chain"}, "models": {"__init__", "load", "hub", "pruning", "small"}}
+DOORS = {
+    "pruners": {"__init__", "registry", "chain"},
+    "models": {"__init__", "load", "hub", "pruning", "phases", "small"},
+}
 
 
 def imported_modules(path: Path, package: list[str]) -> Iterator[tuple[int, list[str]]]:

@@ -140,6 +140,10 @@ class Adapter(Protocol):
         """Blocks whose outputs the connector reads, in its order."""
         ...
 
+    def doors(self) -> tuple[nn.Module, nn.Module]:
+        """The first module that runs in the tower, and the connector's that makes the features of the prompt."""
+        ...
+
     def tower_attention(self) -> nn.Module:
         """The attention module of the last block the connector reads; q and k of signals come from it."""
         ...

@@ -163,6 +163,9 @@ class LlavaOnevision:
         # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i - 1
         return tuple((layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers)
 
+    def doors(self) -> tuple[nn.Module, nn.Module]:
+        return self.inner.vision_tower.embeddings, self.inner.multi_modal_projector
+
     def tower_attention(self) -> nn.Module:
         attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps())].self_attn
         return attention

@@ -186,6 +186,9 @@ class Molmo2:
         depth = self.config.vision_config.num_hidden_layers
         return tuple(layer % depth for layer in self.config.adapter_config.vision_feature_layer)
 
+    def doors(self) -> tuple[nn.Module, nn.Module]:
+        return self.inner.vision_tower.patch_embedding, self.inner.multi_modal_projector
+
     def tower_attention(self) -> nn.Module:
         attention: nn.Module = self.inner.vision_tower.layers[max(self.taps())].self_attn
         return attention

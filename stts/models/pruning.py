@@ -7,9 +7,9 @@ connector on survivors, site `pre_llm`, merge into the prompt, shorten the promp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from stts.models.vit import Drop, TowerOutput, run_tower
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
+
+Phase = Literal["vit", "prune", "connect", "prefill", "decode"]
+"""Of a pass, see `stts.models.phases`."""
 
 
 class Pruning:
@@ -67,6 +70,8 @@ class Pruning:
         """True: run tower, connector and stages in evaluation too when the batch has no video, as training does; needed
         where parameters are sharded, because every rank takes part in gathering them."""
         self.last: Report | None = None
+        self.on_phase: Callable[[Phase], None] | None = None
+        """Told where work for pruning alone begins and ends in a pass; set by `stts.models.phases`."""
         self.retention_trained: Mapping[str, Any] | None = None
         """How the ratio varied in training, where it did; written to exported folders beside the ratio in use."""
         if siglip is not None:
@@ -241,6 +246,10 @@ class Pruning:
             )
         return visual.streamed or max(grid.t for grid in visual.grids) > self.chunk_frames
 
+    def _phase(self, phase: Phase) -> None:
+        if self.on_phase is not None:
+            self.on_phase(phase)
+
     def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
         cuts = sorted(stage.site.layer or 0 for stage in self._llm)
         counts = [[len(one)] * (1 + len(cuts)) for one in index]
@@ -249,7 +258,11 @@ class Pruning:
 
     def _before_llm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prefill = self._prompt.pending
+        if prefill:
+            self._phase("prune")
         result = self._prompt.before(module, args, kwargs)
+        if prefill:
+            self._phase("prefill")
         if prefill and self.last is not None:
             self.last.llm_tokens, self.last.llm_padded = self._prompt.num_tokens, self._prompt.num_slots
         return result
@@ -298,6 +311,7 @@ class Pruning:
                 return [{} for _ in grids]
             return collector.per_video(tower, seen, whole, grids, questions=names.questions, signals=signals)
 
+        self._phase("prune")
         for stage, row in zip(self._pre_llm, budgets[len(self._vit) :], strict=False):
             videos = [
                 view(fields, x_Kd, grid, cell, time, uid)
@@ -319,6 +333,7 @@ class Pruning:
             now.note(kept_row)
         if self._llm:
             now.fields = collect(frozenset().union(*(stage.signals for stage in self._llm)) & FROM_FRAMES)
+        self._phase("connect")
         report.signals = {**collector.sources, **self._llm_signals()}
         mask_BL = kwargs.get("attention_mask")
         layers = [(x[0], tuple(y[:num_videos])) for x, y in zip(connected.early, early, strict=True)]

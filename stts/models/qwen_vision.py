@@ -154,6 +154,9 @@ class QwenVision:
         """One per tap; the last makes the features of the prompt, those before it go to early LLM layers."""
         return [self.tower.merger]
 
+    def doors(self) -> tuple[nn.Module, nn.Module]:
+        return self.tower.patch_embed, self.mergers()[-1]
+
     def tower_attention(self) -> nn.Module:
         attention: nn.Module = self.tower.blocks[max(self.taps())].attn
         return attention
