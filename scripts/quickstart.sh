@@ -12,7 +12,7 @@ cd "$ROOT" # outputs and the paths inside configs/ are relative to the checkout
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is small: more threads only wait for one another
 export HF_HUB_DISABLE_PROGRESS_BARS=1 # nothing is downloaded, and loading 4 MB needs no bar
 stts="$VENV/bin/stts"
-vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain.yaml
+vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain_small.yaml
 out="runs/quickstart"
 
 step "1/3 drawing ShapesQA, MP4 clips with questions, into $out/data"

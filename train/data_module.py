@@ -259,10 +259,8 @@ class VideoData(pl.LightningDataModule):
                     "train",
                     phase.num_clips,
                     seed + number,
-                    replace(
-                        shapes,
-                        num_sampled=phase.num_sampled or shapes.num_sampled,
-                        families=tuple(phase.families or shapes.families),
+                    replace(shapes, families=tuple(phase.families or shapes.families)).sampled(
+                        phase.num_sampled or shapes.num_sampled
                     ),
                     weights=phase.weights,
                     questions_per_item=phase.questions_per_clip,

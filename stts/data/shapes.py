@@ -77,13 +77,14 @@ class Clip:
 
     @property
     def conversation(self) -> tuple[Question, ...]:
-        """Questions that may be asked in turn: once the answers to `order` have named what comes and goes, asking
-        whether there is such a colour would teach to read earlier turns."""
+        """Questions that may be asked in turn. By colour, the answers to `order` name what comes and goes, and asking
+        later whether there is such a colour would teach to read earlier turns: `existence` comes first, or not at all
+        where `order` is the clip's first question."""
         if self.config.ask_by == "shape":
             return self.questions
-        order = [place for place, question in enumerate(self.questions) if question.family == "order"]
-        first = min(order, default=len(self.questions))
-        return tuple(q for place, q in enumerate(self.questions) if place < first or q.family != "existence")
+        first, *rest = self.questions
+        rest = [question for question in rest if first.family != "order" or question.family != "existence"]
+        return first, *sorted(rest, key=lambda question: question.family != "existence")
 
     @cached_property
     def _pixels(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
@@ -195,7 +196,7 @@ class ShapesFrames(Dataset[Example]):
             raise IndexError(f"item {index} is outside [0, {self.num_clips})")
         clip = make_clip(self.seed, self.split, index, self.config, self._focus(index))
         frame_index_T = sampled_indices(clip.num_frames, self.config.num_sampled)
-        questions = clip.conversation[: self.questions_per_item]
+        questions = clip.conversation[: self.questions_per_item]  # begins as clip.questions does
         question = questions[0]
         sample = Sample(
             uid=f"{clip.uid}-{question.family}",

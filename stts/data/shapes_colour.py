@@ -1,7 +1,7 @@
 """ShapesQA asked by colour: the same clips, whose `count`, `existence` and `direction` name a colour and no shape.
 
 A model of a million parameters hardly tells a small circle from a small square, but reads colours well, so its answers
-then depend on finding the evidence, which is what pruning is about. `questions_per_family=2` asks twice where it can:
+then depend on finding the evidence, which is what pruning is about. Asked twice, where it can be:
 
     count       1 to 4 things of a colour that nothing else wears; two colours
     order       what appeared first, and what appeared last
@@ -26,7 +26,7 @@ class ColourScene(Scene):
 
     def __init__(self, config: ShapesConfig, rng: np.random.Generator, num_frames: int) -> None:
         super().__init__(config, rng, num_frames)
-        self.free = [str(colour) for colour in rng.permutation(list(COLOURS))]
+        self.free = self.palette()
         self.counted: list[str] = []
         self.absent: str | None = None
         self.comes: list[str] = []
@@ -41,6 +41,8 @@ class ColourScene(Scene):
         asked = super().build(families)
         if "existence" in families:
             asked["existence"] = self.existence()
+        if "count" in families and self.config.questions_per_family > 2:
+            asked["count"] += self.other_counts()
         return asked
 
     @property
@@ -88,8 +90,21 @@ class ColourScene(Scene):
         return questions
 
     def existence(self) -> list[Question]:
-        answer = "no" if self.absent else "yes"
-        return [ask("existence", f"is there a {self.absent or self.some(self.comes)} thing ?", answer)]
+        """First what was settled beforehand, so that "yes" and "no" are equally frequent and the evidence is brief."""
+        first = self.absent or self.some(self.comes)
+        others = [] if self.config.questions_per_family < 3 else [c for c in self.palette() if c != first]
+        worn = {thing.colour for thing in self.things if thing.shape in PLURALS}
+        colours = [first, *others[: self.config.questions_per_family - 1]]
+        return [ask("existence", f"is there a {c} thing ?", "yes" if c in worn else "no") for c in colours]
+
+    def other_counts(self) -> list[Question]:
+        """Of colours that rest and nothing else wears, whatever their number; uneven, and so never asked first."""
+        worn = [thing.colour for thing in self.things if thing.shape in PLURALS]
+        colours = [c for c in self.palette() if c not in (*self.counted, *self.comes) and 1 <= worn.count(c) <= 4]
+        return [ask("count", f"how many {c} things are there ?", str(worn.count(c))) for c in colours]
+
+    def palette(self) -> list[str]:
+        return [str(colour) for colour in self.rng.permutation(list(COLOURS))]
 
     def bystanders(self) -> None:
         shapes = [shape for shape in PLURALS if shape not in self.unique_shapes]

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
-from stts.data.shapes_scene import FAMILIES, SHORTEST_S
+from stts.data.shapes_scene import FAMILIES
 
 Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"
@@ -55,13 +55,12 @@ def shapes(
         seed: of clips and questions.
         num_sampled: frames a uniform sampler must take to see all evidence; fewer miss some of it.
         families: kinds of questions.
-        form: everything else about the clips, as in `--form.grid 4 --form.ask_by colour`; its `num_sampled`,
-            `families` and `fps` are not read.
+        form: everything else about the clips, as in `--form.grid 4 --form.ask_by colour`; its `num_sampled`
+            and `families` are not read.
         files: mp4, or png for folders with the sampled frames alone, which need no video decoder to write or read.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
-    fps = max(ShapesConfig().fps, num_sampled / SHORTEST_S)  # the shortest clip must have that many frames
-    config = replace(form, num_sampled=num_sampled, fps=fps, families=families)
+    config = replace(form, families=families).sampled(num_sampled)
     return write_shapes(out, sizes=sizes, seed=seed, config=config, files=files)
 
 
@@ -108,8 +107,9 @@ def write_shapes(
                     _write_whole(out / name, partial(write, clip))
                 families = [one.family for one in clip.questions]
                 for place, one in enumerate(clip.questions):
-                    again = "-2" if one.family in families[:place] else ""
-                    single.append(_row(clip, name, [one], f"{clip.uid}-{one.family}{again}"))
+                    turn = families[: place + 1].count(one.family)
+                    uid = f"{clip.uid}-{one.family}" + (f"-{turn}" if turn > 1 else "")
+                    single.append(_row(clip, name, [one], uid))
                 whole.append(_row(clip, name, clip.conversation, clip.uid))
                 bar.update()
             for file, rows in ((f"{split}.jsonl", single), (f"{split}_conversations.jsonl", whole)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -50,7 +50,8 @@ class ShapesConfig:
     ask_by: Literal["shape", "colour"] = "shape"
     """What `count` and `existence` name. By colour they need no telling apart of small shapes; see shapes_colour.py."""
     questions_per_family: int = 1
-    """2 asks twice, about other things, where the scene has room (with ask_by='colour' only)."""
+    """With ask_by='colour': 2 asks twice, about other things, where the scene has room; more also ask about every
+    colour there is, so that one pass of the model teaches a dozen answers."""
     num_glares: int = 0
     """Bright black-and-white things that rest and that no question is about: contrast without an answer."""
     active_share: float = 1.0
@@ -75,10 +76,10 @@ class ShapesConfig:
         for name, allowed in (("ask_by", ("shape", "colour")), ("show", ("clip", "one_frame", "nothing"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        if not 1 <= self.questions_per_family <= (2 if self.ask_by == "colour" else 1) or self.families_per_clip < 1:
+        if not 1 <= self.questions_per_family <= (6 if self.ask_by == "colour" else 1) or self.families_per_clip < 1:
             raise ValueError(
                 f"families_per_clip={self.families_per_clip} must be at least 1, and questions_per_family="
-                f"{self.questions_per_family} be 1, or 1 or 2 with ask_by='colour'"
+                f"{self.questions_per_family} be 1, or 1 to 6 with ask_by='colour'"
             )
         still = self.ask_by == "colour" and not {"order", "flash", "direction"} & set(self.families)
         if self.num_sampled < (1 if still else 8):
@@ -93,6 +94,10 @@ class ShapesConfig:
                 f"fps={self.fps} gives a {SHORTEST_S:g}-second clip fewer frames than num_sampled={self.num_sampled}; "
                 f"set fps to {self.num_sampled / SHORTEST_S:g} or more"
             )
+
+    def sampled(self, num_sampled: int) -> ShapesConfig:
+        """The same form for a sampler of so many frames, at a frame rate that gives the shortest clip as many."""
+        return replace(self, num_sampled=num_sampled, fps=max(self.fps, num_sampled / SHORTEST_S))
 
     @property
     def active_ticks(self) -> int:
@@ -111,9 +116,9 @@ class ShapesConfig:
 
     def num_things(self, family: str) -> int:
         """Groups of `count`, or named shapes of `colour`: as many as are asked about, and fit."""
-        fits = self._cells_needed({"colour": self.questions_per_family, "count": 1}) <= self.grid**2
-        colours = self.questions_per_family if fits else 1
-        both = {"colour": colours, "count": self.questions_per_family}
+        most = min(2, self.questions_per_family)
+        colours = most if self._cells_needed({"colour": most, "count": 1}) <= self.grid**2 else 1
+        both = {"colour": colours, "count": most}
         return {"colour": colours, "count": both["count"] if self._cells_needed(both) <= self.grid**2 else 1}[family]
 
     def _cells_needed(self, num: Mapping[str, int]) -> int:

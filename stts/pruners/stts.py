@@ -65,6 +65,7 @@ class STTS(nn.Module):
         detach_target: bool = True,
         clamp_target: bool = True,
         straight_through: bool = False,
+        answer_gradient: bool = True,
         min_groups_per_frame: int = 0,
         patches_per_group: int = 9,
         compat: Literal["official"] | None = None,
@@ -74,7 +75,8 @@ class STTS(nn.Module):
         prune_block: decide on the output of this block. drop_after: last block that runs on every patch, with the bias
         (default prune_block + 1; later ones give the scorer more gradient, the last block is "soft only").
         rescale_scope: scores that share one range; `video` leaves the first frame out. rescale_min: smallest weight.
-        straight_through: also scale kept groups by 1 + s - stop_gradient(s). min_groups_per_frame: kept in every frame
+        straight_through: also scale kept groups by 1 + s - stop_gradient(s). answer_gradient: False keeps the answer
+        loss from the scorer, which then learns from the temporal loss alone. min_groups_per_frame: kept in every frame
         as far as the budget goes. patches_per_group: for `flops` only.
         """
         super().__init__()
@@ -84,6 +86,8 @@ class STTS(nn.Module):
             raise ValueError(f"rescale_min={rescale_min} must be in (0, 1): its logarithm is the strongest bias")
         if min_groups_per_frame < 0:
             raise ValueError(f"min_groups_per_frame={min_groups_per_frame} must be 0 (off) or more")
+        if straight_through and not answer_gradient:
+            raise ValueError("straight_through=True gives the scorer the gradient that answer_gradient=False withholds")
         if compat not in (None, "official"):
             raise ValueError(f"compat={compat!r} is unknown; expected None or 'official'")
         self.site = Site("vit", layer=prune_block, drop_after=prune_block + 1 if drop_after is None else drop_after)
@@ -94,6 +98,7 @@ class STTS(nn.Module):
         self.detach_target = detach_target and compat is None
         self.clamp_target = clamp_target and compat is None
         self.straight_through = straight_through
+        self.answer_gradient = answer_gradient
         self.min_groups_per_frame = min_groups_per_frame
         self.patches_per_group = patches_per_group
         self.mlp_dim = mlp_dim
@@ -132,6 +137,8 @@ class STTS(nn.Module):
 
         biases: Sequence[Tensor | None] = [None] * len(videos)
         gates: Sequence[Tensor | None] = [None] * len(videos)
+        if weights is not None and not self.answer_gradient:
+            weights = [weight.detach() for weight in weights]
         if weights is not None:  # without a bias the tower stays bit-identical to the dense one
             bias_N = temporal.key_bias(torch.cat(weights), batch.group_GW, len(batch.x_ND))
             biases = torch.split(bias_N, num_patches)

@@ -112,6 +112,19 @@ def test_a_conversation_gives_no_later_answer_away():
         assert "existence" not in families or families.index("existence") < families.index("order")
 
 
+def test_more_questions_ask_about_every_colour():
+    dense = replace(HARD, questions_per_family=6)
+    clips = [make_clip(1, "train", index, dense) for index in range(60)]
+    for clip in clips:
+        assert all(answer_by_colour(clip, question) == question.answer for question in clip.questions)
+        texts = [question.text for question in clip.questions]
+        assert len(set(texts)) == len(texts) and sum(q.family == "existence" for q in clip.questions) == 6
+        assert clip.conversation[0] == clip.questions[0] and set(clip.conversation) <= set(clip.questions)
+    assert np.mean([len(clip.conversation) for clip in clips]) > 11
+    first = [next(q.answer for q in clip.questions if q.family == "existence") for clip in clips]
+    assert 0.3 < np.mean([answer == "yes" for answer in first]) < 0.7
+
+
 def test_few_frames_ask_only_what_rests():
     config = ShapesConfig(families=("colour", "existence", "count"), ask_by="colour", num_sampled=2)
     for index in range(60):
@@ -181,6 +194,7 @@ def test_a_folder_from_before_a_setting_existed_goes_on(tmp_path):
         ({"ask_by": "size"}, "ask_by='size'"),
         ({"show": "none"}, "show='none'"),
         ({"questions_per_family": 2}, "ask_by='colour'"),
+        ({"questions_per_family": 7, "ask_by": "colour"}, "1 to 6"),
         ({"grid": 1}, "grid=1"),
         ({"num_glares": 1}, "raise grid"),
         ({"grid": 8}, "fewer than 8 pixels"),

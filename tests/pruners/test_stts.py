@@ -239,6 +239,15 @@ def test_straight_through_gate():
     assert_close(gate_gradient, stage.scorer.mlp[2].bias.grad)
 
 
+def test_without_the_answer_gradient_only_the_temporal_loss_teaches():
+    stage, video = make(answer_gradient=False).train(), make_video()
+    [kept], [usual] = run(stage, video), run(make().train(), video)
+    assert (
+        torch.equal(kept.attention_bias_N, usual.attention_bias_N.detach()) and not kept.attention_bias_N.requires_grad
+    )
+    assert kept.losses["temporal"].requires_grad and usual.attention_bias_N.requires_grad
+
+
 # --- options -----------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +268,7 @@ def test_site_and_its_options():
         ({"rescale_scope": "column"}, "'row', 'frame' or 'video'"),
         ({"rescale_min": 0.0}, r"\(0, 1\)"),
         ({"min_groups_per_frame": -1}, "0 \\(off\\) or more"),
+        ({"straight_through": True, "answer_gradient": False}, "withholds"),
         ({"compat": "paper"}, "'official'"),
         ({"drop_after": 3}, "no block for the bias"),
         ({"num_heads": 3}, "equal heads"),

@@ -1,0 +1,290 @@
+"""Tables and plots of the study, from the comparisons that have been run; "not run" stands where one has not."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from stts.data.shapes_scene import OPTIONS
+from stts.eval.table import DENSE, ComparisonResult, Row
+from stts.metrics.accuracy import paired_difference
+
+if TYPE_CHECKING:
+    from study import Step, Study
+
+NOT_RUN = "not run"
+
+
+def write_report(study: Study, out: Path) -> Path:
+    """README.md and its plots in `out`, each section with the commands it was made by."""
+    results = {step.name: _read(step.done) for step in study.steps() if step.done.name == "comparison.json"}
+    parts = [_HEAD.format(runs=study.runs), _pretrained(study, results), _equal_tokens(study, results, out),
+             _equal_flops(study, results), _ablations(study, results), _scaling(study, results, out)]  # fmt: skip
+    _write(out / "README.md", ("\n\n".join(parts) + "\n").encode())
+    return out / "README.md"
+
+
+_HEAD = """# What the study shows, and what it does not
+
+Made by `python scripts/study.py` (see its first lines) from the comparisons under `{runs}`; "not run" stands where a
+step has not been run, "-" where a method cannot reach a budget. ShapesQA is a small synthetic world: what separates
+methods here says nothing about Video-MME. Accuracies in percent with 95 % intervals clustered by video; where there are
+several seeds, their mean and range."""
+
+
+def _read(path: Path) -> ComparisonResult | None:
+    return ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _commands(steps: Sequence[Step]) -> str:
+    return "```bash\n" + "\n".join(step.command for step in steps) + "\n```"
+
+
+def _section(title: str, text: str, table: str, steps: Sequence[Step]) -> str:
+    return f"## {title}\n\n{text}\n\n{table}\n\n{_commands(steps)}"
+
+
+def _steps(study: Study, stage: str, keep: Callable[[str], bool] = lambda name: True) -> list[Step]:
+    return [step for step in study.steps() if step.stage == stage and keep(step.name)]
+
+
+def _row(result: ComparisonResult | None, method: str, ratio: float = 1.0) -> Row | None:
+    """`method` without its label."""
+    for row in result.rows if result else ():
+        if row.method.split(" (")[0] == method.split(" (")[0] and abs(row.retention_configured - ratio) < 1e-6:
+            return row
+    return None
+
+
+def _percent(row: Row | None) -> str:
+    if row is None:
+        return NOT_RUN
+    if row.accuracy is None or row.accuracy_low is None or row.accuracy_high is None:
+        return "-"
+    return f"{100 * row.accuracy:.1f} [{100 * row.accuracy_low:.1f}, {100 * row.accuracy_high:.1f}]"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return NOT_RUN
+    ends = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{ends}"
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def _pretrained(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+    shown = {"every token": "frozen", "single frame": "one_frame", "question only": "nothing"}
+    families = sorted({record.family for result in results.values() if result for record in result.records})
+    rows = []
+    for title, name in shown.items():
+        result = results[name]
+        by_family = [_share(result, family) for family in families]
+        rows.append([title, _percent(_row(result, DENSE)), *by_family])
+    chance = [1 / len(OPTIONS[family]) for family in families]
+    rows.append(["chance", f"{100 * fmean(chance):.1f}" if chance else "-", *(f"{100 * one:.1f}" for one in chance)])
+    text = (
+        f"The dense model ({study.given or 'pretrained by the commands below'}) on the test clips; the same questions "
+        "on clips frozen at their middle frame, and on the background alone. Chance is unweighted over families."
+    )
+    steps = [*_steps(study, "data", lambda n: n.startswith("test")), *_steps(study, "pretrain"),
+             *_steps(study, "compare", lambda name: name in shown.values())]  # fmt: skip
+    return _section("The dense model and its controls", text, _table(["shown", "all", *families], rows), steps)
+
+
+def _share(result: ComparisonResult | None, family: str) -> str:
+    right = [record.outcomes[DENSE].correct for record in result.records if record.family == family] if result else []
+    return f"{100 * fmean(right):.1f}" if right else NOT_RUN
+
+
+def _learned(study: Study, results: Mapping[str, ComparisonResult | None], name: str, ratio: float) -> list[Row]:
+    rows = [_row(results[f"{name}-s{seed}"], "stts", ratio) for seed in study.scale.seeds]
+    return [row for row in rows if row is not None and row.accuracy is not None]
+
+
+def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
+    ratios, frozen = study.scale.ratios, results["frozen"]
+    rows = [["dense", *[_percent(_row(frozen, DENSE))] * len(ratios)]]
+    for name in study.learned():
+        values = [[row.accuracy or 0.0 for row in _learned(study, results, name, ratio)] for ratio in ratios]
+        trained_for = name.split("-")[1]
+        cells = [
+            _spread(found) if trained_for in ("elastic", str(ratio)) else "-"
+            for found, ratio in zip(values, ratios, strict=True)
+        ]
+        rows.append([f"{name} (learned)", *cells])
+    rows += [[name, *(_percent(_row(frozen, name, ratio)) for ratio in ratios)] for name in study.scale.pruners]
+    rows.append(["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)])
+    text = (
+        "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last row is paired by "
+        "question, in points, and pools the seeds: the best frozen method is picked on these questions, in its favour."
+    )
+    if frozen is not None:
+        _write(out / "retention.png", _plot_retention(study, results))
+        text += "\n\n![accuracy over retention](retention.png)"
+    steps = [*_steps(study, "finetune"), *_steps(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
+    return _section("Accuracy at equal tokens", text, _table(["method", *map(str, ratios)], rows), steps)
+
+
+def _lead(study: Study, results: Mapping[str, ComparisonResult | None], ratio: float) -> str:
+    """Mean over seeds of the paired difference, with the outermost ends of their intervals."""
+    frozen = results["frozen"]
+    reached = [row for name in study.scale.pruners if (row := _row(frozen, name, ratio)) and row.accuracy is not None]
+    if frozen is None or not reached:
+        return NOT_RUN
+    best = max(reached, key=lambda row: row.accuracy or 0.0).method.split(" (")[0]
+    theirs = {record.uid: record.outcomes[f"{best}@{ratio:g}"].correct for record in frozen.records}
+    found = []
+    for seed in study.scale.seeds:
+        result = results[f"stts-elastic-s{seed}"]
+        if result is not None:
+            records = [record for record in result.records if record.uid in theirs]
+            ours = [record.outcomes[f"stts@{ratio:g}"].correct for record in records]
+            rival = [theirs[record.uid] for record in records]
+            found.append(paired_difference(ours, rival, [record.video for record in records]))
+    if not found:
+        return NOT_RUN
+    low, high = min(one.low for one in found), max(one.high for one in found)
+    return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({best})"
+
+
+def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+    """Accuracy interpolated between measured ratios at given shares of the dense FLOPs."""
+    curves = {name: _curve(results["frozen"], name, study.scale.ratios) for name in study.scale.pruners}
+    seeds = [_curve(results[f"stts-elastic-s{seed}"], "stts", study.scale.ratios) for seed in study.scale.seeds]
+    seeds = [curve for curve in seeds if curve]
+    shares = (0.4, 0.5, 0.6, 0.7, 0.8)
+    rows = []
+    if seeds:
+        mean = [(fmean(p[0] for p in points), fmean(p[1] for p in points)) for points in zip(*seeds, strict=True)]
+        rows.append(["stts-elastic (learned)", *(_at(mean, share) for share in shares)])
+    rows += [[name, *(_at(curve, share) for share in shares)] for name, curve in curves.items()]
+    text = (
+        "Share of the dense model's FLOPs (ViT, pruner, connector and LLM), by linear interpolation between the ratios "
+        'measured above; "-" outside of them. Methods that drop before or in the LLM pay the whole ViT.'
+    )
+    table = _table(["method", *(f"{share:.0%}" for share in shares)], rows)
+    return f"## Accuracy at equal FLOPs\n\n{text}\n\n{table}\n\nFrom the comparisons of the section above."
+
+
+def _curve(result: ComparisonResult | None, method: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
+    rows = [_row(result, method, ratio) for ratio in ratios]
+    return sorted((row.flops_share or 0.0, row.accuracy) for row in rows if row and row.accuracy is not None)
+
+
+def _at(curve: Sequence[tuple[float, float]], share: float) -> str:
+    if not curve:
+        return NOT_RUN
+    x, y = zip(*curve, strict=True)
+    return f"{100 * float(np.interp(share, x, y)):.1f}" if x[0] <= share <= x[-1] else "-"
+
+
+def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+    base = results[f"stts-0.5-s{study.scale.seeds[0]}"]
+    rows = [["STTS at 0.5", _percent(_row(base, "stts", 0.5)), _percent(_row(base, DENSE))]]
+    for name in study.scale.ablations:
+        result = results["ablation-" + name.replace(",", "").replace(" ", "-")]
+        method = "novelty" if "novelty" in name else "stts"
+        rows.append([name, _percent(_row(result, method, 0.5)), _percent(_row(result, DENSE))])
+    text = "One thing changed at a time, one seed; the second column is the same fine-tuned model on every token."
+    head = ["fine-tuned", "at 0.5", "dense"]
+    return _section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
+
+
+def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
+    frames = study.scale.frames
+    pairs = [(results[f"long-frozen-{count}"], results[f"long-stts-{count}"]) for count in frames]
+    methods = sorted({row.method for frozen, _ in pairs if frozen for row in frozen.rows if row.kind != "unpruned"})
+    lines: dict[str, list[Row | None]] = {"dense (every token)": [_row(frozen, DENSE) for frozen, _ in pairs]}
+    lines["stts (learned)"] = [_only(learned, "stts") for _, learned in pairs]
+    lines |= {method: [_only(frozen, method) for frozen, _ in pairs] for method in methods}
+    text = (
+        "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames. From 16 frames on every "
+        "pruned row has the tokens of 16 dense frames; the dense row pays for all of its own."
+    )
+    if any(frozen for frozen, _ in pairs):
+        _write(out / "scaling.png", _plot_scaling(frames, lines))
+        text += "\n\n![accuracy over frames](scaling.png)"
+    rows = [[name, *map(_percent, found)] for name, found in lines.items()]
+    steps = [*_steps(study, "data", lambda name: name.startswith("long")), *_steps(study, "scaling")]
+    head = ["method", *(f"{count} frames" for count in frames)]
+    return _section("More frames at the same tokens", text, _table(head, rows), steps)
+
+
+def _only(result: ComparisonResult | None, method: str) -> Row | None:
+    return next((row for row in result.rows if row.method == method), None) if result else None
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]) -> bytes:
+    figure, axes = _axes("share of visual tokens kept")
+    for name in study.scale.pruners:
+        rows = [_row(results["frozen"], name, ratio) for ratio in study.scale.ratios]
+        points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, alpha=0.75, label=name)
+    ratios = [ratio for ratio in study.scale.ratios if _learned(study, results, "stts-elastic", ratio)]
+    found = [[100 * (r.accuracy or 0) for r in _learned(study, results, "stts-elastic", ratio)] for ratio in ratios]
+    if found:
+        middle = [fmean(values) for values in found]
+        ends = [[m - min(v) for m, v in zip(middle, found, strict=True)],
+                [max(v) - m for m, v in zip(middle, found, strict=True)]]  # fmt: skip
+        axes.errorbar(ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic")
+    return _finish(figure, axes, results["frozen"])
+
+
+def _plot_scaling(frames: Sequence[int], lines: Mapping[str, Sequence[Row | None]]) -> bytes:
+    figure, axes = _axes("frames")
+    for name, rows in lines.items():
+        points = [(n, 100 * r.accuracy) for n, r in zip(frames, rows, strict=True) if r and r.accuracy is not None]
+        style = {"color": "crimson", "linewidth": 2.5} if "learned" in name else {"linewidth": 1.2}
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(frames, [str(count) for count in frames])
+    return _finish(figure, axes, None)
+
+
+def _axes(label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes, dense: ComparisonResult | None) -> bytes:
+    row = _row(dense, DENSE)
+    if row is not None:
+        axes.axhline(100 * (row.accuracy or 0), color="#555555", linestyle="--", label="dense")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()

@@ -1,0 +1,54 @@
+"""Every stage of the study at its smallest size, from an untrained model to the page of results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.scripts import load_script
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_full_study_names_every_pruner_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    from stts.pruners.registry import PRUNERS
+
+    study = load_script("study")
+    assert study.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert set(study.FROZEN) == set(PRUNERS) - {"none", "stts"}, "a new pruner takes part"
+    assert all(
+        f"--out runs/study/stts-{kind}-s{seed} " in shown for kind in ("0.5", "0.2", "elastic") for seed in (0, 1, 2)
+    )
+    assert all(f"--num_frames {frames}" in shown for frames in (8, 16, 32, 64))
+    assert "--model.model stts/assets/shapes_vlm" not in shown
+    assert study.main(["--list", "--model", "stts/assets/shapes_vlm", "--shape", "small"]) == 0
+    shown = capsys.readouterr().out
+    assert "configs/shapes_pretrain.yaml" not in shown and "--model.model stts/assets/shapes_vlm" in shown
+
+
+def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
+    study, report = load_script("study"), load_script("study_report")
+    page = report.write_report(study.Study(tmp_path / "runs", study.SCALES["full"]), tmp_path / "results").read_text()
+    assert page.count("not run") > 100 and not re.search(r"\d \[", page), "no number with an interval"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["README.md"], "no plot of nothing"
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_the_page_is_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_script("study")
+    argv = ["--scale", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+    assert study.main(argv) == 0, capsys.readouterr().err
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert page.count("not run") == 1, "in the introduction only"
+    assert page.count("stts compare") > 10
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"README.md", "retention.png", "scaling.png"}
+    capsys.readouterr()
+    assert study.main(argv) == 0, "a second run finds everything there"
+    assert "(to run)" not in capsys.readouterr().out
+    assert (tmp_path / "results" / "README.md").read_text() == page
