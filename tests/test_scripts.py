@@ -63,12 +63,29 @@ def call(checkout: Path, functions: str, **environment: str) -> subprocess.Compl
     return run(checkout, "-c", lines, **environment)
 
 
-@pytest.mark.parametrize(
-    "name", ["scripts/_setup.sh", "scripts/quickstart.sh", "scripts/test.sh", "scripts/lmms_eval.sh", ".ci/run"]
-)
-def test_scripts_parse(name: str) -> None:
-    checked = subprocess.run(["bash", "-n", ROOT / name], capture_output=True, text=True)
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(path: Path) -> None:
+    checked = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, ""), (100, "Chromium could not be installed")])
+def test_ci_brings_a_browser_where_none_is_and_goes_on_without(checkout: Path, status: int, said: str) -> None:
+    tools, log = checkout.parent / "bin", checkout.parent / "apt"
+    executable(tools / "id", "echo 0")
+    executable(tools / "timeout", 'shift; exec "$@"')
+    executable(tools / "apt-get", f'echo "$@" >>"{log}"; exit {status}')
+    done = run(checkout, str(checkout / ".ci" / "run"))
+    assert log.read_text().startswith("update -qq\n") and ("chromium" in log.read_text()) == (not status)
+    assert "installing Chromium" in done.stdout and said in done.stdout
+    assert "g++ was not found" in done.stderr, "then the tests begin"
+    log.unlink()
+    executable(tools / "chromium", "exit 0")
+    run(checkout, str(checkout / ".ci" / "run"))
+    assert not log.exists(), "one is there"
 
 
 @pytest.mark.parametrize("script", ["scripts/test.sh", ".ci/run"])
