@@ -304,9 +304,9 @@ def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", vid
     """Frames in reading order, each above its scores.
 
     Dropped groups are darkened. Scores are coloured by rank, purple (the lowest of the video) to yellow (the highest):
-    one far above the rest would else leave all others alike. Where the pruner gave none, or saw only what another had
-    left, there are frames alone. Of more than 32 frames evenly spread
-    ones are shown. Several frames may share a temporal cell (Qwen)."""
+    one far above the rest would else leave all others alike. What was gone before the stage that scored is lowest. Where
+    the pruner gave none, there are frames alone. Of more than 32 frames evenly spread ones are shown. Several frames
+    may share a temporal cell (Qwen)."""
     grid = report.grids[video]
     cells = grid.num_groups
     alive = np.zeros(cells, bool)
@@ -314,8 +314,9 @@ def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", vid
     kept = alive.reshape(grid.t, grid.h, grid.w)
     given = report.scores[video]
     scores = None
-    if given is not None and len(given) == cells:
-        rank = np.unique(given.detach().float().cpu().numpy(), return_inverse=True)[1]  # equal scores, equal rank
+    if given is not None:
+        value = given.detach().float().cpu().numpy()
+        rank = np.unique(np.where(np.isnan(value), -np.inf, value), return_inverse=True)[1]  # equal scores, equal rank
         scores = (rank / max(1, rank.max())).reshape(grid.t, grid.h, grid.w)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _MOST_FRAMES)).round().astype(int))
     side = -(-_TILE // frames.shape[2]) * frames.shape[2], -(-_TILE // frames.shape[2]) * frames.shape[1]

@@ -3,7 +3,8 @@
 `kept/NNNNNN.safetensors` beside `comparison.json` is one batch, with the tensors
 
     grid/UID       int32 (3,), t h w            index/CELL/UID   int32, cells left after the last stage, increasing
-    times/UID      float64, seconds per frame   scores/CELL/UID  fp32, one per cell of the grid; higher = kept
+    times/UID      float64, seconds per frame   scores/CELL/UID  fp32, one per cell of the grid; higher = kept,
+                                                     NaN = gone before the stage that scored
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ class KeptCells:
     """Of the sampled frames; empty where they are not known."""
     index: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """Only methods that scored every cell."""
+    """Only methods that score."""
 
 
 def kept_tensors(
     cell_key: str, report: Report, uids: Sequence[str], times_s: Sequence[Tensor | None], wanted: Collection[str]
 ) -> dict[str, Tensor]:
-    """What one method kept of the `wanted` samples of a batch, ready for the file.
-
-    Scores of a stage that saw only what an earlier one had left are not written: they name no cells."""
+    """What one method kept of the `wanted` samples of a batch, ready for the file."""
     tensors = {}
     for row, uid in enumerate(uids):
         if uid not in wanted:
@@ -49,7 +48,7 @@ def kept_tensors(
         if time_F is not None:
             tensors[f"times/{uid}"] = time_F.double().cpu().contiguous()
         tensors[f"index/{cell_key}/{uid}"] = report.index[row].int().cpu()
-        if scores is not None and len(scores) == grid.num_groups:
+        if scores is not None:
             tensors[f"scores/{cell_key}/{uid}"] = scores.float().cpu().contiguous()
     return tensors
 

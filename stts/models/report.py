@@ -18,7 +18,8 @@ class Report:
     index: list[Tensor]
     """int64 cells of each video's grid that are left after the last stage, increasing."""
     scores: list[Tensor | None]
-    """Per present group, from the last stage that scored; None where it gave none."""
+    """fp32, one per cell of the grid, from the last stage that scored: NaN where a cell was gone before it; None where
+    none did."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unweighted, by name."""
     kept_patches: list[list[int]] | None = None

@@ -76,11 +76,18 @@ class Pass:
             before = self.cells[video]
             self.cells[video] = kept.index_K if before is None else before[kept.index_K]
             if kept.scores_G is not None:
-                self.report.scores[video] = kept.scores_G
+                self.report.scores[video] = self._on_grid(kept.scores_G, video, before)
             for name, loss in kept.losses.items():
                 losses = self.report.losses
                 losses[name] = losses[name] + loss if name in losses else loss
         self.report.stage_kept.append([len(kept.index_K) for kept in row])
+
+    def _on_grid(self, scores_G: Tensor, video: int, present: Tensor | None) -> Tensor:
+        """Scores of the cells present, as one per cell of the grid."""
+        if present is None:
+            return scores_G
+        whole = scores_G.new_full((self.grids[video].num_groups,), torch.nan)
+        return whole.index_copy(0, present.to(scores_G.device), scores_G)
 
 
 def split_sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage], list[Stage]]:

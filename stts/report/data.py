@@ -135,7 +135,7 @@ def no_kept(num_frames: int) -> dict[str, Any]:
 def kept_data(
     grid: Grid, times_s: Sequence[float], index: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Grid, seconds and kept cells of one sample: a byte per cell, 1 = kept, and ranks of the scores, 0 .. 255."""
+    """Grid, seconds and kept cells of one sample: a byte per cell, 1 = kept, and `ranks` of the scores."""
     made = {}
     for key, index_K in index.items():
         mask_G = np.zeros(grid.num_groups, np.uint8)
@@ -147,9 +147,13 @@ def kept_data(
 
 
 def ranks(scores_G: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Place of each score among the distinct ones, 0 .. 255: methods score on scales of their own, some infinite."""
-    distinct, place_G = np.unique(scores_G, return_inverse=True)
-    return np.round(255 * place_G / max(1, len(distinct) - 1)).astype(np.uint8)
+    """Place of each score among the distinct ones, 1 .. 255, and 0 where there is none (NaN): methods score on scales
+    of their own, some infinite."""
+    scored_G = ~np.isnan(scores_G)
+    distinct, place = np.unique(scores_G[scored_G], return_inverse=True)
+    rank_G = np.zeros(len(scores_G), np.uint8)
+    rank_G[scored_G] = 1 + np.round(254 * place / max(1, len(distinct) - 1))
+    return rank_G
 
 
 def _text(values: NDArray[np.uint8]) -> str:

@@ -100,7 +100,7 @@ def look(
         times_s=clip.timestamps_s.tolist(),
         grid=grid,
         index_K=made.report.index[0].cpu(),
-        scores_G=scores.float().cpu() if scores is not None and len(scores) == grid.num_groups else None,
+        scores_G=None if scores is None else scores.float().cpu(),
         cell=runner.cell,
         question=question,
         said=made.texts[0].strip(),

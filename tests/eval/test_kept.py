@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stts.data.shapes_files import write_shapes
+from stts.data.shapes_scene import FAMILIES
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.kept import kept_tensors, read_kept
 from stts.models.report import Report
@@ -88,9 +89,21 @@ def test_a_killed_run_ends_with_the_same_files(config: CompareConfig) -> None:
         assert (config.out / "kept" / name).read_bytes() == (straight.out / "kept" / name).read_bytes()
 
 
-def test_scores_that_name_no_cells_are_left_out_and_a_uid_may_hold_slashes(tmp_path: Path) -> None:
-    # 2 frames of 2 cells; the second stage saw three cells, so its scores say nothing about the grid.
-    report = Report([Grid(2, 1, 2)] * 2, [torch.tensor([0, 3])] * 2, [torch.rand(3), torch.arange(4.0)])
+def test_scores_of_a_later_stage_name_the_cells_it_saw(config: CompareConfig) -> None:
+    run_compare(replace(config, pruners=("holitom+inner",)), progress=False)
+    found = read_kept(config.out, [f"test-{clip:06d}-{name}" for clip in range(3) for name in FAMILIES])
+    assert len(found) == config.save_kept
+    for one in found.values():
+        kept, scores = one.index["holitom+inner@0.5"], one.scores["holitom+inner@0.5"]
+        seen = ~scores.isnan()
+        assert scores.shape == (FRAMES * CELLS,) and len(kept) < seen.sum() < FRAMES * CELLS
+        assert seen[kept.long()].all(), "what the last stage kept, it saw"
+        ranked = torch.where(seen, scores, -torch.inf).sort(descending=True, stable=True).indices[: len(kept)]
+        assert torch.equal(ranked.sort().values.int(), kept), "and kept for its scores"
+
+
+def test_a_stage_that_gave_no_scores_has_none_and_a_uid_may_hold_slashes(tmp_path: Path) -> None:
+    report = Report([Grid(2, 1, 2)] * 2, [torch.tensor([0, 3])] * 2, [None, torch.arange(4.0)])
     tensors = kept_tensors("a:B@0.5", report, ("x/1", "x/2"), (None, None), {"x/1", "x/2"})
     assert [name for name in tensors if name.startswith("scores")] == ["scores/a:B@0.5/x/2"]
     (tmp_path / "kept").mkdir()

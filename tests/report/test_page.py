@@ -168,8 +168,9 @@ def test_a_comparison_from_before_kept_tokens_still_reports(tmp_path: Path) -> N
 
 def test_scores_are_shown_by_rank_also_where_some_are_infinite() -> None:
     scores = torch.tensor([0.5, float("inf"), -2.0, 0.5])
-    assert ranks(scores.numpy()).tolist() == [128, 255, 0, 128]
-    assert ranks(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
+    assert ranks(scores.numpy()).tolist() == [128, 255, 1, 128]
+    assert ranks(np.zeros(3, np.float32)).tolist() == [1, 1, 1]
+    assert ranks(np.array([np.nan, 2.0, 5.0], np.float32)).tolist() == [0, 1, 255], "0: gone before it was scored"
     made = kept_data(Grid(2, 1, 2), [0.0, 0.5], {"a@0.5": torch.tensor([1, 2])}, {})
     assert made["grid"] == [2, 1, 2] and list(made["kept"]["a@0.5"]) == ["mask"]
     assert base64.b64decode(made["kept"]["a@0.5"]["mask"]) == bytes([0, 1, 1, 0])
