@@ -65,3 +65,26 @@ def test_packing_is_compared_with_the_rival(tmp_path: Path, capsys: pytest.Captu
     assert ours["memory_ratio"] == rival["extra_mib"] / ours["extra_mib"] > 1
     assert ours["layout"]["ratio"] == rival["layout"]["ms"] / ours["layout"]["ms"]
     assert "729 patches a frame, half kept" in capsys.readouterr().out
+
+
+# --- long video ------------------------------------------------------------------------------------------------------
+
+
+def test_long_video_is_measured_whole_and_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = load_script("bench_long_video")
+    path = tmp_path / "rows.json"
+    args = ["--minutes", "0.5", "1", "--fps", "1", "--chunk-frames", "8", "--budget", "100", "--frame-size", "48"]
+    assert bench.main([*args, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 3 * 2 * 2
+    found = {(row["pruner"], row["mode"], row["frames"]): row for row in rows}
+    for frames in (30, 60):
+        tokens = {name: found[name, "whole", frames]["llm_tokens"] for name in ("none", "visionzip", "stts")}
+        assert tokens == {"none": 9 * frames, "visionzip": 100, "stts": 100}
+        for name in tokens:
+            assert found[name, "pieces", frames]["llm_tokens"] == tokens[name]
+            assert found[name, "pieces", frames]["peak_mib"] >= 0
+    # held: 96 values per token of the connector and of the prompt; stts keeps 100 of them and a score per token
+    assert found["none", "pieces", 60]["holds_mib"] == 4 * 540 * (96 + 96) / 2**20
+    assert found["stts", "pieces", 60]["holds_mib"] == 4 * (100 * 96 + 540 + 540 * 96) / 2**20
+    assert "tokens to the LLM" in capsys.readouterr().out

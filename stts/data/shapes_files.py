@@ -92,7 +92,7 @@ def write_shapes(
     make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
     form = {"pixels": _PIXEL_FORMAT, "x264": _X264} if files == "mp4" else {"pixels": "png"}
     _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), **form})
-    write, suffix = (_encode, ".mp4") if files == "mp4" else (_save_pictures, "")
+    write, suffix = (_encode_one, ".mp4") if files == "mp4" else (_save_pictures, "")
     pause_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no line per clip
     with tqdm(
         total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
@@ -160,18 +160,25 @@ def _save_pictures(clip: Clip, path: Path) -> None:
         Image.fromarray(picture).save(path / f"{number:03d}.png")
 
 
-def _encode(clip: Clip, path: Path) -> None:
+def _encode_one(clip: Clip, path: Path) -> None:
+    encode([clip], path)
+
+
+def encode(clips: Sequence[Clip], path: Path) -> None:
+    """Writes clips of one config to an MP4 file, one behind the other; a keyframe every two seconds."""
     import av  # not everywhere; pictures do without
 
-    rate = Fraction(clip.config.fps).limit_denominator(1001)
+    config = clips[0].config
+    rate = Fraction(config.fps).limit_denominator(1001)
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={**_X264, "g": str(max(1, round(2 * rate)))})
-        stream.width = stream.height = clip.config.frame_size
+        stream.width = stream.height = config.frame_size
         stream.pix_fmt = _PIXEL_FORMAT
         stream.thread_count = 1  # the file must not depend on the number of cores
-        for first in range(0, clip.num_frames, _CHUNK_FRAMES):
-            for picture in clip.render(np.arange(first, min(first + _CHUNK_FRAMES, clip.num_frames))):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for clip in clips:
+            for first in range(0, clip.num_frames, _CHUNK_FRAMES):
+                for picture in clip.render(np.arange(first, min(first + _CHUNK_FRAMES, clip.num_frames))):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
 
 

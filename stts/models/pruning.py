@@ -78,11 +78,6 @@ class Pruning:
             siglip.check(self.adapter.host)
         self.siglip = siglip
         self._vit, self._pre_llm, self._llm = split_sites(self.pruner, self.adapter)
-        if chunk_frames is not None:
-            if chunk_frames < 1:
-                raise ValueError(f"chunk_frames={chunk_frames} must be at least 1, or None for all frames at once")
-            for stage in self._vit:
-                chunked.check_in_pieces(stage)
         self.chunk_frames = chunk_frames
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
         if positions not in (None, "compact", "original"):
@@ -116,6 +111,30 @@ class Pruning:
     def retention_ratio(self, value: float) -> None:
         check_ratio(value)
         self._ratio = value
+
+    @property
+    def chunk_frames(self) -> int | None:
+        return self._chunk_frames
+
+    @chunk_frames.setter
+    def chunk_frames(self, value: int | None) -> None:
+        if value is not None:
+            if value < 1:
+                raise ValueError(f"chunk_frames={value} must be at least 1, or None for all frames at once")
+            for stage in self._vit:
+                chunked.check_in_pieces(stage)
+        self._chunk_frames = value
+
+    @property
+    def context(self) -> int:
+        """Positions that the LLM was made for."""
+        config: Any = self.adapter.language_model.config
+        return int(config.max_position_embeddings)
+
+    def llm_tokens(self, grid: Grid) -> int:
+        """Visual tokens of a video that the first layer of the LLM will see, as planned."""
+        pairs = zip(self._plan([grid]), self.pruner.stages, strict=True)
+        return min([grid.num_groups, *(row[0].num_kept for row, stage in pairs if stage.site.kind != "llm")])
 
     @property
     def module(self) -> nn.Module | None:
