@@ -62,12 +62,15 @@ def _init(argv: list[str]) -> int:
 
 def _export(argv: list[str]) -> int:
     import argparse
+    from pathlib import Path
 
     from stts.models.hub import export, export_reference
 
     usage = "stts export [options] FOLDER OUT | stts export --from_reference FILE --base_model MODEL [options] OUT"
     parser = argparse.ArgumentParser(prog="stts export", usage=usage, description=export.__doc__)
-    parser.add_argument("paths", nargs="+", help="a trained folder or a scorer alone, and a new or empty folder")
+    parser.add_argument(
+        "paths", nargs="+", help="a trained folder, a checkpoint or a scorer alone; a new or empty folder"
+    )
     parser.add_argument("--scorer_only", action="store_true", help="write the scorer alone, without model weights")
     parser.add_argument("--merge", action="store_true", help="put a scorer alone together with the weights of its base")
     parser.add_argument("--base_model", help="folder or hub id with the weights a scorer alone belongs to")
@@ -95,6 +98,12 @@ def _export(argv: list[str]) -> int:
         out = export_reference(
             args.from_reference, *args.paths, base_model=base_model, retention_ratio=ratio, scorer_only=scorer_only
         )
+    elif (Path(args.paths[0]) / "run.json").is_file():
+        from stts_train.export import export_checkpoint
+
+        if args.merge or args.pruner:
+            raise ValueError(f"{args.paths[0]} is a checkpoint of stts fit: --merge and --pruner are for other folders")
+        out = export_checkpoint(*args.paths, scorer_only=args.scorer_only, base_model=args.base_model)
     else:
         names = ("pruner", "scorer_only", "merge", "base_model")
         out = export(*args.paths, **{name: getattr(args, name) for name in names})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -44,18 +44,31 @@ class _OneOrder:
     ZeRO 1 to 3 put gradients into buckets as the backward pass finishes them, and add up the buckets of all ranks by
     position. A rank with images alone finishes the newline before the word embedding, one with videos the other way
     round: ZeRO then adds the gradient of one to that of the other, without an error (seen in DeepSpeed 0.19.8). Here a
-    gradient that comes early waits for its turn. The order is that of rank 0's first backward pass."""
+    gradient that comes early waits for its turn. The order is that of rank 0's first backward pass; during that pass it
+    is about the reverse of the model's.
 
-    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
-        self.number = {id(parameter): number for number, parameter in enumerate(parameters)}
-        self.order, self.known = list(range(len(parameters))), False
+    ValueError where a parameter got no gradient: buckets would shift on that rank, again without an error."""
+
+    def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.names = list(parameters)
+        self.number = {id(parameter): number for number, parameter in enumerate(parameters.values())}
+        backwards = sorted(range(len(self.names)), key=lambda number: -number)
+        self.order = sorted(backwards, key=lambda number: self.names[number].startswith("scorer."))  # in the tower
+        self.known = False
         self.arrived: list[int] = []
         self.waiting: dict[int, tuple[Any, ...]] = {}
         self.turn = 0
+        self.begin = optimizer.backward_prologue
         self.give = optimizer.reduce_ready_partitions_and_remove_grads
         self.end = optimizer.overlapping_partition_gradients_reduce_epilogue
+        optimizer.backward_prologue = self.start
         optimizer.reduce_ready_partitions_and_remove_grads = self.arrive
         optimizer.overlapping_partition_gradients_reduce_epilogue = self.finish
+
+    def start(self) -> None:
+        """Before each backward pass. Stage 1 ends only those that end an optimizer step."""
+        self.arrived, self.waiting, self.turn = [], {}, 0
+        self.begin()
 
     def arrive(self, *given: Any) -> None:
         number = self.number[id(given[0])]
@@ -66,14 +79,17 @@ class _OneOrder:
             self.turn += 1
 
     def finish(self) -> None:
-        """At the end of each backward pass; parameters that got no gradient have held up those behind them."""
-        for number in [*(n for n in self.order if n in self.waiting), *sorted(set(self.waiting) - set(self.order))]:
-            self.give(*self.waiting.pop(number))
-        if not self.known and self.arrived:
+        """After a backward pass: every gradient has had its turn."""
+        if missing := sorted(set(self.order) - set(self.arrived)):
+            raise ValueError(
+                f"{len(missing)} parameters got no gradient on rank {torch.distributed.get_rank()}, the first is "
+                f"{self.names[missing[0]]}; ZeRO needs one for each that learns, on every rank: freeze its part, or "
+                "use it in every forward pass"
+            )
+        if not self.known:
             arrived = [self.arrived]
             torch.distributed.broadcast_object_list(arrived)
             self.order, self.known = arrived[0], True
-        self.arrived, self.turn = [], 0
         self.end()
 
 
@@ -88,8 +104,9 @@ class DeepSpeed(DeepSpeedStrategy):
         persistence_threshold: parameters of fewer elements are not cut (stage 3).
         options: other arguments of Lightning's DeepSpeedStrategy, such as buffer sizes or nvme_path.
 
-    **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast; gradients are summed
-    in one order on all ranks, whatever their batches hold."""
+    **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast, of the model only
+    parameters (with rotary frequencies in bf16, late tokens turn by whole radians more or less than in the exported
+    model); gradients are summed in one order on all ranks, whatever their batches hold."""
 
     def __init__(
         self,
@@ -152,8 +169,12 @@ class DeepSpeed(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        exact = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         super()._initialize_deepspeed_train(model)
+        for name, buffer in exact.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(self.root_device))
         optimizer = self.optimizers[0]
         if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads") and self.world_size > 1:
             _OneOrder(optimizer, learning)

@@ -137,7 +137,7 @@ class PrunedVLM:
             return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))
 
     def _save(self, directory: Path, scorer_only: bool, *, public: bool) -> Path:
-        _check_empty(directory)
+        check_empty(directory)
         if self.pruning.name is None or not self.pruning.pruner.stages:
             raise ValueError("there is no pruner to write; give Pruning a name other than 'none', not an object")
         if scorer_only:
@@ -175,7 +175,7 @@ def export(
 
     merge: put a scorer alone together with the weights of its base. ValueError: `out` is not empty, or the two
     folders differ in kind without `merge` or `scorer_only` saying so."""
-    _check_empty(Path(out))
+    check_empty(Path(out))
     alone = pruner_settings(folder) is not None and not (Path(folder) / "config.json").is_file()
     if merge and (scorer_only or not alone):
         raise ValueError(
@@ -196,7 +196,7 @@ def export_reference(
     scorer_only: bool = False,
 ) -> Path:
     """Write a scorer of the authors' release beside the stock checkpoint `base_model`."""
-    _check_empty(Path(out))
+    check_empty(Path(out))
     tensors = read_reference(file)
     model, processor = load_vlm(base_model)
     pruning = Pruning(model, "stts", retention_ratio=retention_ratio)
@@ -205,7 +205,8 @@ def export_reference(
     return PrunedVLM(model, processor, pruning).save_pretrained(out, scorer_only=scorer_only)
 
 
-def _check_empty(path: Path) -> None:
+def check_empty(path: Path) -> None:
+    """ValueError where something would be overwritten."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty folder; choose another one or remove it")
 

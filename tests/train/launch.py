@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,30 +30,51 @@ CUTS = [
 
 def strategy(name: str) -> list[str]:
     """Options for a strategy that also cuts what is as small as our test model."""
-    if name != "deepspeed_stage_3":
+    if not name.startswith("deepspeed_stage_3"):
         return [f"--trainer.strategy={name}"]
-    settings = '{"stage": 3, "persistence_threshold": 100}'
-    return ["--trainer.strategy=stts_train.strategies.DeepSpeed", f"--trainer.strategy.init_args={settings}"]
+    settings: dict[str, Any] = {"stage": 3, "persistence_threshold": 100}
+    if name.endswith("offload"):
+        settings |= {"offload_optimizer": True, "offload_parameters": True}
+    return [
+        "--trainer.strategy=stts_train.strategies.DeepSpeed",
+        f"--trainer.strategy.init_args={json.dumps(settings)}",
+    ]
 
 
-def start(argv: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """A process group of its own, so that all ranks and loader workers can be signalled or ended together.
+def start(argv: Sequence[str | Path]) -> subprocess.Popen[str]:
+    """`stts fit`, which starts the other ranks itself."""
+    return _start(["stts.cli", "fit", *map(str, argv)])
 
-    Operators that DeepSpeed builds on first use (half a minute) are kept between runs of these tests."""
+
+def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600) -> str:
+    """These runs one after the other in the same two processes, under torchrun on a free port."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    script = str(Path(__file__).with_name("fits.py"))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    code, output = finish(_start([*torchrun, script, str(file)]), timeout_s)
+    assert code == 0, output[-4000:]
+    return output
+
+
+def _start(module: Sequence[str]) -> subprocess.Popen[str]:
+    """`python -m`. A process group of its own, so that all ranks and loader workers can be signalled or ended together.
+
+    Operators that DeepSpeed compiles on first use are kept between runs of these tests; scripts/test.sh has them
+    already."""
     built = Path(tempfile.gettempdir()) / "stts_test_operators"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    known = {"TORCH_EXTENSIONS_DIR": str(built), **os.environ, **(variables or {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "stts.cli", "fit", *map(str, argv)],
+        [sys.executable, "-m", *module],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**known, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={"TORCH_EXTENSIONS_DIR": str(built), **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str]:
     """Exit code and output. A rank that waits for another for ever fails the test, and is ended."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -61,8 +84,8 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> tuple[int,
     return process.returncode, output
 
 
-def run(argv: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> str:
-    code, output = finish(start(argv, variables))
+def run(argv: Sequence[str | Path]) -> str:
+    code, output = finish(start(argv))
     assert code == 0, output[-4000:]
     return output
 

@@ -1,0 +1,54 @@
+"""Several runs of `stts fit`, one after the other in the processes that torchrun starts: starting them takes longest.
+
+    torchrun --nproc-per-node 2 tests/train/fits.py runs.json
+
+`runs.json` is a list of argument lists. Each run starts with a line "== its folder"."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import stts  # noqa: F401  (before lightning)
+
+# isort: split
+import lightning.pytorch as pl
+import torch
+
+from stts_train.callbacks import line
+from stts_train.cli import fit
+from tests.conftest import make_inputs
+
+
+class KeepLogits(pl.Callback):
+    """At the end writes `<out>/live.pt`: what the live model says, pruned and dense, cut over ranks or not."""
+
+    QUESTION, FRAMES = "v what colour ?", 8
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.eval()
+        if hasattr(pl_module, "unshard"):
+            pl_module.unshard()
+        inputs = live_inputs(pl_module.processor, next(p.dtype for p in pl_module.parameters()))
+        with torch.no_grad():
+            pruned = pl_module.model(**inputs).logits
+            pl_module.pruning.detach()
+            dense = pl_module.model(**inputs).logits
+            pl_module.pruning.attach()
+        if trainer.is_global_zero:
+            torch.save({"pruned": pruned, "dense": dense}, Path(trainer.default_root_dir) / "live.pt")
+
+
+def live_inputs(processor: Any, dtype: torch.dtype) -> Any:
+    inputs = make_inputs(processor, [KeepLogits.QUESTION], num_frames=KeepLogits.FRAMES)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(dtype)
+    return inputs
+
+
+if __name__ == "__main__":
+    for argv in json.loads(Path(sys.argv[1]).read_text()):
+        line(f"== {next(word for word in argv if word.startswith('--out='))}")
+        if code := fit(argv):
+            sys.exit(code)

@@ -1,0 +1,116 @@
+"""A checkpoint of `stts fit` as an ordinary Hugging Face folder: the weights as they were at that step, whole.
+
+stts export <out>/checkpoints/step-00000500 FOLDER"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from stts.models.hub import check_empty, export
+
+from .checkpoints import Saved
+from .module import VideoFinetune
+
+_DEEPSPEED = "_forward_module."  # what its engine wraps around the module
+
+
+def export_checkpoint(
+    folder: str | Path, out: str | Path, *, scorer_only: bool = False, base_model: str | Path | None = None
+) -> Path:
+    """Write a checkpoint of any strategy (DDP, ZeRO, FSDP2) and any number of ranks, on one process and a CPU.
+
+    scorer_only: leave out the model, whose weights must be those of its base. base_model: where the model that the run
+    started from lies now (default: where it lay then). Host memory holds the model twice.
+
+    DeepSpeed's files are pickles, which can run code when they are read: only export what you trained.
+
+    ValueError: `folder` is no checkpoint, `out` is not empty, or names or shapes are not those of the run's model."""
+    saved = Saved.read(Path(folder))
+    check_empty(Path(out))
+    module = _module(saved, base_model)
+    tensors, states = read_weights(saved), module.state_dict(keep_vars=True)
+    own, found = ({name: tuple(tensor.shape) for name, tensor in given.items()} for given in (states, tensors))
+    if wrong := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
+        name = wrong[0]
+        raise ValueError(
+            f"{saved.state} does not fit the model {module.model.name_or_path}: {len(wrong)} tensors differ, the first "
+            f"is {name}, {found.get(name)} in the checkpoint and {own.get(name)} in the model; name the folder that "
+            "the run started from with --base_model"
+        )
+    first: dict[int, str] = {}
+    tensors = {name: tensors[first.setdefault(id(own), name)] for name, own in states.items()}  # tied ones are one
+    module.load_state_dict(tensors, assign=True)  # of their own dtype
+    if not scorer_only:
+        return module.export(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        return export(module.export(Path(scratch) / "whole"), out, scorer_only=True)
+
+
+def _module(saved: Saved, base_model: str | Path | None) -> VideoFinetune:
+    """What was trained, before its training."""
+    settings = dict(saved.settings["model"])
+    if base_model is not None:
+        settings["model"] = str(base_model)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(VideoFinetune, "model")
+    made: VideoFinetune = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    return made
+
+
+def read_weights(saved: Saved) -> dict[str, Tensor]:
+    """Every tensor of `VideoFinetune.state_dict()`, in host memory, of the dtype that it had while training."""
+    if saved.strategy.startswith("FSDP2"):
+        return _read_distributed(saved.state)
+    if not saved.strategy.startswith("DeepSpeed"):
+        tensors: dict[str, Tensor] = torch.load(saved.state, map_location="cpu", weights_only=True, mmap=True)[
+            "state_dict"
+        ]
+        return tensors
+    if saved.strategy.endswith("stage 3"):
+        return _read_cut(saved)
+    [file] = saved.state.glob("*/mp_rank_00_model_states.pt")
+    tensors = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    return {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
+
+
+def _read_distributed(state: Path) -> dict[str, Tensor]:
+    """torch's own format: each rank has written its part of every tensor."""
+    kinds = FileSystemReader(state).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in kinds.items()
+        if name.startswith("state_dict.") and isinstance(kind, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, checkpoint_id=state, no_dist=True)
+    return {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
+
+
+def _read_cut(saved: Saved) -> dict[str, Tensor]:
+    """ZeRO-3: put together from every rank's fp32 copy, by DeepSpeed, and rounded to what the model computed with."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    precision = str(saved.settings["trainer"]["precision"]).partition("-")[0]
+    low = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
+    with contextlib.redirect_stdout(io.StringIO()):
+        parts = get_fp32_state_dict_from_zero_checkpoint(str(saved.state), lazy_mode=True)
+    whole: dict[int, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, part in parts.items():  # parts of tied tensors are one
+        if id(part) not in whole:
+            tensor = part.contiguous()
+            whole[id(part)] = tensor.to(low) if low is not None and tensor.is_floating_point() else tensor
+        tensors[name.removeprefix(_DEEPSPEED)] = whole[id(part)]
+    return tensors
