@@ -1,9 +1,10 @@
-"""A comparison as the page reads it: rows, notes, and samples with what was kept of them.
+"""A run as the page reads it: rows, notes, and samples with what was kept of them.
 
-    run     name, summary, rows, notes, cells, samples, num_samples, frames {number: [picture per temporal cell]}
-    cell    key, title, kind, ratio; the order is that of the table, cells that were not run are left out
-    sample  uid, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times, frames,
-            missing (why there are no frames), kept {cell: {mask, scores}}
+    run     kind (compare, scale), name, summary, rows, notes, cells, samples, num_samples,
+            frames {number: [picture per temporal cell]}
+    cell    key, title, kind, ratio, equal_flops_to; in the order of the table, without those that were not run
+    sample  uid, task, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times,
+            frames, missing (why there are no frames), kept {cell: {mask, scores}}
 
 Shape suffixes:  G = cells of the grid,  T = temporal cells,  H, W = pixels,  C = 3 colour channels (RGB)
 """
@@ -29,23 +30,27 @@ from stts.eval.store import RESULT
 from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
 from stts.tokens import Grid
 
+SCALING = "scaling.json"
 _LONGEST_SIDE = 360
 _JPEG_QUALITY = 82
 
 
 def run_data(out: Path, num_samples: int) -> dict[str, Any]:
-    """A finished comparison, with its first `num_samples` samples. ValueError when `out` holds none."""
-    path = Path(out) / RESULT
+    """A finished comparison with its first `num_samples` samples, or a scaling run. ValueError: `out` holds neither."""
+    path, scaling = Path(out) / RESULT, Path(out) / SCALING
+    if scaling.is_file():
+        return scale_data(json.loads(scaling.read_text(encoding="utf-8")))
     if not path.is_file():
-        raise ValueError(f"{out} holds no {RESULT}; give the --out folder of a finished `stts compare`")
+        raise ValueError(f"{out} holds no {RESULT} and no {SCALING}; give the --out folder of a finished run")
     result = ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     records = result.records[:num_samples]
     kept = read_kept(out, {record.uid for record in records})
     pictures = Pictures(result.config)
     return {
+        "kind": "compare",
         "name": result.config["name"],
         "summary": f"{title_of(result)}; {result.environment['device']}, {result.environment['dtype']}",
-        "rows": [{name: value for name, value in asdict(row).items() if name != "families"} for row in result.rows],
+        "rows": [asdict(row) for row in result.rows],
         "notes": notes_on(result),
         "cells": [cell_data(cell) for cell in result.cells if cell.reason is None],
         "samples": [_sample(record, kept.get(record.uid), pictures) for record in records],
@@ -54,8 +59,32 @@ def run_data(out: Path, num_samples: int) -> dict[str, Any]:
     }
 
 
+def scale_data(made: Mapping[str, Any]) -> dict[str, Any]:
+    """A run of `stts scale`: it has rows and notes, and no samples."""
+    first = next((row for row in made["rows"] if row["num_samples"]), None)
+    asked = f"{first['num_samples']} questions on {first['num_videos']} videos, " if first else ""
+    config, where = made["config"], made["environment"]
+    return {
+        "kind": "scale",
+        "mode": config["mode"],
+        "name": config["name"],
+        "summary": f"test-time scaling, mode {config['mode']}: {asked}{where['device']}, {where['dtype']}",
+        "rows": made["rows"],
+        "notes": list(made["notes"]),
+        **no_samples(),
+    }
+
+
+def no_samples() -> dict[str, Any]:
+    return {"cells": [], "samples": [], "num_samples": 0, "frames": []}
+
+
 def cell_data(cell: Cell) -> dict[str, Any]:
-    return {"key": cell.key, "title": cell.title, "kind": cell.kind, "ratio": cell.retention_configured}
+    equal = getattr(cell, "equal_flops_to", "")
+    return {
+        "key": cell.key, "title": cell.title, "kind": cell.kind, "ratio": cell.retention_configured,
+        "equal_flops_to": equal,
+    }  # fmt: skip
 
 
 class Pictures:
@@ -115,6 +144,7 @@ def _sample(record: Record, kept: KeptCells | None, pictures: Pictures) -> dict[
     frames, missing = pictures.of(record.uid, num_frames)
     return {
         "uid": record.uid,
+        "task": getattr(record, "task", ""),
         "family": record.family,
         "question": record.question,
         "answer": record.answer,

@@ -1,4 +1,4 @@
-"""`stts report`: comparisons as one HTML file that needs nothing else, neither network nor server."""
+"""`stts report`: runs as one HTML file that needs nothing else, neither network nor server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from typing import Any
 from stts.report.data import run_data
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "report"
+_SCRIPTS = ("base.js", "table.js", "plots.js", "samples.js")
+"""One script in this order: the last one starts it."""
 
 
 def render_page(title: str, runs: Sequence[dict[str, Any]]) -> str:
     """The page. Style, script and data stand inside; its policy forbids it to load anything."""
-    style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (_ASSETS / "page.css").read_text(encoding="utf-8")
+    script = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     # `<` is written as an escape, so that no text in the data can end the element it stands in
     data = json.dumps({"title": title, "runs": runs}, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     policy = f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
@@ -34,7 +37,7 @@ def _hash(text: str) -> str:
 
 
 def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
-    """Write the report of one or more finished comparisons; whole or not at all."""
+    """Write the report of one or more finished runs; whole or not at all."""
     if num_samples < 0:
         raise ValueError(f"--samples {num_samples} must be 0 or more")
     made = [run_data(run, num_samples) for run in runs]
@@ -59,10 +62,12 @@ def main(argv: Sequence[str]) -> int:
     """`stts report RUN... --out report.html`."""
     parser = argparse.ArgumentParser(
         prog="stts report",
-        description="Write comparisons as one HTML page: table, plots, and samples with the tokens every method kept.",
+        description="Write runs as one HTML page: table, plots, times, and samples with the tokens every method kept.",
         epilog="Kept tokens are shown for samples that `stts compare --save_kept N` wrote.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="--out folder of a finished `stts compare`")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="--out folder of `stts compare` or `stts scale`"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default: report.html)")
     parser.add_argument("--samples", type=int, default=60, help="how many samples to show of each run (default: 60)")
     args = parser.parse_intermixed_args(argv)

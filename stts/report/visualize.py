@@ -169,13 +169,14 @@ def draw_page(view: View) -> str:
         return {"said": said, "right": None, "retention": retention}
 
     sample = {
-        "uid": "video", "family": "", "question": view.question, "answer": "", "frames": 0, "missing": "",
+        "uid": "video", "task": "", "family": "", "question": view.question, "answer": "", "frames": 0, "missing": "",
         "outcomes": {DENSE: outcome(view.said_dense, 1.0), key: outcome(view.said, kept)},
         **kept_data(view.grid, view.times_s, {key: view.index_K}, scores),
     }  # fmt: skip
     title = f"{view.cell.title} {view.cell.retention_configured:g}"
     run = {
-        "name": title, "summary": _counts(view), "rows": [], "notes": [], "num_samples": 1, "samples": [sample],
+        "kind": "compare", "name": title, "summary": _counts(view), "rows": [], "notes": [], "num_samples": 1,
+        "samples": [sample],
         "cells": [cell_data(Cell(DENSE)), cell_data(view.cell)], "frames": [encode_frames(view.frames_THWC)],
     }  # fmt: skip
     return render_page(title, [run])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stts.report.page import write_report
+from stts.report.data import run_data, scale_data
+from stts.report.page import render_page, write_report
 from tests.report.browser import Page, find_browser
 
 pytestmark = pytest.mark.skipif(
@@ -189,6 +190,95 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
         assert min(cards) >= 150
     finally:
         page.resize(1280, 900)
+
+
+@pytest.fixture(scope="module")
+def full(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A page with what longer runs add: several tasks, formulas, phase times, an equal-FLOPs row; and a scaling run."""
+    run = run_data(compared, 6)
+    for row in run["rows"]:
+        if row["reason"] is None:
+            half = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "difference": None, "num_unparsed": 3}
+            row["tasks"] = {"mvbench": half, "videomme": {**half, "accuracy": row["accuracy"], "num_unparsed": 0}}
+            exact = {"total": row["flops_total"], "share": row["flops_share"]}
+            row["flops"] = {"exact": exact, "macs": {"total": row["flops_total"] / 2, "share": row["flops_share"]}}
+            row["time_ms"] = {"vit": 8.0, "prefill": 10 * row["retention_measured"], "ttft": 20.0}
+            row["p_value"] = None if row["kind"] == "unpruned" else 0.0004
+    equal = dict(run["rows"][1], equal_flops_to="random 0.5", retention_configured=0.4837261)
+    run["rows"].append(equal)
+    rows = [
+        {
+            "num_frames": frames, "num_looks": 1, "method": method, "kind": kind, "retention_configured": ratio,
+            "reason": None, "accuracy": 0.5 + 0.001 * frames, "accuracy_low": 0.4, "accuracy_high": 0.7,
+            "num_samples": 30, "num_videos": 10, "difference": None, "llm_tokens": 16 * frames * ratio,
+            "tflops": 1e-5 * frames, "tflops_vit": 1e-5, "seconds": None if method == "dense" else 0.1 * frames,
+        }
+        for frames in (16, 32, 64)
+        for method, kind, ratio in (("dense", "unpruned", 1.0), ("novelty", "before the LLM", 0.5))
+    ]  # fmt: skip
+    made = {
+        "config": {"name": "long", "mode": "frames"}, "environment": {"device": "CPU", "dtype": "float32"},
+        "rows": rows, "notes": ["a note"],
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("full") / "report.html"
+    path.write_text(render_page("full", [run, scale_data(made)]), encoding="utf-8")
+    with Page(path) as page:
+        yield page
+        assert page.errors == []
+
+
+def texts(page: Page, selector: str) -> list[str]:
+    return list(page.js(f"[...document.querySelectorAll('{selector}')].map(one => one.textContent)"))
+
+
+def test_tasks_families_and_formulas_change_table_and_plots(full: Page) -> None:
+    select(full, "run", "0")
+    assert {"p", "TTFT ms"} < set(texts(full, "thead button")), "columns that have values are there"
+    assert not {"peak GiB", "retained %"} & set(texts(full, "thead button")), "and no others"
+    assert "at the FLOPs of random 0.5" in texts(full, "#table tbody th")[-1]
+    assert {"<0.001", "-"} <= set(texts(full, "#table td"))
+    shown = "#table tbody tr td:nth-of-type(2)"
+    every = texts(full, shown)
+    select(full, "part", "tmvbench")
+    assert {text for text in texts(full, shown) if "not run" not in text} == {"50.0 [40.0, 60.0]"}
+    assert "unparsed" in texts(full, "thead button")
+    marks = full.js("[...document.querySelectorAll('.panel')[1].querySelectorAll('.point')].map(p => p.ariaLabel)")
+    assert all("accuracy 50.0 %" in mark for mark in marks)
+    family = full.js("[...$('part').options].map(one => one.value).find(one => one.startsWith('f'))")
+    select(full, "part", family)
+    assert "vs dense" in texts(full, "thead button")[3] and set(texts(full, "#table td:nth-of-type(3)")) == {"-"}
+    select(full, "part", "")
+    assert texts(full, shown) == every
+    before = texts(full, "#table tbody tr:first-child td")
+    select(full, "formula", "macs")
+    assert texts(full, "#table tbody tr:first-child td") != before
+
+
+def test_bars_show_where_the_time_goes(full: Page) -> None:
+    select(full, "run", "0")
+    assert texts(full, "#phases span") == [" ViT", " prefill"]
+    prefill = "[...document.querySelectorAll('#bars .stack')].map(bar => bar.children[1].style.width)"
+    widths = full.js(prefill)
+    share = [float(width.removesuffix("%")) for width in widths]
+    assert share[0] == pytest.approx(100 * 10 / 18, abs=0.01) and share[1] == pytest.approx(share[0] / 2, abs=0.1)
+    assert full.js("document.querySelector('#bars .stack').getAttribute('aria-label')") == "ViT 8.0 ms, prefill 10.0 ms"
+
+
+def test_a_scaling_run_has_curves_along_frames_and_no_samples(full: Page) -> None:
+    select(full, "run", "1")
+    assert full.js("$('samples').hidden && $('times').hidden && $('choices').hidden") is True
+    assert texts(full, "#table tbody th") == ["dense", "novelty"] * 3
+    points = "[...document.querySelectorAll('.panel')].map(one => one.querySelectorAll('.point').length)"
+    assert full.js(points) == [6, 6, 3]
+    assert full.js("document.querySelectorAll('.panel')[0].querySelectorAll('.curve').length") == 2
+    label = full.js("document.querySelectorAll('.panel')[1].querySelector('.point').ariaLabel")
+    assert "dense, 16 frames" in label and "160 M" in label
+    assert "MFLOPs per question" in full.js("document.querySelectorAll('.panel')[1].textContent")
+    full.resize(390, 844)
+    assert full.js("document.documentElement.scrollWidth") <= 390
+    full.resize(1280, 900)
+    select(full, "run", "0")
+    assert full.js("$('samples').hidden") is False
 
 
 CONTRAST = """(() => {

@@ -137,10 +137,24 @@ def test_every_label_and_region_points_at_something(compared: Path) -> None:
 
 def test_text_from_models_and_data_cannot_leave_its_place() -> None:
     evil = "</script><script>alert(1)</script><!--@@DATA@@"
-    run = {"name": evil, "rows": [], "samples": []}
+    run = {"kind": "compare", "name": evil, "rows": [], "samples": []}
     page = render_page(evil, [run])
     assert data_in(page)["runs"] == [run]
     assert page.count("<script") == 2 and "alert(1)</script>" not in page.replace("&lt;/script&gt;", "")
+
+
+def test_a_scaling_run_reports_beside_a_comparison(compared: Path, tmp_path: Path) -> None:
+    row = {"num_samples": 30, "num_videos": 10, "method": "dense", "reason": None}
+    made = {
+        "config": {"name": "long", "mode": "budget"}, "environment": {"device": "CPU", "dtype": "float32"},
+        "rows": [{"num_samples": None, "reason": "too long"}, row], "notes": ["a note"],
+    }  # fmt: skip
+    (tmp_path / "scaling.json").write_text(json.dumps(made))
+    assert stts(["report", str(compared), str(tmp_path), "--out", str(tmp_path / "r.html"), "--samples", "1"]) == 0
+    first, second = data_in((tmp_path / "r.html").read_text())["runs"]
+    assert (first["kind"], second["kind"], second["mode"]) == ("compare", "scale", "budget")
+    assert second["rows"] == made["rows"] and second["samples"] == []
+    assert second["summary"].startswith("test-time scaling, mode budget: 30 questions on 10 videos")
 
 
 def test_several_comparisons_share_a_page_and_a_folder_without_one_is_refused(
