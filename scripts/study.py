@@ -1,10 +1,10 @@
 """The study: does learning the scores pay? One command that resumes, from nothing to docs/results.
 
     python scripts/study.py                         everything, on one GPU; about 20 minutes of it is pretraining
-    python scripts/study.py --stages data finetune compare --model stts/assets/shapes_vlm --shape small
-                                                    from the shipped VLM of the quick start, on a CPU
+    python scripts/study.py --scale cpu             less of it, on 2 CPU cores, from the shipped VLM of the quick start
     python scripts/study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study.py --scale tiny            every stage in a minute, untrained: shows that it runs
+    python scripts/study.py --model FOLDER          from a pretrained small VLM, without the stage pretrain
     python scripts/study.py --list                  the commands, without running them
 
 Every step is one `stts` command, printed before it runs and again beside the table made from it. A step whose output
@@ -29,18 +29,17 @@ import gc
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("data", "pretrain", "finetune", "compare", "ablation", "scaling", "report")
-FAMILIES = "[colour,existence,order,count,flash]"
-FORMS = {  # of the clips; the same words stand in the configs
-    "study": {"families_per_clip": "5", "questions_per_family": "2", "ask_by": "colour", "grid": "4",
-              "num_glares": "2", "active_share": "0.75"},
-    "small": {"families_per_clip": "5", "questions_per_family": "2", "ask_by": "colour"},
+HARD = {  # form of the clips; the configs say the same
+    "families": "[colour,existence,order,count,flash]", "families_per_clip": "5", "questions_per_family": "2",
+    "ask_by": "colour", "grid": "4", "num_glares": "2", "active_share": "0.75",
 }  # fmt: skip
+EASY = {"families": "[colour,order,count,flash]"}  # what the shipped VLM has learned
 ABLATIONS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     "temporal loss off": ["--model.loss_weights.temporal", "0"],
     "answer gradient off": ["--model.pruner_options.answer_gradient", "false"],
@@ -72,6 +71,10 @@ class Scale:
     """Further options of every `stts fit`."""
     init: tuple[str, ...] = ()
     """Sizes of the untrained VLM."""
+    given: Path | None = None
+    """A pretrained VLM to begin with; None: the stage `pretrain` makes one."""
+    form: Mapping[str, str] = field(default_factory=HARD.copy)
+    """Of the clips that are tested."""
 
 
 FROZEN = (
@@ -85,6 +88,17 @@ SCALES = {
         pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=50,
         init=("--patch_size", "4", "--vit_width", "128", "--vit_mlp", "256",
               "--llm_width", "192", "--llm_heads", "6", "--llm_mlp", "512"),
+    ),
+    "cpu": Scale(
+        num_test=120, num_long=40, seeds=(0,), ratios=(0.5, 0.3, 0.2), frames=(8, 16, 32), batch_size=30,
+        pruners=("random", "uniform", "novelty", "visionzip", "fastvid", "holitom", "stop-holitom", "tango", "vidcom2",
+                 "fastv"),
+        ablations=("temporal loss off", "novelty, fine-tuned likewise"),
+        given=Path("stts/assets/shapes_vlm"), form=EASY,
+        fit=("--data.shapes", "{families: [colour,order,count,flash]}",
+             "--data.phases", "[{num_clips: 1200, questions_per_clip: 3}]", "--data.num_val_clips", "100",
+             "--data.batch_size", "8", "--data.num_workers", "1", "--trainer.val_check_interval", "75",
+             "--trainer.log_every_n_steps", "25", "--progress_every", "25", "--model.warmup_steps", "20"),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
@@ -118,14 +132,12 @@ class Study:
 
     runs: Path
     scale: Scale
-    shape: str = "study"
-    given: Path | None = None
-    """A pretrained VLM to begin with; None: the stage `pretrain` makes one."""
     accelerate: tuple[str, ...] = ()
+    command: str = "python scripts/study.py"
 
     @property
     def pretrained(self) -> Path:
-        return self.given or self.runs / "pretrain" / "best"
+        return self.scale.given or self.runs / "pretrain" / "best"
 
     def path(self, name: str) -> Path:
         return self.runs / name
@@ -143,7 +155,9 @@ class Study:
         return self.path(f"compare/{name}")
 
     def _data(self) -> list[Step]:
-        form = [word for name, value in FORMS[self.shape].items() for word in (f"--form.{name}", value)]
+        form = dict(self.scale.form)
+        families = form.pop("families")
+        options = [word for name, value in form.items() for word in (f"--form.{name}", value)]
         long = ["--num_sampled", str(max(*self.scale.frames, 16))]
         kinds = {
             "test": ["--test", str(self.scale.num_test), "--long", "0"],
@@ -154,12 +168,12 @@ class Study:
             for show in ("clip", "one_frame", "nothing") if kind == "test" else ("clip",):
                 out = self.path("data") / (kind if show == "clip" else f"{kind}-{show}")
                 argv = ["data", "shapes", "--out", str(out), "--train", "0", "--val", "0", *size, "--files", "png"]
-                argv += ["--families", FAMILIES, *form, "--form.show", show]
+                argv += ["--families", families, *options, "--form.show", show]
                 steps.append(Step("data", f"{kind}, {show}", tuple(argv), out / f"{kind}.jsonl"))
         return steps
 
     def _pretrain(self) -> list[Step]:
-        if self.given is not None:
+        if self.scale.given is not None:
             return []
         empty, out = self.path("untrained"), self.path("pretrain")
         argv = ["init", "--out", str(empty), *(self.scale.init or ())]
@@ -173,9 +187,6 @@ class Study:
     def _fit(self, stage: str, name: str, options: Sequence[str]) -> Step:
         out = self.path(name)
         argv = ["fit", "--config", "configs/shapes_study_stts.yaml", "--model.model", str(self.pretrained)]
-        if self.shape == "small":
-            argv += ["--data.shapes", f"{{families: {FAMILIES}, ask_by: colour, families_per_clip: 5, "
-                     "questions_per_family: 2}"]  # fmt: skip
         argv += ["--out", str(out), *self.accelerate, *self.scale.fit, *options]
         return Step(stage, name, tuple(argv), out / "model")
 
@@ -241,13 +252,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--scale", choices=list(SCALES), default="full")
-    parser.add_argument("--shape", choices=list(FORMS), default="study", help="form of the clips")
     parser.add_argument("--model", type=Path, help="a pretrained small VLM, instead of the stage pretrain")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of everything that is run")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of tables and plots")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
-    study = Study(args.runs, SCALES[args.scale], args.shape, args.model, _accelerate())
+    scale = replace(SCALES[args.scale], given=args.model or SCALES[args.scale].given)
+    more = [f"--model {args.model}"] if args.model else []
+    command = " ".join(["python scripts/study.py --scale", args.scale, *more, f"--runs {args.runs}"])
+    study = Study(args.runs, scale, _accelerate(), command)
     wanted = [step for step in study.steps() if step.stage in args.stages]
     for number, step in enumerate(wanted, 1):
         state = "there already" if step.done.exists() else "to run"

@@ -27,18 +27,20 @@ NOT_RUN = "not run"
 def write_report(study: Study, out: Path) -> Path:
     """README.md and its plots in `out`, each section with the commands it was made by."""
     results = {step.name: _read(step.done) for step in study.steps() if step.done.name == "comparison.json"}
-    parts = [_HEAD.format(runs=study.runs), _pretrained(study, results), _equal_tokens(study, results, out),
-             _equal_flops(study, results), _ablations(study, results), _scaling(study, results, out)]  # fmt: skip
+    parts = [_HEAD.format(command=study.command, runs=study.runs), _pretrained(study, results),
+             _equal_tokens(study, results, out), _equal_flops(study, results), _ablations(study, results),
+             _scaling(study, results, out)]  # fmt: skip
     _write(out / "README.md", ("\n\n".join(parts) + "\n").encode())
     return out / "README.md"
 
 
 _HEAD = """# What the study shows, and what it does not
 
-Made by `python scripts/study.py` (see its first lines) from the comparisons under `{runs}`; "not run" stands where a
-step has not been run, "-" where a method cannot reach a budget. ShapesQA is a small synthetic world: what separates
-methods here says nothing about Video-MME. Accuracies in percent with 95 % intervals clustered by video; where there are
-several seeds, their mean and range."""
+Made by `{command}` (its first lines describe the stages) from the
+comparisons under `{runs}`; "not run" stands where a step has not been run, "-" where a method cannot reach a budget
+or a model was not trained for it. ShapesQA is a small synthetic world: what separates methods here says nothing about
+Video-MME. Accuracies in percent with 95 % intervals clustered by video; where there are several seeds, their mean and
+range."""
 
 
 def _read(path: Path) -> ComparisonResult | None:
@@ -105,9 +107,10 @@ def _pretrained(study: Study, results: Mapping[str, ComparisonResult | None]) ->
         rows.append([title, _percent(_row(result, DENSE)), *by_family])
     chance = [1 / len(OPTIONS[family]) for family in families]
     rows.append(["chance", f"{100 * fmean(chance):.1f}" if chance else "-", *(f"{100 * one:.1f}" for one in chance)])
+    which = f"`{study.scale.given}`" if study.scale.given else "pretrained by the commands below"
     text = (
-        f"The dense model ({study.given or 'pretrained by the commands below'}) on the test clips; the same questions "
-        "on clips frozen at their middle frame, and on the background alone. Chance is unweighted over families."
+        f"The dense model ({which}) on the test clips; the same questions on clips frozen at their middle frame, and "
+        "on the background alone. Chance is unweighted over families."
     )
     steps = [*_steps(study, "data", lambda n: n.startswith("test")), *_steps(study, "pretrain"),
              *_steps(study, "compare", lambda name: name in shown.values())]  # fmt: skip

@@ -24,7 +24,7 @@ def test_the_full_study_names_every_pruner_and_seed(capsys: pytest.CaptureFixtur
     )
     assert all(f"--num_frames {frames}" in shown for frames in (8, 16, 32, 64))
     assert "--model.model stts/assets/shapes_vlm" not in shown
-    assert study.main(["--list", "--model", "stts/assets/shapes_vlm", "--shape", "small"]) == 0
+    assert study.main(["--list", "--scale", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "configs/shapes_pretrain.yaml" not in shown and "--model.model stts/assets/shapes_vlm" in shown
 
