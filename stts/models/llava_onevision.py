@@ -232,28 +232,37 @@ class LlavaOnevision:
         nothing = torch.zeros(0, dtype=torch.long, device=x_BLd.device)
         rows, flags, cells, numbers = [newline[:0]], [video_BL.new_zeros(0)], [nothing], [nothing]
         for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
-            if index_K is not None:
-                index_K = index_K.sort().values
-                x_Kd = x_Kd.new_zeros(grid.num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
+            index_K = index_K if index_K is None else index_K.sort().values
             cell_P, keep_P = self.layout.places(grid, index_K, connected.newlines, x_BLd.device)
-            rows.append(torch.cat([x_Kd, newline])[cell_P])  # -1, no cell, is the last row: the newline
+            row_P = cell_P  # -1, no cell, is the last row below: the newline
+            if index_K is not None:
+                number_G = torch.full((grid.num_groups + 1,), -1, device=x_BLd.device)
+                number_G[index_K] = torch.arange(len(index_K), device=x_BLd.device)
+                row_P = number_G[cell_P]
+            rows.append(torch.cat([x_Kd, newline])[row_P[keep_P]])
             flags.append(keep_P)
             cells.append(cell_P)
             numbers.append(torch.where(cell_P >= 0, video, -1))
-        for kind, mask_BL, parts in (("image", image_BL, [newline[:0], *connected.images]), ("video", video_BL, rows)):
-            features = torch.cat(parts).to(x_BLd)
-            places = int(mask_BL.sum())
-            if places != len(features):
+        images = [newline[:0], *connected.images]
+        for kind, mask_BL, parts in (("image", image_BL, images), ("video", video_BL, flags)):
+            places, filled = int(mask_BL.sum()), sum(map(len, parts))
+            if places != filled:
                 raise ValueError(
-                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {len(features)}; build both "
+                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {filled}; build both "
                     "with the same processor call (`load_vlm` gives the processor the layout of the model's videos) "
                     "and do not truncate the prompt"
                 )
-            x_BLd = x_BLd.masked_scatter(mask_BL[..., None], features)
+        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
+        place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
+        if any(index_K is not None for index_K in kept):
+            x_BLd = x_BLd.masked_fill(~keep_BL[..., None], 0)
+        # only what stays is written: an hour of video has a long prompt and few survivors
+        x_Nd = x_BLd.flatten(0, 1).index_copy(0, place_V, torch.cat([*images, *rows]).to(x_BLd))
+        x_BLd = x_Nd.view_as(x_BLd)
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_BLd
         none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
         return Placed(
-            torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags)),
+            keep_BL,
             none_BL.masked_scatter(video_BL, torch.cat(numbers)),
             none_BL.masked_scatter(video_BL, torch.cat(cells)),
         )
