@@ -1,50 +1,38 @@
 """`stts compare`: dense, learned and training-free pruners on the same model, frames, prompts and token budgets.
 
 Every batch is decoded and preprocessed once and then answered by every method in turn, dense first, so that nothing but
-the pruner differs. Batches are noted as they finish; a killed run goes on behind the last one.
+the pruner differs; the loop is `stts.eval.engine`, which notes every batch and goes on behind the last one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
-from torch import Tensor
-from tqdm import tqdm
-from transformers import ProcessorMixin
+from typing import Any
 
 from stts.budget import check_ratio
-from stts.data.collate import Batch, Collator
-from stts.data.datasets import OnError, Sample, Skipped, VideoJsonl
-from stts.eval.kept import kept_tensors
-from stts.eval.runner import Runner, asked_of, environment, make_baseline, make_runners
-from stts.eval.store import Store, file_stamps
-from stts.eval.table import ComparisonResult, Record, render_text
-from stts.metrics.accuracy import grade
-from stts.models.base import host_info
-from stts.models.load import load_vlm
-from stts.models.signals import load_siglip
+from stts.data.collate import Collator
+from stts.eval.engine import Answers, LoopOptions, answer_all
+from stts.eval.plot import draw
+from stts.eval.ranks import Ranks
+from stts.eval.records import TaskScore, make_records, score_tasks
+from stts.eval.runner import Runner, environment, make_baseline, make_runners
+from stts.eval.settings import RunConfig, command_line, notes_on_tasks, parse
+from stts.eval.source import Source, Task
+from stts.eval.store import RESULT, Store
+from stts.eval.table import ComparisonResult, render_csv, render_markdown, render_text
 from stts.pruners.registry import PRUNERS
 
-Positions = Literal["original", "compact"]
+FILES = (RESULT, "comparison.csv", "comparison.md", "comparison.png")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """Compare pruners with dense on one model and one data set."""
+class CompareConfig(RunConfig):
+    """Compare pruners with dense on one model, on a data set or on benchmarks."""
 
-    model: str | Path
-    """Folder of the (fine-tuned) model, or hub id. Learned pruners take their weights from this folder."""
-    data: Path
-    """JSONL of questions on videos, each with a short answer."""
-    out: Path
-    """Folder for comparison.json, .csv, .md and .png."""
     pruners: tuple[str, ...] = (
         "stts", "random", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv"
     )  # fmt: skip
@@ -53,35 +41,10 @@ class CompareConfig:
     """Options by pruner, such as {tango: {compat: official}, fastvid: {variant: lv}}."""
     retention_ratios: tuple[float, ...] = (0.5, 0.25, 0.1)
     """Fractions of visual tokens kept, each in (0, 1]; a mean over the LLM's layers."""
-    exact: bool = True
-    """Every method keeps exactly the planned count; false: each release's own count, which is measured."""
-    siglip: str | Path | None = None
-    """Folder or hub id of a SigLIP checkpoint whose pooling head and text tower make the signals that the model itself
-    lacks; None: fallbacks, named under the table."""
     baseline_model: str | Path | None = None
     """The same model before fine-tuning, for a dense row that shows what fine-tuning itself changed."""
-    num_frames: int = 16
-    """Frames per video, at most."""
-    sampler: str = "uniform_inclusive"
-    """How frames are chosen, see stts/data/sampling.py."""
     batch_size: int = 16
     """Questions answered at once."""
-    max_new_tokens: int = 8
-    """Longest answer."""
-    limit: int | None = None
-    """Use the first `limit` rows only."""
-    on_error: OnError = "raise"
-    """What a broken video does: raise, or skip (counted and listed)."""
-    seed: int = 0
-    """Of the random pruners; decoding is greedy."""
-    positions: Positions | None = None
-    """Positions of surviving tokens in the LLM; None: as each pruner declares."""
-    save_kept: int | Literal["all"] = 0
-    """Of how many samples, from the first on, to write which tokens every method kept, for `stts report`."""
-    name: str | None = None
-    """Title; None: name of the model folder."""
-    overwrite: bool = False
-    """Throw an earlier comparison in `out` away. Without it the same comparison goes on, another one is refused."""
 
     def __post_init__(self) -> None:
         for flag in ("pruners", "retention_ratios"):
@@ -100,51 +63,29 @@ class CompareConfig:
                 check_ratio(ratio)
             except ValueError as error:
                 raise ValueError(f"--retention_ratios: {error}") from error
-        for flag in ("num_frames", "batch_size", "max_new_tokens", "limit"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag} {value} must be at least 1")
-        if self.save_kept != "all" and self.save_kept < 0:
-            raise ValueError(f"--save_kept {self.save_kept} must be 0, a number of samples, or all")
-        for flag, allowed in (("on_error", get_args(OnError)), ("positions", (None, *get_args(Positions)))):
-            if getattr(self, flag) not in allowed:
-                raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
-        for flag in ("model", "baseline_model", "siglip"):
-            path = getattr(self, flag)
-            hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-            if path is not None and not Path(path).is_dir() and not hub_id:
-                raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")
-        if not Path(self.data).is_file():
-            hint = "it is a folder: name the JSONL file in it" if Path(self.data).is_dir() else "check the path"
-            raise ValueError(f"--data {str(self.data)!r} is no file; {hint}")
-
-    @property
-    def title(self) -> str:
-        return self.name or Path(self.model).resolve().name
+        super().__post_init__()
 
 
-def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonResult:
+def run_compare(
+    config: CompareConfig,
+    *,
+    progress: bool = True,
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> ComparisonResult | None:
     """Run a comparison, go on with it, or read the finished one; its files appear in `config.out` whole or not at all.
 
-    ValueError: `out` holds something else, a row has no video or no usable answer, a learned pruner has no weights, a
-    video is broken (unless on_error="skip")."""
-    settings = {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
-    identity = {name: value for name, value in settings.items() if name not in ("out", "overwrite", "name")}
-    identity["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"  # times never mix
-    identity["files"] = file_stamps(config.model, config.baseline_model, config.siglip, config.data)
-    store = Store(Path(config.out), identity, overwrite=config.overwrite)
+    None on ranks other than 0. ValueError: `out` holds something else, a question has no video or no usable answer, a
+    learned pruner has no weights, a video is broken (unless on_error="skip")."""
+    tasks = config.open_tasks()
+    _check(tasks)
+    identity = config.identity(tasks, config.baseline_model)
+    store = Store(Path(config.out), identity, kind="comparison", result=FILES, overwrite=config.overwrite, ranks=ranks)
     if store.finished is not None:
-        return store.finished
+        return ComparisonResult.from_json(store.finished)
 
-    data = VideoJsonl(config.data, sampler=config.sampler, num_frames=config.num_frames, on_error=config.on_error)
-    samples = data.samples[: config.limit]
-    for sample in samples:
-        _check(sample)
-    model, processor = load_vlm(config.model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    siglip = None if config.siglip is None else load_siglip(config.siglip)
-    if siglip is not None:
-        siglip.check(host_info(model))
+    source = config.make_source(tasks)
+    model, processor, siglip = config.load(ranks)
+    weights_gib = model.get_memory_footprint() / 2**30
     runners = make_runners(
         model,
         config.model,
@@ -158,154 +99,93 @@ def run_compare(config: CompareConfig, *, progress: bool = True) -> ComparisonRe
     )
     if config.baseline_model is not None:
         runners.insert(0, make_baseline(config.baseline_model, model, processor))
-    active = [runner for runner in runners if runner.pruning is not None]
-    failed: dict[str, str] = {key: reason for note in store.batches for key, reason in note["failed"].items()}
-    collate = Collator(processor, training=False)
-    shown = {sample.uid for sample in samples[: None if config.save_kept == "all" else config.save_kept]}
-    warm = False
-    first = len(store.batches) * config.batch_size
-    bar = tqdm(
-        total=len(samples) * len(active),
-        initial=min(first, len(samples)) * len(active),
-        desc="compare",
-        unit="answer",
-        disable=not progress,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no line per batch
+    options = LoopOptions(
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        shown=config.shown(source),
+        num_workers=config.workers(model.device),
+        progress=progress,
+        name="compare",
     )
-    with bar:
-        for start in range(first, len(samples), config.batch_size):
-            places = range(start, min(start + config.batch_size, len(samples)))
-            items = [data[place] for place in places]
-            skipped = [asdict(item) for item in items if isinstance(item, Skipped)]
-            bar.update(len(skipped) * len(active))
-            batch = collate(items)
-            note: dict[str, Any] = {"records": [], "ms": {}, "signals": {}, "failed": {}, "skipped": skipped}
-            kept: dict[str, Tensor] = {}
-            if batch is not None:
-                running = [runner for runner in active if runner.cell.key not in failed]
-                found, kept = _answer(batch.to(model.device), running, processor, config, bar, shown)
-                note |= found
-                failed |= note["failed"]
-                if not warm or len(batch.uids) < config.batch_size:
-                    note["ms"] = {}  # the first pass warms caches, a short batch costs more per sample: not comparable
-                warm = True
-            store.add(note, kept)
-
-    result = ComparisonResult(
-        config={**settings, "name": config.title},
-        environment=environment(model),
-        cells=tuple(replace(runner.cell, reason=failed.get(runner.cell.key, runner.cell.reason)) for runner in runners),
-        records=tuple(Record.from_json(row) for note in store.batches for row in note["records"]),
-        skipped=tuple(item for note in store.batches for item in note["skipped"]),
-        batch_ms={
-            runner.cell.key: tuple(note["ms"][runner.cell.key] for note in store.batches if note["ms"])
-            for runner in active
-            if runner.cell.key not in failed
-        },
-        signals={key: made for note in store.batches for key, made in note["signals"].items() if made},
+    answers = answer_all(source, runners, Collator(processor, training=False), store, options)
+    if answers is None:
+        return None
+    result = make_result(config, source, runners, answers, environment(model), weights_gib)
+    store.finish(
+        {
+            FILES[3]: draw(result),
+            FILES[1]: render_csv(result),
+            FILES[2]: render_markdown(result),
+            RESULT: json.dumps({"identity": store.identity, **result.to_json()}, indent=1) + "\n",
+        }
     )
-    if not result.records:
-        raise ValueError(f"none of the {len(samples)} videos of {config.data} can be read; first: {result.skipped[0]}")
-    store.finish(result)
     return result
 
 
-def _answer(
-    batch: Batch,
-    runners: Sequence[Runner],
-    processor: ProcessorMixin,
+def make_result(
     config: CompareConfig,
-    bar: Any,
-    shown: Collection[str],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Records (as JSON), milliseconds per sample and signals of one batch, every method in turn; and the tokens that
-    pruners kept of the samples `shown`.
-
-    A pruner that refuses a video is noted under "failed"; the others go on."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    ms: dict[str, float] = {}
-    signals: dict[str, Mapping[str, str]] = {}
-    failed: dict[str, str] = {}
-    kept: dict[str, Tensor] = {}
-    for runner in runners:
-        key = runner.cell.key
-        try:
-            answered = runner.answer(batch, processor, config.max_new_tokens)
-        except ValueError as error:
-            if runner.cell.kind == "unpruned":
-                raise
-            failed[key] = f"stopped at sample {batch.uids[0]!r} or one beside it: {' '.join(str(error).split())}"
-        else:
-            found[key] = [asdict(outcome) for outcome in answered.outcomes]
-            ms[key] = answered.elapsed_ms / len(batch.uids)
-            signals[key] = answered.report.signals
-            if runner.cell.kind != "unpruned":
-                kept |= kept_tensors(key, answered.report, batch.uids, batch.timestamps_s, shown)
-        bar.update(len(batch.uids))
-    base = Path(config.data).parent.resolve()
-    records = [
-        {
-            "uid": sample.uid,
-            "video": sample.video.relative_to(base).as_posix() if sample.video else "",
-            "family": str(sample.meta.get("family", "")),
-            "answer": answer,
-            "question": asked_of(sample),
-            "outcomes": {key: outcomes[row] for key, outcomes in found.items()},
-        }
-        for row, (sample, answer) in enumerate(zip(batch.samples, batch.answers, strict=True))
-    ]
-    return {"records": records, "ms": ms, "signals": signals, "failed": failed}, kept
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))
+    source: Source,
+    runners: Sequence[Runner],
+    answers: Answers,
+    environment: dict[str, Any],
+    weights_gib: float | None,
+) -> ComparisonResult:
+    """The answers graded. ValueError when not one video could be read."""
+    if not answers.asked:
+        raise ValueError(
+            f"none of the {len(source)} videos of {config.data or config.data_root} can be read; first: "
+            f"{answers.skipped[0]}"
+        )
+    scores = {cell: score_tasks(source, answers, cell, config.scoring) for cell in answers.said}
+    missing = tuple(
+        {"uid": reason.partition(":")[0], "reason": reason}
+        for task in source.tasks
+        for reason in task.loaded.missing_video
+    )
+    return ComparisonResult(
+        config={
+            **config.settings(),
+            "data": str(config.data or config.data_root),
+            "name": config.title,
+        },
+        environment=environment,
+        cells=tuple(
+            replace(runner.cell, reason=answers.failed.get(runner.cell.key, runner.cell.reason)) for runner in runners
+        ),
+        records=make_records(source, answers, scores),
+        skipped=(*missing, *answers.skipped),
+        batch_ms={cell: phases.get("generate", ()) for cell, phases in answers.ms.items() if cell in answers.said},
+        signals=answers.signals,
+        scores={cell: {task: TaskScore.of(found) for task, found in tasks.items()} for cell, tasks in scores.items()},
+        phase_ms={
+            cell: {phase: values for phase, values in phases.items() if phase != "generate"}
+            for cell, phases in answers.ms.items()
+            if cell in answers.said
+        },
+        peak_gib=answers.peak_gib,
+        weights_gib=weights_gib,
+        notes=notes_on_tasks(source.tasks),
+    )
 
 
-def _check(sample: Sample) -> None:
-    """Before anything slow: one video, no image, an answer that can be right."""
-    if sample.video is None or sample.images:
-        raise ValueError(f"--data: row {sample.uid!r} must show one video and no image; leave it out")
-    options = sample.meta.get("options") or ()
-    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
-        raise ValueError(f"--data: row {sample.uid!r}: 'options' is {options!r}, expected a list of texts")
-    last = sample.messages[-1]
-    try:
-        grade("", last.text if last.role == "assistant" else "", options)
-    except ValueError as error:
-        raise ValueError(f"--data: row {sample.uid!r}: {error}") from error
+def _check(tasks: Sequence[Task]) -> None:
+    """Before anything slow: every answer can be right or wrong."""
+    for task in tasks:
+        hidden = sum(question.answer is None for question in task.questions)
+        if task.benchmark.needs_judge or hidden:
+            why = "needs a judge" if task.benchmark.needs_judge else f"has {hidden} answers that are not public"
+            raise ValueError(f"task {task.name} {why}, so methods cannot be compared on it; `stts eval` writes answers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`stts compare`: prints the table. Bad input prints one line on stderr and gives 2."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="stts compare", description=CompareConfig.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    parser.add_class_arguments(CompareConfig, as_group=False)
-    settings = parser.parse_args(_join_lists(args)).as_dict()
-    settings.pop("config", None)
+    args = command_line(argv)
     try:
-        config = CompareConfig(**settings)
-        result = run_compare(config)
+        config = CompareConfig(**parse(CompareConfig, "stts compare", args))
+        result = run_compare(config, ranks=Ranks.from_env())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{render_text(result)}\n\nwritten: {config.out}/comparison.json, .csv, .md, .png")
+    if result is not None:
+        print(f"{render_text(result)}\n\nwritten: {config.out}/comparison.json, .csv, .md, .png")
     return 0
-
-
-def _join_lists(args: Sequence[str]) -> list[str]:
-    """`--pruners a b` and `--pruners a,b` become the `--pruners [a,b]` that the parser reads."""
-    hints = get_type_hints(CompareConfig)
-    flags = {f"--{item.name}" for item in fields(CompareConfig) if get_origin(hints[item.name]) is tuple}
-    joined: list[str] = []
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.split("=", 1)[0] in flags else [arg])]
-    while words:
-        joined.append(words.pop(0))
-        if joined[-1] in flags:
-            values = []
-            while words and not words[0].startswith("--"):
-                values.append(words.pop(0).strip("[]"))
-            joined.append(f"[{','.join(values)}]")
-    return joined

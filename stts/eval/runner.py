@@ -8,19 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 import stts
 from stts.data.collate import Batch
 from stts.data.datasets import Sample
-from stts.eval.table import BEFORE, DENSE, Cell, Kind, Outcome
-from stts.metrics.accuracy import grade, normalise
-from stts.metrics.cost import VideoCost, VlmShape, tokens_per_layer, video_cost
+from stts.eval.cells import BEFORE, DENSE, Cell, Kind
+from stts.metrics.accuracy import normalise
+from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
 from stts.models.base import host_info
 from stts.models.load import load_pruner, load_vlm, pruner_settings
 from stts.models.pruning import Pruning
@@ -46,18 +46,52 @@ class Generated:
 
     texts: list[str]
     """One per row of the batch."""
-    elapsed_ms: float
-    """Of `generate`."""
+    num_tokens: list[int]
+    """Of each text, its end token included."""
+    ms: dict[str, float]
+    """Milliseconds of the batch by phase; `generate` is all of it."""
+    peak_gib: float | None
+    """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report
 
 
 @dataclass(frozen=True)
-class Answered:
-    """The same, graded."""
+class Said:
+    """What one method said to one question, what it kept, and what that cost."""
 
-    outcomes: list[Outcome]
-    """One per row of the batch."""
-    elapsed_ms: float
+    prediction: str
+    num_frames: int
+    num_groups: int
+    """Visual tokens of the video before pruning."""
+    num_kept: int
+    """Visual tokens that the first layer of the LLM sees."""
+    retention: float
+    """Equivalent retention: visual tokens present, meaned over the layers of the LLM, / num_groups."""
+    cost: VideoCost
+    """By the formula `exact`."""
+    dense_cost: VideoCost
+    """Of the same video unpruned."""
+    llm_flops: Mapping[str, int]
+    """Prefill of the visual tokens by the formulas `fastv` and `pdrop`."""
+    kept_per_frame: list[int]
+    """Tokens left after the last stage."""
+    num_input_tokens: int
+    """Of the whole prompt before pruning."""
+    num_output_tokens: int
+
+    @classmethod
+    def from_json(cls, made: Mapping[str, Any]) -> Self:
+        costs = {name: VideoCost(**made[name]) for name in ("cost", "dense_cost")}
+        return cls(**{**made, **costs})
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The same for every row of a batch."""
+
+    said: list[Said]
+    ms: dict[str, float]
+    peak_gib: float | None
     report: Report
 
 
@@ -75,40 +109,46 @@ class Runner:
         with self.pruning, torch.inference_mode():
             questions = [question_of(sample) for sample in batch.samples]
             self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
+            _reset_peak(model.device)
             begin = _now(model.device)
             ids_BL = model.generate(
                 **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                 temperature=None, top_p=None, top_k=None,  # silences a warning where the checkpoint sets them
             )  # fmt: skip
-            elapsed_ms = 1000 * (_now(model.device) - begin)
+            ms = {"generate": 1000 * (_now(model.device) - begin)}
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
         new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
-        return Generated(processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True), elapsed_ms, report)
+        texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        return Generated(texts, _lengths(new_BL, model), ms, _peak_gib(model.device), report)
 
     def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
-        """Greedy answers, graded, with what they cost."""
+        """Greedy answers with what they kept and cost."""
         assert self.pruning is not None
         made = self.generate(batch, processor, max_new_tokens)
         report, model = made.report, self.pruning.model
         shape, host = VlmShape.from_config(model.config), self.pruning.adapter.host
-        outcomes = []
-        for row, (text, answer, sample) in enumerate(zip(made.texts, batch.answers, batch.samples, strict=True)):
-            graded = grade(text, answer, sample.meta.get("options") or ())
-            grid = report.grids[row]
-            outcomes.append(
-                Outcome(
+        said, num_input = [], batch.inputs["attention_mask"].sum(1).tolist()
+        for row, (text, num_tokens) in enumerate(zip(made.texts, made.num_tokens, strict=True)):
+            grid, tokens = report.grids[row], _tokens(report, row, shape)
+            said.append(
+                Said(
                     prediction=text,
-                    parsed=graded.parsed,
-                    correct=graded.correct,
                     num_frames=grid.t,
                     num_groups=grid.num_groups,
                     num_kept=report.llm_counts[row][0],
                     retention=report.retention_per_video[row],
                     cost=cost_of(shape, host, self.pruning.pruner, report, row),
+                    dense_cost=video_cost(
+                        shape.at(grid), num_frames=grid.t, llm_tokens=grid.num_groups, num_cells=grid.num_groups
+                    ),
+                    llm_flops={name: llm_prefill_flops(shape.llm, tokens, name) for name in ("fastv", "pdrop")},
+                    kept_per_frame=torch.bincount(report.index[row].cpu() // grid.per_frame, minlength=grid.t).tolist(),
+                    num_input_tokens=num_input[row],
+                    num_output_tokens=num_tokens,
                 )
             )
-        return Answered(outcomes, made.elapsed_ms, report)
+        return Answered(said, made.ms, made.peak_gib, report)
 
 
 def asked_of(sample: Sample) -> str:
@@ -185,6 +225,12 @@ def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorM
     return Runner(Cell(BEFORE), Pruning(model.to(like.device), "none"))
 
 
+def _tokens(report: Report, video: int, shape: VlmShape) -> list[int]:
+    """Visual tokens in every LLM layer."""
+    entry, *after = report.llm_counts[video]
+    return tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
+
+
 def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
     """What one video of the pass that `report` describes cost."""
     grid = report.grids[video]
@@ -195,16 +241,33 @@ def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, vid
             own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
         present = kept[video]
         drop_after, connected = (stage.site.drop_after, present) if inside else (drop_after, connected)
-    entry, *after = report.llm_counts[video]
     return video_cost(
         shape.at(grid),
         num_frames=grid.t,
-        llm_tokens=tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers),
+        llm_tokens=_tokens(report, video, shape),
         kept_patches=report.kept_patches[video] if report.kept_patches else None,
         drop_after=drop_after,
         num_cells=connected,
         pruner_flops=own,
     )
+
+
+def _lengths(new_BL: Tensor, model: PreTrainedModel) -> list[int]:
+    """Tokens of each row up to and with its first end token."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [-1 if ends is None else ends]
+    is_end_BL = torch.isin(new_BL, torch.tensor(ends, device=new_BL.device))
+    after_BL = is_end_BL.cumsum(1) - is_end_BL.long()
+    return (after_BL == 0).sum(1).tolist()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def _now(device: torch.device) -> float:

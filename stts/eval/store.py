@@ -1,28 +1,43 @@
-"""The folder of a comparison: what is there already, what comes next, and the final files.
+"""The folder of a run: what is there already, what comes next, and the final files.
 
-partial.jsonl    while running: the identity on line 1, then one line per finished batch
-kept/            with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.kept`)
-comparison.json  everything, per sample; .csv the rows; .md the table; .png the figure
+partial-RRRRR.jsonl  while running, by each rank: the identity on line 1, then one line per finished batch
+kept/                with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.kept`)
+                     and the final files, the result last: where it is, the others are
+
+A file is there whole or not at all, a line that was cut by a kill or a full disk is not read, and a run goes on behind
+the last whole line of every rank, also with another number of ranks.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import save
 from torch import Tensor
 
 from stts.eval.kept import FOLDER
-from stts.eval.plot import draw
-from stts.eval.table import ComparisonResult, render_csv, render_markdown
+from stts.eval.ranks import Ranks
 
-RESULT, PARTIAL = "comparison.json", "partial.jsonl"
+RESULT = "comparison.json"
+"""Of `stts compare`."""
+PARTIAL = "partial-{:05d}.jsonl"
+WAIT_S = 1800.0
+"""How long rank 0 waits for others that write nothing."""
+_POLL_S = 1.0
 _HASHED_BYTES = 256 * 2**20
+
+Note = dict[str, Any]
+"""A finished batch as its line holds it, see `stts.eval.engine`."""
 
 
 def file_stamps(*paths: str | Path | None) -> dict[str, str]:
@@ -44,73 +59,200 @@ def file_stamps(*paths: str | Path | None) -> dict[str, str]:
 
 
 class Store:
-    """Opens `out` for the comparison with this `identity` (settings and file stamps that decide the result).
+    """Opens `out` for the run with this `identity` (settings and file stamps that decide the result).
 
-    ValueError when `out` holds anything but the same comparison; with `overwrite`, anything but a comparison."""
+    result: the final files as patterns, the one that holds the identity first. ValueError when `out` holds anything but
+    the same run; with `overwrite`, anything but a run of this kind."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        *,
+        kind: str,
+        result: Sequence[str],
+        overwrite: bool,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+    ) -> None:
         self.out = Path(out)
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-        self.batches: list[dict[str, Any]] = []
-        self.finished: ComparisonResult | None = None
-        self._appending = False
+        self.kind, self.ranks = kind, ranks
+        self.began = datetime.now().strftime("%Y%m%d_%H%M%S")
+        self.finished: dict[str, Any] | None = None
+        """The result, where the same run is done already."""
+        self._patterns = tuple(result)
+        self._part: BinaryIO | None = None
+        if overwrite and ranks.world_size > 1:
+            raise ValueError(f"--overwrite works with one process only; remove {self.out} before starting several")
+        self._opened = time.time()
+        if self.out.is_dir():
+            self._stopped(ranks.rank).unlink(missing_ok=True)
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             self._take_over(overwrite)
 
+    @property
+    def config_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
     def _take_over(self, overwrite: bool) -> None:
-        result, partial = self.out / RESULT, self.out / PARTIAL
-        if not result.is_file() and not partial.is_file():
-            raise ValueError(f"--out {self.out} is not empty and holds no comparison; choose another folder")
-        if overwrite:
-            for file in (partial, *(result.with_suffix(suffix) for suffix in (".png", ".md", ".csv", ".json"))):
-                file.unlink(missing_ok=True)
-            for file in (self.out / FOLDER).glob("*.safetensors"):
+        results, parts = sorted(self.out.glob(self._patterns[0])), self._parts()
+        if not (results or parts) and not (self.out.is_dir() and all(map(_is_left_over, self.out.iterdir()))):
+            raise ValueError(f"--out {self.out} is not empty and holds no {self.kind}; choose another folder")
+        if self.ranks.world_size == 1:
+            for file in self.out.rglob(".*.part"):  # of a process killed while it wrote
                 file.unlink()
+        if overwrite:
+            # Results go last: killed here, the folder is still known for what it is.
+            for pattern in (f"{FOLDER}/*.safetensors", *reversed(self._patterns), PARTIAL.replace("{:05d}", "*")):
+                for file in self.out.glob(pattern):
+                    file.unlink()
+            for folder in filter(Path.is_dir, self.out.iterdir()):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
             return
-        if result.is_file():
-            made = json.loads(result.read_text(encoding="utf-8"))
-            self._check(made["identity"])
-            self.finished = ComparisonResult.from_json(made)
+        if results:
+            made = json.loads(results[-1].read_text(encoding="utf-8"))
+            self._check(made.get("identity") or made.get("stts", {}).get("identity") or {})
+            self.finished = made
             return
-        head, *lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        if not head.endswith("\n"):
-            return  # killed before anything was written
-        self._check(json.loads(head))
-        self.batches = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line
+        for part in parts:
+            head = next(_whole_lines(part), None)
+            if head is not None:
+                self._check(head["identity"])
+                self.began = min(self.began, head["began"])
 
     def _check(self, found: Mapping[str, Any]) -> None:
         names = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
         if names:
             raise ValueError(
-                f"--out {self.out} holds another comparison (different: {', '.join(names)}); "
+                f"--out {self.out} holds another {self.kind} (different: {', '.join(names)}); "
                 "choose another folder, or --overwrite true to throw that one away"
             )
 
-    def add(self, batch: dict[str, Any], kept: Mapping[str, Tensor]) -> None:
-        """Note a finished batch, the tokens `kept` first: after a kill in between both are made again."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not self._appending:  # whole once, so that a line cut by a kill is gone
-            lines = (json.dumps(line) + "\n" for line in (self.identity, *self.batches))
-            _write_whole(self.out / PARTIAL, "".join(lines))
-            self._appending = True
-        if kept:
-            (self.out / FOLDER).mkdir(exist_ok=True)
-            _write_whole(self.out / FOLDER / f"{len(self.batches):06d}.safetensors", save(dict(kept)))
-        self.batches.append(batch)
-        with (self.out / PARTIAL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(batch) + "\n")
+    def _parts(self) -> list[Path]:
+        return sorted(self.out.glob(PARTIAL.replace("{:05d}", "*")))
 
-    def finish(self, result: ComparisonResult) -> None:
-        """Write the final files, comparison.json last: where it is, the others are."""
-        base = self.out / RESULT
-        _write_whole(base.with_suffix(".png"), draw(result))
-        _write_whole(base.with_suffix(".csv"), render_csv(result))
-        _write_whole(base.with_suffix(".md"), render_markdown(result))
-        _write_whole(base, json.dumps({"identity": self.identity, **result.to_json()}, indent=1) + "\n")
-        (self.out / PARTIAL).unlink(missing_ok=True)
+    def _stopped(self, rank: int) -> Path:
+        return self.out / f".stopped-{rank:05d}.part"
+
+    def notes(self) -> list[Note]:
+        """Finished batches of all ranks."""
+        return [note for part in self._parts() for place, note in enumerate(_whole_lines(part)) if place]
+
+    def add(self, note: Note, kept: Mapping[str, Tensor], name: str) -> None:
+        """Note a finished batch, the tokens `kept` first, as file `name`: after a kill in between both are made again.
+
+        ValueError, and nothing written, when the disk is full or the folder cannot be written."""
+        with _writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if self._part is None:
+                self._part = self._open_part()
+            if kept:
+                (self.out / FOLDER).mkdir(exist_ok=True)
+                write_whole(self.out / FOLDER / f"{name}.safetensors", save(dict(kept)))
+            _append(self._part, note)
+
+    def _open_part(self) -> BinaryIO:
+        """This rank's file, locked, cut behind its last whole line."""
+        path = self.out / PARTIAL.format(self.ranks.rank)
+        file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process writes {path}: is this job running already? Wait for it, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        if not file.seek(0, os.SEEK_END):
+            _append(file, {"identity": self.identity, "began": self.began})
+        return file
+
+    def stop(self, reason: str) -> None:
+        """Tell rank 0, which would wait, that this rank gave up."""
+        if not self.ranks.is_first and self.out.is_dir():
+            write_whole(self._stopped(self.ranks.rank), reason)
+
+    def wait(self, keys: Collection[str], *, progress: bool = True) -> list[Note]:
+        """All notes, once those of every rank together cover `keys`; says what it waits for.
+
+        ValueError when a rank stopped, or nobody wrote anything for `WAIT_S` seconds."""
+        since, size, said = time.monotonic(), -1, -1e9
+        while True:
+            now = sum(part.stat().st_size for part in self._parts())
+            if now != size:
+                since, size = time.monotonic(), now
+                notes = self.notes()
+                done = {key for note in notes for key in note["keys"]}
+                if done.issuperset(keys):
+                    return notes
+            waiting = f"{len(set(keys) - done)} of {len(keys)} questions are still out, at other ranks"
+            for file in self.out.glob(self._stopped(0).name.replace("00000", "*")):
+                if file.stat().st_mtime < self._opened - 60:  # of an earlier start
+                    continue
+                raise ValueError(f"rank {int(file.name[9:14])} stopped: {file.read_text()}; {_AGAIN}")
+            if time.monotonic() - since > WAIT_S:
+                raise ValueError(
+                    f"{waiting}, and none was answered for {WAIT_S / 60:.0f} minutes; is a rank dead? {_AGAIN}"
+                )
+            if progress and time.monotonic() - said > 30:
+                said = time.monotonic()
+                print(f"rank 0 is done; {waiting} ...", file=sys.stderr, flush=True)
+            time.sleep(_POLL_S)
+
+    def finish(self, files: Mapping[str, str | bytes]) -> None:
+        """Write the final files in this order, the result last; then the parts can go."""
+        with _writing(self.out):
+            for name, content in files.items():
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self.out / name, content)
+            for part in self._parts():
+                part.unlink(missing_ok=True)
+        if self._part is not None:
+            self._part.close()
 
 
-def _write_whole(path: Path, content: str | bytes) -> None:
+_AGAIN = "the same command again goes on behind what is done"
+
+
+def _whole_lines(part: Path) -> Iterator[dict[str, Any]]:
+    with part.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
+    """A whole line or none."""
+    before = file.seek(0, os.SEEK_END)
+    content = json.dumps(line).encode() + b"\n"
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(before)
+        raise
+
+
+def _is_left_over(file: Path) -> bool:
+    return file.name.startswith(".") and file.name.endswith(".part")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out {out}: cannot write {error.filename or 'a file there'} ({error.strerror}); nothing half-written is "
+            f"left. Make room (or check the rights), then {_AGAIN}"
+        ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -7,7 +7,7 @@ video c of (y - mean y), C videos and n answers, the variance of the mean allowi
 
 and the design effect is V over the variance (mean y^2 - (mean y)^2) / (n - 1) that independent answers would have. Both
 intervals below use n_eff = n / design effect, limited to [1, n]: with one question per video it is n; where the answers
-do not vary at all the effect cannot be estimated and n_eff = C. Everything is closed-form: no sampling, no seed.
+do not vary at all the effect cannot be estimated and n_eff = C. All but `paired_bootstrap` is closed-form.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from stts.metrics.extract import LETTERS, strict
 
@@ -86,8 +88,7 @@ def paired_difference(correct: Sequence[bool], dense: Sequence[bool], videos: Se
         (g - l)/(n + 2) +- z sqrt(g + l + 1 - (g - l)^2/(n + 2)) / (n + 2)
 
     The added half in each cell keeps the width above zero when not one answer changed."""
-    if len(correct) != len(dense):
-        raise ValueError(f"got {len(correct)} answers and {len(dense)} of dense; pair them by sample")
+    _check_pairs(correct, dense)
     change = [float(here) - float(there) for here, there in zip(correct, dense, strict=True)]
     num_eff, num_videos = effective_number(change, videos)
     num_samples = len(change)
@@ -97,6 +98,45 @@ def paired_difference(correct: Sequence[bool], dense: Sequence[bool], videos: Se
     half = Z95 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (num_eff + 2)) / (num_eff + 2)
     value = sum(change) / num_samples
     return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half), num_samples, num_videos)
+
+
+def mcnemar(correct: Sequence[bool], dense: Sequence[bool]) -> float:
+    """Exact two-sided McNemar test that answers turned right as often as wrong.
+
+    With g gains and l losses among n = g + l answers that changed, p = 2 P(X <= min(g, l)) for X ~ Binomial(n, 1/2), at
+    most 1. Takes answers as independent; where questions share a video, read `paired_bootstrap` beside it."""
+    _check_pairs(correct, dense)
+    gained = sum(here and not there for here, there in zip(correct, dense, strict=True))
+    lost = sum(there and not here for here, there in zip(correct, dense, strict=True))
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**changed) if changed else 1.0
+
+
+def paired_bootstrap(
+    correct: Sequence[bool], dense: Sequence[bool], videos: Sequence[str], num_draws: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of the difference to dense when whole videos are drawn again with replacement.
+
+    p = 2 min(P(d* <= 0), P(d* >= 0)), at most 1 and at least 1 / num_draws. Deterministic for a seed."""
+    _check_pairs(correct, dense)
+    names = {video: place for place, video in enumerate(dict.fromkeys(videos))}
+    sum_V, size_V = np.zeros(len(names)), np.zeros(len(names))
+    for here, there, video in zip(correct, dense, videos, strict=True):
+        sum_V[names[video]] += float(here) - float(there)
+        size_V[names[video]] += 1
+    rng = np.random.default_rng(seed)
+    low = high = 0
+    for start in range(0, num_draws, 500):  # a thousand videos take 4 MB at a time
+        drawn = rng.integers(len(names), size=(min(500, num_draws - start), len(names)))
+        difference = sum_V[drawn].sum(1) / size_V[drawn].sum(1)
+        low, high = low + int((difference <= 0).sum()), high + int((difference >= 0).sum())
+    return float(min(1.0, max(2 * min(low, high), 1) / num_draws))
+
+
+def _check_pairs(correct: Sequence[bool], dense: Sequence[bool]) -> None:
+    if len(correct) != len(dense) or not correct:
+        raise ValueError(f"got {len(correct)} answers and {len(dense)} of dense; pair them by sample, at least one")
 
 
 def effective_number(values: Sequence[float], videos: Sequence[str]) -> tuple[float, int]:

@@ -164,24 +164,24 @@ def test_pruning_changes_answers_and_the_seed_changes_random(config: CompareConf
 def test_a_killed_run_goes_on_behind_its_last_batch(config: CompareConfig) -> None:
     straight = run(config, out=config.out.with_name("straight"))
     videos = sorted((config.data.parent / "test").iterdir())
-    hidden = [video.rename(video.with_suffix(".hidden")) for video in videos[2:]]
-    with pytest.raises(ValueError, match="no video file"):
+    whole = [video.read_bytes() for video in videos]
+    for video in videos[2:]:
+        video.write_bytes(b"stops the run")
+    with pytest.raises(ValueError, match="not readable as a video"):
         run(config)
-    with (config.out / "partial.jsonl").open("a") as file:
+    with (config.out / "partial-00000.jsonl").open("a") as file:
         file.write('{"records": [{"uid": "cut by a ki')
-    for video in hidden:
-        video.rename(video.with_suffix(".mp4"))
     for video in videos[:2]:
-        video.unlink()  # proof that the finished batches are not run again
-    hidden[1].with_suffix(".mp4").rename(hidden[1])
-    with pytest.raises(ValueError, match="no video file"):
+        video.write_bytes(b"proof that the finished batches are not run again")
+    videos[2].write_bytes(whole[2])
+    with pytest.raises(ValueError, match="not readable as a video"):
         run(config)  # a second stop: batch 3 is noted behind the mended line
-    hidden[1].rename(hidden[1].with_suffix(".mp4"))
+    videos[3].write_bytes(whole[3])
     resumed = run(config)
     assert resumed.records == straight.records
-    assert not (config.out / "partial.jsonl").exists()
+    assert not (config.out / "partial-00000.jsonl").exists()
     for video in videos[2:]:
-        video.unlink()
+        video.write_bytes(b"")
     assert run(config) == resumed, "a finished comparison is read, not run"
 
 
@@ -299,10 +299,11 @@ def test_a_refusal_is_remembered_when_a_run_goes_on(config: CompareConfig) -> No
     changes = {"pruners": ("mine:Picky",), "pruner_options": {"mine:Picky": {"refuses": first}}}
     straight = run(config, **changes, out=config.out.with_name("straight"))
     last = sorted((config.data.parent / "test").iterdir())[-1]
-    hidden = last.rename(last.with_suffix(".hidden"))
-    with pytest.raises(ValueError, match="no video file"):
+    whole = last.read_bytes()
+    last.write_bytes(b"stops the run")
+    with pytest.raises(ValueError, match="not readable as a video"):
         run(config, **changes)
-    hidden.rename(last)
+    last.write_bytes(whole)
     resumed = run(config, **changes)
     assert resumed.cells == straight.cells and resumed.records == straight.records
     assert row_of(resumed, "mine:Picky", 0.5).reason is not None

@@ -42,7 +42,9 @@ def test_notes_stay_short_with_many_rows() -> None:
 
 def test_every_form_has_a_line_per_cell() -> None:
     result = result_with(FULL)
-    assert sum(line.startswith("|") for line in render_markdown(result).splitlines()) == 2 + len(FULL)
+    assert sum(line.startswith("|") for line in render_markdown(result).splitlines()) == 2 * (2 + len(FULL)), (
+        "and FLOPs"
+    )
     assert len(render_csv(result).splitlines()) == 1 + len(FULL)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from stts.data.datasets import Message, Sample
 from stts.data.sampling import Timeline, choose_frames
 from stts.eval.benchmarks.files import MissingVideoError, Row, frame_files
 from stts.eval.benchmarks.scores import Compat, Scored, Scores, apply_compat, common_metrics, grouped, mean_acc
@@ -83,6 +84,10 @@ class Benchmark(ABC):
     """Other people's scorings; the first is what plain "compat" means."""
     their_metric: ClassVar[tuple[str, float] | None] = None
     """lmms-eval's name of the headline and its scale, 1 or 100."""
+    shows_video: ClassVar[bool] = True
+    """False: frames are images between texts, which video pruners do not touch."""
+    needs_judge: ClassVar[bool] = False
+    """True: answers are free texts that somebody must rate; without a judge they are written down, not scored."""
 
     @abstractmethod
     def rows(self, root: Path) -> Iterable[Row]: ...
@@ -148,6 +153,17 @@ class Benchmark(ABC):
         filled = {"{question}": question.question, "{options}": "\n".join(lines)}
         parts = wording.replace("{options}", "\0{options}\0").replace("{question}", "\0{question}\0").split("\0")
         return "".join(filled.get(part, part) for part in parts)  # never twice: a question may hold "{options}"
+
+    def sample(self, question: Question, times_s: Sequence[float] = (), wording: str | None = None) -> Sample:
+        """The conversation that asks this question; `times_s` and `wording` as for `prompt`."""
+        text = self.prompt(question, times_s, wording).replace("<video>", "< video>")  # the marker stands for the video
+        return Sample(
+            uid=question.uid,
+            messages=(Message("user", f"<video>\n{text}"),),
+            video=question.video,
+            clip=question.clip,
+            meta={"options": list(question.options)},
+        )
 
     def parse(self, text: str, question: Question) -> str:
         """The strict reading of an answer; "" where there is none."""

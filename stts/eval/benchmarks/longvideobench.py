@@ -67,6 +67,7 @@ class LongVideoBench(Benchmark):
 @dataclass(frozen=True, kw_only=True)
 class LongVideoBenchInterleaved(LongVideoBench):
     sampler = "bins_left"
+    shows_video = False
 
     def read_subtitles(self, row: Row) -> tuple[Subtitle, ...]:
         path = confined(row.root / "subtitles", row.text("subtitle_path"))

@@ -1,12 +1,12 @@
-"""A JSONL file of your own, in the form that training reads: graded by the whole answer, as `stts compare` does."""
+"""A JSONL file of your own, in the form that training reads: a video and an answer a row, graded by the whole answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stts.data.datasets import read_jsonl
+from stts.data.datasets import Sample, read_jsonl
 from stts.eval.benchmarks.base import Benchmark, Question
 from stts.eval.benchmarks.files import MissingVideoError, Row
 from stts.eval.benchmarks.scores import Scored
@@ -33,26 +33,34 @@ class PlainJsonl(Benchmark):
 
     def read(self, row: Row, doc_id: int) -> Question:
         sample = row.value("sample")
-        asked, *_, answered = sample.messages if len(sample.messages) > 1 else (sample.messages[0],) * 2
-        if sample.video is None or sample.images or len(sample.messages) != 2 or answered.role != "assistant":
-            raise ValueError(f"{sample.uid!r} must be one question on one video with its answer, and show no image")
-        if not sample.video.is_file():
-            raise MissingVideoError(f"no video at {sample.video}")
-        options = row.texts("options") if row.values.get("options") else ()
-        grade("", answered.text, options)  # refuses an answer that can never be right
+        if sample.video is None or sample.images:
+            raise ValueError(f"{sample.uid!r} must show one video and no image; leave it out")
+        if not sample.video.exists():
+            raise MissingVideoError(f"{sample.uid!r}: no video file at {sample.video}")
+        options, answer = row.texts("options") if row.values.get("options") else (), sample.messages[-1]
+        try:
+            grade("", answer.text if answer.role == "assistant" else "", options)  # can it ever be right?
+        except ValueError as error:
+            raise ValueError(f"{sample.uid!r}: {error}") from error
+        asked = next(turn.text for turn in reversed(sample.messages) if turn.role == "user")
         family = row.values.get("family")
         return Question(
             task=self.name,
             doc_id=doc_id,
             uid=sample.uid,
             video=sample.video,
-            question=asked.text.replace("<video>", "").strip(),
+            question=asked.replace("<video>", "").strip(),
             options=options,
-            answer=answered.text,
+            answer=answer.text,
             clip=sample.clip,
+            fps=row.values.get("fps", 1.0) if sample.video.is_dir() else None,
             group={"family": str(family)} if family else {},
-            doc={key: value for key, value in row.values.items() if key != "sample"},
+            doc=row.values,
         )
+
+    def sample(self, question: Question, times_s: Sequence[float] = (), wording: str | None = None) -> Sample:
+        """The row's own conversation, earlier turns included."""
+        return question.doc["sample"] if wording is None else super().sample(question, times_s, wording)
 
     def _score_one(self, question: Question, text: str, scoring: str) -> Scored:
         assert question.answer is not None

@@ -101,6 +101,7 @@ class Captioning(TempCompass):
     folder = "captioning"
     wording = "{question}"
     max_new_tokens = 1024
+    needs_judge = True
 
     def options_of(self, row: Row) -> tuple[tuple[str, ...], str]:
         _, options = split_inline(row.text("mc_question"))

@@ -43,6 +43,7 @@ class VCGBench(Benchmark):
     )
     wording = "{question}"
     max_new_tokens = 1024
+    needs_judge = True
 
     def rows(self, root: Path) -> Iterable[Row]:
         return rows_of(root, f"{self.folder}/test-00000-of-00001.parquet")

@@ -1,0 +1,121 @@
+"""What the numbers of a comparison rest on, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stts.eval.cells import DENSE
+
+if TYPE_CHECKING:
+    from stts.eval.table import ComparisonResult
+
+
+def title_of(result: ComparisonResult) -> str:
+    """What was asked, in a line."""
+    first = next(row for row in result.rows if row.method == DENSE)
+    config = result.config
+    return (
+        f"{config['name']}: {first.num_samples} questions on {first.num_videos} videos, {config['num_frames']} frames "
+        f"({config['sampler'] or 'chosen as each task does'})"
+    )
+
+
+def notes_on(result: ComparisonResult) -> list[str]:
+    """What the numbers rest on, a line each."""
+    timed = max((row.num_timed_batches for row in result.rows), default=0)
+    where = f"{result.environment['device']}, {result.environment['dtype']}"
+    positions = result.config["positions"] or "as each pruner declares"
+    notes = [
+        f"Positions of surviving tokens: {positions}.",
+        "95 % intervals, clustered by video; vs dense is paired, in points.",
+        "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "
+        "embedding and connector.",
+        *_notes_on_tasks(result),
+        f"ms/sample: generate, median of {timed} full batches of {result.config['batch_size']} after one to warm up; "
+        f"{where}."
+        if timed
+        else "ms/sample: no full batch after the one to warm up, so nothing was timed.",
+        *_notes_on_counts(result),
+        *_notes_on_methods(result),
+    ]
+    unparsed = sorted((row for row in result.rows if row.num_unparsed), key=lambda row: -(row.num_unparsed or 0))
+    if unparsed:
+        most = _five([f"{row.method} {row.retention_configured:g}: {row.num_unparsed}" for row in unparsed])
+        notes.append(f"Answers that could not be parsed (counted as wrong): {most}.")
+    if result.skipped:
+        names = ", ".join(item["uid"] for item in result.skipped[:5]) + (", ..." if len(result.skipped) > 5 else "")
+        notes.append(f"Skipped, video not readable: {len(result.skipped)} ({names}); reasons in comparison.json.")
+    refused: dict[tuple[float, str], list[str]] = {}
+    for row in result.rows:
+        if row.reason is not None:
+            refused.setdefault((row.retention_configured, row.reason), []).append(row.method)
+    notes += [f"Not run at {ratio:g}: {_names(names)}: {reason}" for (ratio, reason), names in refused.items()]
+    return notes
+
+
+def _notes_on_tasks(result: ComparisonResult) -> list[str]:
+    notes = list(result.notes)
+    scoring = result.config.get("scoring", "strict")
+    if scoring != "strict":
+        notes.append(f"Answers were read as other scorers do (--scoring {scoring}), not strictly.")
+    if len(result.tasks) > 1:
+        notes += [
+            "A task's column is the number it is known by; mean and suites are unweighted means of those, retained is "
+            "the mean over that of dense. accuracy and vs dense: micro accuracy, meaned over tasks.",
+        ]
+    reference = {row.equal_flops_to for row in result.rows if row.equal_flops_to}
+    if reference:
+        notes.append(
+            f"Rows with equal FLOPs: kept was solved so that ViT, connector, LLM and the pruner's own work together "
+            f"cost what {_names(sorted(reference))} costs; see total for what was measured."
+        )
+    return notes
+
+
+def _notes_on_counts(result: ComparisonResult) -> list[str]:
+    run = [row for row in result.rows if row.retention_measured is not None]
+    notes = []
+    inside = [row.method for row in run if (row.retention_at_entry or 0) - (row.retention_measured or 0) > 1e-9]
+    if inside:
+        notes.append(
+            "measured and tokens/frame are means over the LLM's layers (equivalent retention): "
+            f"{_names(inside)} drop tokens inside the LLM, whose first layers see more."
+        )
+    if not result.config["exact"]:
+        notes.append("Counts are each release's own (--exact false): budgets are not equal, compare at `measured`.")
+        varying = [row for row in run if f"{row.retention_p5:.3f}" != f"{row.retention_p95:.3f}"]
+        varying.sort(key=lambda row: (row.retention_p5 or 0) - (row.retention_p95 or 0))
+        if varying:
+            ranges = [
+                f"{row.method} {row.retention_configured:g}: {row.retention_p5:.3f} to {row.retention_p95:.3f}"
+                for row in varying
+            ]
+            notes.append(f"measured varies by video (5th to 95th percentile): {_five(ranges)}.")
+    return notes
+
+
+def _notes_on_methods(result: ComparisonResult) -> list[str]:
+    """Options that were set, and what signals were made from: one line per signal and source."""
+    notes = []
+    options = [
+        f"{name} {', '.join(f'{key}={value}' for key, value in given.items())}"
+        for name, given in result.config["pruner_options"].items()
+    ]
+    if options:
+        notes.append(f"Options: {'; '.join(options)}.")
+    users: dict[tuple[str, str], list[str]] = {}
+    for row in result.rows:
+        for signal in row.signals.items():
+            users.setdefault(signal, []).append(row.method)
+    notes += [f"Signal {signal} of {_names(methods)}: {source}." for (signal, source), methods in users.items()]
+    return notes
+
+
+def _names(methods: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(methods))
+
+
+def _five(texts: Sequence[str]) -> str:
+    rest = f", and {len(texts) - 5} more rows in comparison.csv" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + rest

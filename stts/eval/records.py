@@ -1,0 +1,137 @@
+"""Answers graded: what every method got right, per question and per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from stts.eval.benchmarks.scores import Scores
+from stts.eval.engine import Answers
+from stts.eval.source import Source
+from stts.metrics.cost import VideoCost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one sample."""
+
+    prediction: str
+    parsed: str | None
+    correct: bool
+    num_frames: int
+    num_groups: int
+    """Visual tokens of the video before pruning."""
+    num_kept: int
+    """Visual tokens that the first layer of the LLM sees."""
+    retention: float
+    """Equivalent retention: visual tokens present, meaned over the layers of the LLM, / num_groups."""
+    cost: VideoCost
+    """By the formula `exact`."""
+    llm_flops: Mapping[str, int] = field(default_factory=dict)
+    """LLM prefill by the formulas `fastv` and `pdrop`."""
+    counted: bool = True
+    """False only in a compat scoring that leaves this answer out."""
+
+
+@dataclass(frozen=True)
+class Record:
+    uid: str
+    """Behind `task/` where several tasks were asked."""
+    video: str
+    family: str
+    """Group by which its task breaks scores down first."""
+    answer: str
+    outcomes: Mapping[str, Outcome]
+    """By `Cell.key`."""
+    question: str = ""
+    """What the user asked last, without media markers."""
+    task: str = "jsonl"
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        made = {
+            key: Outcome(**{**outcome, "cost": VideoCost(**outcome["cost"])})
+            for key, outcome in row["outcomes"].items()
+        }
+        return cls(**{**row, "outcomes": made})
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One method on one task. Everything is 0 to 1."""
+
+    headline: float | None
+    """What the task is known by; None where it cannot be stated."""
+    metrics: Mapping[str, float | int | None]
+    groups: Mapping[str, Mapping[str, Mapping[str, float | int]]]
+    """Field -> value -> acc, n, parse_failures."""
+    scoring: str
+
+    @classmethod
+    def of(cls, scores: Scores) -> Self:
+        groups = {
+            name: {value: dict(vars(score)) for value, score in found.items()} for name, found in scores.groups.items()
+        }
+        return cls(scores.headline, dict(scores.metrics), groups, scores.scoring)
+
+
+def score_tasks(source: Source, answers: Answers, cell: str, scoring: str) -> dict[str, Scores]:
+    """One method's scores by task; questions whose video could not be read are left out.
+
+    ValueError for a task whose answers are not public, and for a `scoring` it does not know."""
+    said = answers.said[cell]
+    found = {}
+    for task in source.tasks:
+        asked = {item.question.uid: item.key for item in source.asked if item.task is task and item.key in said}
+        if asked:
+            questions = [question for question in task.questions if question.uid in asked]
+            texts = {uid: said[key].prediction for uid, key in asked.items()}
+            found[task.name] = task.benchmark.score(questions, texts, scoring)
+    return found
+
+
+def make_records(source: Source, answers: Answers, scores: Mapping[str, Mapping[str, Scores]]) -> tuple[Record, ...]:
+    """`scores` by cell, then by task."""
+    graded = {
+        (cell, task, item.uid): item
+        for cell, tasks in scores.items()
+        for task, found in tasks.items()
+        for item in found.scored
+    }
+    records = []
+    for asked in source.asked:
+        if asked.key not in answers.asked:
+            continue
+        outcomes = {}
+        for cell, said in answers.said.items():
+            one, item = said[asked.key], graded[cell, asked.task.name, asked.question.uid]
+            outcomes[cell] = Outcome(
+                prediction=one.prediction,
+                parsed=item.parsed,
+                correct=item.correct,
+                num_frames=one.num_frames,
+                num_groups=one.num_groups,
+                num_kept=one.num_kept,
+                retention=one.retention,
+                cost=one.cost,
+                llm_flops=one.llm_flops,
+                counted=item.counted,
+            )
+        records.append(
+            Record(
+                uid=asked.key,
+                video=asked.video,
+                family=_family(asked.task.benchmark.primary, asked.question.group),
+                answer=asked.question.answer or "",
+                outcomes=outcomes,
+                question=answers.asked[asked.key]["input"],
+                task=asked.task.name,
+            )
+        )
+    return tuple(records)
+
+
+def _family(primary: str | None, group: Mapping[str, str | Sequence[str]]) -> str:
+    value = group.get(primary, "") if primary else ""
+    return value if isinstance(value, str) else ", ".join(value)

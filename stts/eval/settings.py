@@ -1,0 +1,203 @@
+"""What `stts eval`, `stts compare` and `stts scale` have in common: model, questions, frames, how answers are made and
+read; and the road from these settings to a loaded model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from jsonargparse import ArgumentParser, set_parsing_settings
+from transformers import PreTrainedModel, ProcessorMixin
+
+from stts.data.datasets import OnError
+from stts.eval.ranks import Ranks
+from stts.eval.source import Prompt, Source, Task, open_jsonl, open_tasks
+from stts.eval.store import file_stamps
+from stts.models.base import host_info
+from stts.models.load import load_vlm
+from stts.models.signals import SiglipSource, load_siglip
+
+Positions = Literal["original", "compact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A model and questions for it."""
+
+    model: str | Path
+    """Folder of the (fine-tuned) model, or hub id. Learned pruners take their weights from this folder."""
+    out: Path
+    """Folder of this run. The same command again goes on where a killed one stopped."""
+    data: Path | None = None
+    """JSONL of questions on videos, each with a short answer; or give tasks."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks (videomme, mvbench, ...) and suites (prune4, molmo2_13, ...); --data_root says where they are."""
+    data_root: Path | None = None
+    """Folder that holds the benchmarks' own folders (videomme/, MVBench/, ...), or the one benchmark asked for."""
+    num_frames: int = 16
+    """Frames per video, at most."""
+    sampler: str | None = None
+    """How frames are chosen, see stts/data/sampling.py; None: as each task does, mostly uniform_inclusive."""
+    prompt: Prompt = "letter"
+    """letter: the same short prompt everywhere; official: the words given in `wordings`."""
+    wordings: dict[str, str] = field(default_factory=dict)
+    """The benchmark's own words by task, with {question} and {options}, for --prompt official."""
+    scoring: str = "strict"
+    """strict: an answer that cannot be read is wrong; compat, or a name such as lmms-eval: as that public scorer."""
+    max_new_tokens: int | None = None
+    """Longest answer; None: as each task does (16 for letters)."""
+    limit: int | None = None
+    """Ask the first `limit` questions of each task only."""
+    skip_missing: bool = False
+    """Leave out questions whose video is not there, and count them; without it they are an error."""
+    on_error: OnError = "raise"
+    """What a video does that is there but broken: raise, or skip (counted and listed)."""
+    timeout_s: float | None = None
+    """Longest time in seconds that reading one video may take."""
+    num_workers: int | None = None
+    """Processes that decode ahead; None: 4 beside a GPU, 0 on a CPU."""
+    siglip: str | Path | None = None
+    """Folder or hub id of a SigLIP checkpoint whose pooling head and text tower make the signals that the model itself
+    lacks; None: fallbacks, named under the table."""
+    exact: bool = True
+    """Every method keeps exactly the planned count; false: each release's own count, which is measured."""
+    positions: Positions | None = None
+    """Positions of surviving tokens in the LLM; None: as each pruner declares."""
+    seed: int = 0
+    """Of the random pruners; decoding is greedy."""
+    save_kept: int | Literal["all"] = 0
+    """Of how many samples, from the first on, to write which tokens were kept, for `stts report`."""
+    name: str | None = None
+    """Title; None: name of the model folder."""
+    overwrite: bool = False
+    """Throw an earlier run in `out` away. Without it the same run goes on, another one is refused."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for flag in ("num_frames", "batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag} {value} must be at least 1")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"--num_workers {self.num_workers} must not be negative")
+        if self.save_kept != "all" and self.save_kept < 0:
+            raise ValueError(f"--save_kept {self.save_kept} must be 0, a number of samples, or all")
+        for flag, allowed in (
+            ("on_error", get_args(OnError)),
+            ("positions", (None, *get_args(Positions))),
+            ("prompt", get_args(Prompt)),
+        ):
+            if getattr(self, flag) not in allowed:
+                raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
+        for flag in ("model", "baseline_model", "siglip"):
+            path = getattr(self, flag, None)
+            hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+            if path is not None and not Path(path).is_dir() and not hub_id:
+                raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")
+        self._check_questions()
+
+    def _check_questions(self) -> None:
+        if (self.data is None) == (not self.tasks):
+            raise ValueError("give either --data FILE.jsonl, or --tasks with --data_root")
+        if self.tasks and self.data_root is None:
+            raise ValueError(f"--tasks {list(self.tasks)} needs --data_root, the folder that holds the benchmarks")
+        if self.data is not None and not Path(self.data).is_file():
+            hint = "it is a folder: name the JSONL file in it" if Path(self.data).is_dir() else "check the path"
+            raise ValueError(f"--data {str(self.data)!r} is no file; {hint}")
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.model).resolve().name
+
+    def open_tasks(self) -> list[Task]:
+        if self.data is not None:
+            return [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
+        assert self.data_root is not None
+        return open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
+
+    def make_source(self, tasks: Sequence[Task]) -> Source:
+        return Source(
+            tasks=tasks,
+            num_frames=self.num_frames,
+            sampler=self.sampler,
+            on_error=self.on_error,
+            timeout_s=self.timeout_s,
+            prompt=self.prompt,
+            wordings=self.wordings,
+        )
+
+    def shown(self, source: Source) -> set[str]:
+        """Keys of the samples whose kept tokens are written."""
+        return set(source.keys[: None if self.save_kept == "all" else self.save_kept])
+
+    def workers(self, device: torch.device) -> int:
+        return self.num_workers if self.num_workers is not None else 4 if device.type == "cuda" else 0
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON gives them back."""
+        return {item.name: json.loads(json.dumps(getattr(self, item.name), default=str)) for item in fields(self)}
+
+    def identity(self, tasks: Sequence[Task], *folders: str | Path | None) -> dict[str, Any]:
+        """What decides the result: settings, device (times never mix), and the content of files."""
+        beside = ("out", "overwrite", "name", "num_workers", "timeout_s", "data_root")
+        settings = {name: value for name, value in self.settings().items() if name not in beside}
+        return {
+            **settings,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "files": file_stamps(self.model, self.siglip, *folders),
+            "questions": {task.name: dict(task.loaded.files) for task in tasks},
+        }
+
+    def load(self, ranks: Ranks) -> tuple[PreTrainedModel, ProcessorMixin, SiglipSource | None]:
+        """The model on this rank's device, its processor, and what makes the signals it lacks."""
+        model, processor = load_vlm(self.model)
+        model.to(ranks.device())
+        siglip = None if self.siglip is None else load_siglip(self.siglip)
+        if siglip is not None:
+            siglip.check(host_info(model))
+        return model, processor, siglip
+
+
+def notes_on_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """What a reader of the numbers must know about the questions themselves."""
+    cut = [task for task in tasks if len(task.questions) < len(task.loaded.questions)]
+    return (
+        *(note for task in tasks for note in task.loaded.notes),
+        *(f"{task.name}: the first {len(task.questions)} of {len(task.loaded.questions)} questions." for task in cut),
+    )
+
+
+def parse(config: type[Any], prog: str, args: Sequence[str]) -> Mapping[str, Any]:
+    """Settings of the dataclass `config` from the command line and the YAML that `--config` names."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=config.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with these settings.")
+    parser.add_class_arguments(config, as_group=False)
+    settings: dict[str, Any] = parser.parse_args(_join_lists(config, args)).as_dict()
+    settings.pop("config", None)
+    return settings
+
+
+def _join_lists(config: type[Any], args: Sequence[str]) -> list[str]:
+    """`--pruners a b` and `--pruners a,b` become the `--pruners [a,b]` that the parser reads."""
+    hints = get_type_hints(config)
+    flags = {f"--{item.name}" for item in fields(config) if get_origin(hints[item.name]) is tuple}
+    joined: list[str] = []
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.split("=", 1)[0] in flags else [arg])]
+    while words:
+        joined.append(words.pop(0))
+        if joined[-1] in flags:
+            values = []
+            while words and not words[0].startswith("--"):
+                values.append(words.pop(0).strip("[]"))
+            joined.append(f"[{','.join(values)}]")
+    return joined
+
+
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if argv is None else argv)
