@@ -146,6 +146,7 @@ def make_result(
         config={
             **config.settings(),
             "data": str(config.data or config.data_root),
+            "sampler": config.sampler or ", ".join(sorted({task.benchmark.sampler for task in source.tasks})),
             "name": config.title,
         },
         environment=environment,

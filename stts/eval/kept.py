@@ -46,7 +46,7 @@ def kept_tensors(
         grid, scores, time_F = report.grids[row], report.scores[row], times_s[row]
         tensors[f"grid/{uid}"] = torch.tensor([grid.t, grid.h, grid.w], dtype=torch.int32)
         if time_F is not None:
-            tensors[f"times/{uid}"] = time_F.double().cpu().contiguous()
+            tensors[f"times/{uid}"] = time_F.double().cpu().clone()  # several questions may share one video's
         tensors[f"index/{cell_key}/{uid}"] = report.index[row].int().cpu()
         if scores is not None:
             tensors[f"scores/{cell_key}/{uid}"] = scores.float().cpu().contiguous()

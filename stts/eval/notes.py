@@ -17,7 +17,7 @@ def title_of(result: ComparisonResult) -> str:
     config = result.config
     return (
         f"{config['name']}: {first.num_samples} questions on {first.num_videos} videos, {config['num_frames']} frames "
-        f"({config['sampler'] or 'chosen as each task does'})"
+        f"({config['sampler']})"
     )
 
 

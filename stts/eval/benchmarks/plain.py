@@ -1,4 +1,4 @@
-"""A JSONL file of your own, in the form that training reads: a video and an answer a row, graded by the whole answer."""
+"""A JSONL file of your own, in the form that training reads: a video and an answer a row; whole answers are graded."""
 
 from __future__ import annotations
 

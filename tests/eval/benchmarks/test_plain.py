@@ -34,8 +34,8 @@ def test_errors(tmp_path: Path) -> None:
         load("jsonl", tmp_path)
     for bad, message in (
         (row("1", "green", options=["red", "blue"]), "none of the options"),
-        ({"id": "1", "conversations": [{"from": "human", "value": "Who?"}]}, "one question on one video"),
-        (row("1", "red", video="b.mp4"), "no video at"),
+        ({"id": "1", "conversations": [{"from": "human", "value": "Who?"}]}, "must show one video"),
+        (row("1", "red", video="b.mp4"), "no video file at"),
     ):
         write_jsonl(tmp_path, "questions.jsonl", [bad])
         touch(tmp_path, "a.mp4")
