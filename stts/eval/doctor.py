@@ -27,11 +27,13 @@ from stts.packing.segments import Segments
 
 _SHOWN = (
     "torch", "transformers", "torchvision", "numpy", "av", "safetensors", "huggingface_hub", "jsonargparse",
-    "lightning", "deepspeed", "wandb", "flash-attn", "sentencepiece", "protobuf",
+    "lightning", "deepspeed", "wandb", "peft", "pyarrow", "flash-attn", "triton", "sentencepiece", "protobuf",
 )  # fmt: skip
 _OPTIONAL = {
     "lightning": ("`stts fit`", "pip install 'stts-video[fit]'"),
     "deepspeed": ("`stts fit` with ZeRO on many GPUs", "pip install 'stts-video[train]'"),
+    "pyarrow": ("benchmarks and data in Parquet files", "pip install 'stts-video[parquet]'"),
+    "peft": ("`stts fit` with LoRA", "pip install 'stts-video[lora]'"),
     "wandb": ("logging to Weights & Biases", "pip install 'stts-video[train]'"),
     "sentencepiece": ("the text tower of `--siglip`", "pip install 'stts-video[siglip]'"),
     "protobuf": ("the text tower of `--siglip`", "pip install 'stts-video[siglip]'"),
@@ -194,6 +196,12 @@ def _missing(
     if not lowest <= version < above:
         tested = f"transformers>={lowest[0]}.{lowest[1]},<{above[0]}.{above[1]}"
         told.append({"name": tested, "for": "the tested range", "how": f"pip install '{tested}'"})
+    if int((versions["av"] or "0").split(".")[0]) < 17:
+        told.append({"name": "av>=17", "for": "noticing every cut-off MP4", "how": "pip install -U av"})
+    lost = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if versions["deepspeed"] and lost:
+        how = "apt install g++; pip install ninja (and put its folder on the PATH)"
+        told.append({"name": ", ".join(lost), "for": "DeepSpeed's CPU optimizer, compiled on first use", "how": how})
     if not found["attention"]["works"]:
         how = f"{found['attention']['error']}; reinstall torch, or flash-attn for this torch"
         told.append({"name": "working attention", "for": "every pruned forward pass", "how": how})
@@ -227,7 +235,8 @@ def render(found: Mapping[str, Any]) -> str:
         *(f"  {name:16}{version or '-'}" for name, version in found["versions"].items()),
         "",
         f"device      {'; '.join(gpus) or 'CPU'}; {device['threads']} threads on {device['cores']} cores",
-        f"attention   {_verdict(attention)}: {attention.get('chosen', 'none')} of {', '.join(attention['available'])}",
+        f"attention   {_verdict(attention)}: {attention.get('chosen', 'none')}; available: "
+        + ", ".join(attention["available"]),
         f"video       {_verdict(video)}: FFmpeg {video['ffmpeg']}; decodes {', '.join(video['decoders'])}",
         f"cache       {'ok' if cache['writable'] else 'NOT WRITABLE'}: {cache['folder']}, {cache['free_gib']} GiB free"
         + (", offline (HF_HUB_OFFLINE)" if cache["offline"] else ""),

@@ -29,7 +29,7 @@ from stts.data.datasets import Example, Message, Sample
 from stts.data.video import sample_frames
 from stts.eval.runner import make_runners
 from stts.eval.table import DENSE, Cell
-from stts.models.load import load_vlm
+from stts.models.load import load_vlm, pruner_settings, recorded_pruner
 from stts.report.data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.report.page import render_page, write_whole
 from stts.tokens import Grid
@@ -55,6 +55,8 @@ class View:
     question: str
     said: str
     said_dense: str
+    retention: float
+    """Equivalent retention, measured."""
 
     @property
     def mask_THW(self) -> NDArray[np.bool_]:
@@ -68,14 +70,23 @@ def look(
     *,
     question: str,
     model: str | Path,
-    pruner: str,
-    retention_ratio: float,
+    pruner: str | None = None,
+    retention_ratio: float | None = None,
     num_frames: int = 16,
     sampler: str = "uniform_inclusive",
+    clip: tuple[float, float] | None = None,
     max_new_tokens: int = 32,
 ) -> View:
-    """Ask once densely and once pruned. ValueError: the video is broken, the pruner unknown or out of reach."""
-    clip = sample_frames(video, sampler=sampler, num_frames=num_frames)
+    """Ask once densely and once pruned; pruner and ratio are those of a folder of ours unless given.
+
+    clip: seconds (start, end) to look at. ValueError: the video is broken, the pruner unknown or out of reach."""
+    shown = sample_frames(video, sampler=sampler, num_frames=num_frames, clip=clip)
+    own = pruner_settings(model) or {}
+    if pruner is None and not own:
+        raise ValueError(f"--model {model} was not written by `stts fit` or `stts export`, so name a --pruner")
+    pruner = pruner or recorded_pruner(model, own)
+    if retention_ratio is None:
+        retention_ratio = own["retention_ratio"] if pruner == own.get("pruner") else 0.5
     vlm, processor = load_vlm(model)
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
     dense, *others = make_runners(
@@ -88,7 +99,7 @@ def look(
     if runner.pruning is None:
         raise ValueError(str(runner.cell.reason))
     sample = Sample("video", (Message("user", f"<video>\n{question}"),), Path(video))
-    example = Example(sample, clip.frames, clip.timestamps_s, duration_s=clip.source.duration_s)
+    example = Example(sample, shown.frames, shown.timestamps_s, duration_s=shown.source.duration_s)
     batch = Collator(processor, training=False)([example])
     assert batch is not None
     batch = batch.to(vlm.device)
@@ -96,8 +107,8 @@ def look(
     made = runner.generate(batch, processor, max_new_tokens)
     grid, scores = made.report.grids[0], made.report.scores[0]
     return View(
-        frames_THWC=first_of_cells(clip.frames, grid.t),
-        times_s=clip.timestamps_s.tolist(),
+        frames_THWC=first_of_cells(shown.frames, grid.t),
+        times_s=shown.timestamps_s.tolist(),
         grid=grid,
         index_K=made.report.index[0].cpu(),
         scores_G=None if scores is None else scores.float().cpu(),
@@ -105,6 +116,7 @@ def look(
         question=question,
         said=made.texts[0].strip(),
         said_dense=plain.texts[0].strip(),
+        retention=made.report.retention_per_video[0],
     )
 
 
@@ -163,14 +175,13 @@ def draw_film(view: View, path: Path) -> None:
 def draw_page(view: View) -> str:
     key = view.cell.key
     scores = {} if view.scores_G is None else {key: view.scores_G}
-    kept = len(view.index_K) / view.grid.num_groups
 
     def outcome(said: str, retention: float) -> dict[str, object]:
         return {"said": said, "right": None, "retention": retention}
 
     sample = {
         "uid": "video", "task": "", "family": "", "question": view.question, "answer": "", "frames": 0, "missing": "",
-        "outcomes": {DENSE: outcome(view.said_dense, 1.0), key: outcome(view.said, kept)},
+        "outcomes": {DENSE: outcome(view.said_dense, 1.0), key: outcome(view.said, view.retention)},
         **kept_data(view.grid, view.times_s, {key: view.index_K}, scores),
     }  # fmt: skip
     title = f"{view.cell.title} {view.cell.retention_configured:g}"
@@ -192,7 +203,8 @@ def _headlines(view: View) -> list[str]:
 
 
 def _counts(view: View) -> str:
-    behind = " behind the last cut" if view.cell.kind == "inside the LLM" else ""
+    inside = view.cell.kind == "inside the LLM"
+    behind = f" behind the last cut, {view.retention:.1%} meaned over the layers of the LLM" if inside else ""
     return f"{len(view.index_K)} of {view.grid.num_groups} tokens kept{behind}"
 
 
@@ -227,21 +239,24 @@ def write_view(view: View, out: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`stts visualize VIDEO --question ... --model FOLDER --pruner NAME --out x.png|.mp4|.html`."""
+    """`stts visualize VIDEO --question ... --model FOLDER [--pruner NAME] [--out x.png|.mp4|.html]`."""
     parser = argparse.ArgumentParser(
         prog="stts visualize", description="Show which tokens of one video a pruner keeps for one question."
     )
-    parser.add_argument("video", type=Path)
-    parser.add_argument("--question", required=True)
+    parser.add_argument("video", type=Path, help="video file")
+    parser.add_argument("--question", required=True, help="what to ask about it")
     parser.add_argument("--model", required=True, help="model folder or hub id")
-    parser.add_argument("--pruner", required=True, help="name (see `stts pruners`) or module:Class")
-    parser.add_argument("--retention_ratio", type=float, default=0.5, help="fraction kept (default: 0.5)")
+    parser.add_argument("--pruner", help="name (see `stts pruners`) or module:Class (default: the model's own)")
+    parser.add_argument("--retention_ratio", type=float, help="fraction kept (default: the model's own, else 0.5)")
     parser.add_argument("--num_frames", type=int, default=16, help="frames, at most (default: 16)")
-    parser.add_argument("--sampler", default="uniform_inclusive", help="how frames are chosen")
+    parser.add_argument("--sampler", default="uniform_inclusive", help="how frames are chosen (uniform_inclusive)")
+    parser.add_argument("--clip", type=float, nargs=2, metavar=("START", "END"), help="seconds of the video to look at")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
-    parser.add_argument("--out", type=Path, required=True, help="file ending in .png, .mp4 or .html")
+    parser.add_argument(
+        "--out", type=Path, help="file ending in .png, .mp4 or .html (default: .png named as the video)"
+    )
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
+    out = args.pop("out") or Path(args["video"].stem + ".png")
     if out.suffix not in _CHOICES:
         raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
     if args["num_frames"] < 1 or args["max_new_tokens"] < 1:

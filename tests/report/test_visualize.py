@@ -12,6 +12,8 @@ from PIL import Image
 
 from stts.cli import main as stts
 from stts.data.video import sample_frames
+from stts.models.load import load_vlm, save_pruned
+from stts.models.pruning import Pruning
 from stts.report.visualize import View, darken, draw_sheet, look
 from tests.report.test_page import data_in, mask_of
 
@@ -33,6 +35,31 @@ def test_it_shows_what_the_pruner_keeps(view: View, clip: Path) -> None:
     assert (view.grid.t, view.grid.per_frame) == (5, 16) and view.mask_THW.sum() == 40
     assert np.array_equal(view.frames_THWC, sample_frames(clip, num_frames=5).frames)
     assert view.mask_THW.reshape(-1).nonzero()[0].tolist() == view.index_K.tolist()
+
+
+def test_a_folder_of_ours_brings_its_pruner_and_ratio_and_a_clip_bounds_the_frames(
+    tiny_folder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = load_vlm(tiny_folder)
+    save_pruned(tmp_path / "own", model, processor, Pruning(model, "novelty", retention_ratio=0.25))
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "visualize",
+        str(clip),
+        "--question",
+        "a ?",
+        "--model",
+        "own",
+        "--num_frames",
+        "4",
+        "--max_new_tokens",
+        "1",
+    ]
+    assert stts([*words, "--clip", "0.5", "1.5"]) == 0
+    assert "wrote test-000000.png: 16 of 64 tokens kept" in capsys.readouterr().out
+    view = look(clip, question="a ?", model="own", num_frames=4, clip=(0.5, 1.5), max_new_tokens=1)
+    assert view.cell.method == "novelty" and view.retention == 0.25
+    assert min(view.times_s) >= 0.5 and max(view.times_s) <= 1.5
 
 
 def test_dropped_cells_are_dark_at_any_frame_size() -> None:
@@ -78,6 +105,7 @@ def test_one_file_of_the_kind_its_name_says(
         ({"--pruner": "none"}, "keeps everything"),
         ({"--pruner": "fastv", "--retention_ratio": "0.1"}, "cannot be reached"),
         ({"--num_frames": "0"}, "must be at least 1"),
+        ({"--pruner": ""}, "so name a --pruner"),
         ({"--pruner": "nosuch"}, "nosuch"),
     ],
 )
@@ -85,6 +113,6 @@ def test_what_cannot_be_shown_is_refused_in_a_line(
     change: dict[str, str], said: str, tiny_folder: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"--question": "a ?", "--model": str(tiny_folder), "--pruner": "random", "--out": str(tmp_path / "x.png")}
-    words = [word for pair in (given | change).items() for word in pair]
+    words = [word for pair in (given | change).items() if pair[1] for word in pair]
     assert stts(["visualize", str(clip), *words]) == 2
     assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
