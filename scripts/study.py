@@ -290,7 +290,8 @@ def _run(step: Step) -> int:
     from stts.cli import main as stts
 
     try:
-        return stts(step.argv)
+        code = stts(step.argv)
+        return code if code or step.done.exists() else 130  # `stts fit` ends well when a signal stops it
     except SystemExit as stop:  # of a parser
         return int(stop.code or 0) if isinstance(stop.code, int | None) else 2
     finally:
