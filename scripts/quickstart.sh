@@ -15,16 +15,19 @@ stts="$VENV/bin/stts"
 vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain_small.yaml
 out="runs/quickstart"
 
-step "1/3 drawing ShapesQA, MP4 clips with questions, into $out/data"
-"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 500 \
+step "1/4 drawing ShapesQA, MP4 clips with questions, into $out/data"
+"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 300 \
   --families '[colour,order,count,flash]'
 
-step "2/3 fine-tuning $vlm with STTS into $out/stts"
+step "2/4 fine-tuning $vlm with STTS into $out/stts"
 "$stts" fit --config configs/shapes_stts.yaml --model.model "$vlm" --out "$out/stts"
 
-step "3/3 comparing dense, learned and training-free at equal token budgets"
+step "3/4 comparing dense, learned and training-free at equal token budgets"
 "$stts" compare --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" \
-  --out "$out/compare" --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' --retention_ratios '[0.5]' --positions original \
-  --name 'ShapesQA, small LLaVA-OneVision'
+  --out "$out/compare" --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' \
+  --retention_ratios '[0.5,0.3]' --positions original --save_kept 20 --name 'ShapesQA, small LLaVA-OneVision'
 
-step "done. The model: $out/stts/model. The table, plot and every answer: $out/compare"
+step "4/4 writing the report"
+"$stts" report "$out/compare" --out "$out/report.html"
+
+step "done. The page to open: $out/report.html. The model: $out/stts/model. Every answer: $out/compare"

@@ -30,6 +30,9 @@ def write_report(study: Study, out: Path) -> Path:
     parts = [_HEAD.format(command=study.command, runs=study.runs), _pretrained(study, results),
              _equal_tokens(study, results, out), _equal_flops(study, results), _ablations(study, results),
              _scaling(study, results, out)]  # fmt: skip
+    others = sorted(path.name for path in out.glob("*.md") if path.name != "README.md")
+    if others:
+        parts.append("## Also here\n\n" + "\n".join(f"* [{name.removesuffix('.md')}]({name})" for name in others))
     _write(out / "README.md", ("\n\n".join(parts) + "\n").encode())
     return out / "README.md"
 

@@ -43,10 +43,11 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    from jsonargparse import auto_cli
+    from jsonargparse import auto_cli, set_parsing_settings
 
     from stts.data.shapes_files import shapes
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     print(f"wrote {auto_cli({'shapes': shapes}, args=argv, as_positional=False)}")
     return 0
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from stts import cli
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes import Clip, Question, ShapesConfig, ShapesFrames, make_clip, sampled_indices, vocabulary
 from stts.data.shapes_draw import COLOURS
@@ -145,6 +146,17 @@ def test_controls_show_one_frame_or_nothing_and_ask_the_same():
     colours = np.array(list(COLOURS.values()))
     distance = np.abs(blank.render(index_T)[..., None, :].astype(int) - colours).max(-1)
     assert distance.min() > 40, "nothing has a colour"
+
+
+def test_the_command_line_explains_every_form(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["data", "shapes", "--help"])
+    assert "Bright black-and-white things" in capsys.readouterr().out
+    out = tmp_path / "data"
+    argv = ["data", "shapes", "--out", str(out), "--train", "0", "--test", "0", "--val", "1", "--form.show", "nothing"]
+    assert cli.main([*argv, "--form.ask_by", "colour", "--form.pair_ticks", "[1, 2]", "--files", "png"]) == 0
+    config = json.loads((out / "shapes.json").read_text())["config"]
+    assert (config["show"], config["ask_by"], config["pair_ticks"]) == ("nothing", "colour", [1, 2])
 
 
 def test_files_name_each_question_once(tmp_path):
