@@ -88,3 +88,65 @@ def test_long_video_is_measured_whole_and_in_pieces(tmp_path: Path, capsys: pyte
     assert found["none", "pieces", 60]["holds_mib"] == 4 * 540 * (96 + 96) / 2**20
     assert found["stts", "pieces", 60]["holds_mib"] == 4 * (100 * 96 + 540 + 540 * 96) / 2**20
     assert "tokens to the LLM" in capsys.readouterr().out
+
+
+# --- dense against pruned --------------------------------------------------------------------------------------------
+
+
+def test_speed_up_stands_beside_what_flops_allow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cpu.json"
+    assert load_script("bench_cpu").main(["--quick", "--threads", "1", "--json", str(file)]) == 0
+    rows = {(row["work"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == [(work, way) for work in ("prefill", "training") for way in ("dense", "stts", "random-vit")]
+    dense, pruned = rows["prefill", "dense"], rows["prefill", "random-vit"]
+    assert dense["ceiling"] == dense["share"] == 1 and dense["flops"]["pruner"] == 0
+    assert pruned["ceiling"] == sum(dense["flops"].values()) / sum(pruned["flops"].values()) > 1
+    assert pruned["share"] == pruned["time"]["ratio"] / pruned["ceiling"]
+    assert rows["training", "stts"]["flops"]["tower"] == 3 * rows["prefill", "stts"]["flops"]["tower"]
+    for row in rows.values():
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["time"]["ms"], rel=0.01), "one round: parts add up"
+    assert "tiny, training: 1 x 4 frames, 1 rounds" in capsys.readouterr().out
+
+
+# --- video -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_of_decoding_gives_the_same_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench, clip = load_script("bench_video"), tmp_path / "clip.mp4"
+    bench.write_clip(clip, (64, 48), 12, 80)
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps({"cells": {"Molmo2-4B training 64 stts 0.5": {"total_ms": 2000.0}}}))
+    file = tmp_path / "video.json"
+    assert bench.main(["--quick", "--videos", str(clip), "--gpu", str(gpu), "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert [row["way"] for row in content["rows"]] == list(bench.WAYS)  # main() has compared their pixels
+    assert content["step_s"] == 2.0 and [one["workers"] for one in content["waiting"]] == [0, 1]
+    assert all(0 <= one["waits"] < 1 for one in content["waiting"])
+    assert "Estimate, not measured on one machine" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="run bench_gpu.py without --quick"):
+        bench.step_of({"cells": {}})
+
+
+# --- growth ----------------------------------------------------------------------------------------------------------
+
+
+def test_counted_flops_are_those_of_the_specification() -> None:
+    plot = load_script("plot_cost")
+    dense, stts = plot.molmo2_cost(128, "dense"), plot.molmo2_cost(128, "stts")
+    assert (dense.vit, dense.llm, dense.connector) == (78_869_392_588_800, 138_743_818_223_616, 2_054_829_441_024)
+    assert (stts.vit, stts.llm, stts.pruner) == (45_766_833_684_480, 53_521_063_870_464, 1_140_644_892_672)
+    assert plot.molmo2_cost(128, "visionzip").vit == dense.vit
+
+
+def test_growth_is_drawn_from_its_file(tmp_path: Path) -> None:
+    plot = load_script("plot_cost")
+    assert plot.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    points = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert [(point["frames"], point["way"]) for point in points] == [
+        (frames, way) for frames in (8, 16) for way in ("dense", "visionzip", "stts")
+    ]
+    assert points[3]["training_mib"] > points[0]["training_mib"] > points[0]["prefill_mib"] > 0
+    picture = (tmp_path / "growth.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert plot.main(["--redraw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "growth.png").read_bytes() == picture
