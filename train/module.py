@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from stts.pruners.base import Positions
 
 from .lengths import largest_grid, num_placed_tokens
 from .lora import MARK, Lora, add_lora, merge
+from .loss import answer_loss
 from .retention import Setting, make_retention
 from .strategies import FSDP2, DeepSpeed, adamw, cut, engine_norm, is_cut, whole_tensors
 
@@ -212,7 +212,7 @@ class VideoFinetune(pl.LightningModule):
         labels_BL = inputs.pop("labels")[:, 1:]
         place_A = (labels_BL != IGNORED).any(0).nonzero().flatten()
         logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
-        answer = F.cross_entropy(logits_BAV.flatten(0, 1).float(), labels_BL[:, place_A].flatten())
+        answer = answer_loss(logits_BAV, labels_BL[:, place_A])
         report = self.pruning.last
         return {"answer": answer, **(report.losses if report is not None else {})}
 

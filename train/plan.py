@@ -364,7 +364,7 @@ class _Work:
             "connector activations": items * connector if self.upstream["connector"] else 0,
             "LLM activations": language,
             "block recomputed": busiest,
-            "logits": self.samples * run.answer_tokens * self.samples * head_bytes(config, widths),
+            "logits": head_bytes(config, widths, self.samples * run.answer_tokens * self.samples),
         }
 
     def flops(self) -> dict[str, int]:

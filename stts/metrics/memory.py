@@ -121,7 +121,13 @@ def connector_bytes(config: Any, widths: Widths) -> tuple[int, int]:
     return c * (taps * vision.hidden_size + 2 * text), 1
 
 
-def head_bytes(config: Any, widths: Widths) -> int:
-    """At its peak per answer token: logits, their fp32 copy, its log-softmax, and the gradient."""
+HEAD_CHUNK = 256
+"""Answer tokens whose loss is computed at a time."""
+
+
+def head_bytes(config: Any, widths: Widths, num_tokens: int) -> int:
+    """At its peak, for all answer tokens: logits and their gradient; of one chunk an fp32 copy, its log-softmax and the
+    gradient."""
     text = config.text_config
-    return text.vocab_size * (widths.compute + 4 + 4 + 4) + widths.compute * text.hidden_size
+    whole = num_tokens * (2 * widths.compute * text.vocab_size + widths.compute * text.hidden_size)
+    return whole + min(num_tokens, HEAD_CHUNK) * 3 * 4 * text.vocab_size
