@@ -218,3 +218,43 @@ set_up() {
   size="$({ du -shc "$site/torch" "$site/nvidia" "$site/triton" 2>/dev/null || true; } | tail -n 1 | cut -f 1)"
   echo "torch $version ($build), $size in $site"
 }
+
+# build_operators: DeepSpeed compiles operators on first use, and whoever starts meanwhile waits for minutes, or for ever
+# if the build was killed. Here each is compiled alone, and used once in a process whose exit code counts. The logs stay
+# in $TORCH_EXTENSIONS_DIR. Does nothing when they belong to this torch, this DeepSpeed and this CPU already.
+build_operators() {
+  local stamp="$TORCH_EXTENSIONS_DIR/built" state name log
+  state="$("$VENV/bin/python" -c 'import platform, sys
+from importlib.metadata import version
+print(sys.version_info[:2], *map(version, ("torch", "deepspeed")), platform.machine())')"
+  state="$state $(grep -m 1 "^model name" /proc/cpuinfo 2>/dev/null || true)" # compiled with -march=native
+  [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
+  mkdir -p "$TORCH_EXTENSIONS_DIR"
+  for name in ShareMemCommBuilder CPUAdamBuilder; do
+    log="$TORCH_EXTENSIONS_DIR/$name.log"
+    step "compiling DeepSpeed's operators: $name (log: $log)"
+    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock # of builds that were killed
+    if ! DS_ACCELERATOR=cpu "$VENV/bin/python" -P - "$name" >"$log" 2>&1 <<'PY'; then
+import sys
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+operator = get_accelerator().create_op_builder(sys.argv[1]).load(verbose=True)
+if sys.argv[1] == "CPUAdamBuilder":
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 1000)) for _ in range(2))
+    steps = DeepSpeedCPUAdam([ours], lr=0.1), torch.optim.AdamW([theirs], lr=0.1, weight_decay=0)
+    for parameter, optimizer in zip((ours, theirs), steps):
+        parameter.grad = parameter.detach() ** 3
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+print("compiled and used:", operator)
+PY
+      tail -n 30 "$log" >&2
+      fail "$name did not compile or did not work: the end of $log is above."
+    fi
+  done
+  echo "$state" >"$stamp"
+}

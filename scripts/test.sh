@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, type check, every test. Arguments go to pytest: bash scripts/test.sh -k packing
-# Needs what quickstart.sh needs, and g++ with the Python headers, with which DeepSpeed compiles its operators on first
-# use. About ten minutes on 2 CPU cores.
+# Needs what quickstart.sh needs, and g++ with the Python headers, with which DeepSpeed compiles its operators before
+# the first run. About ten minutes on 2 CPU cores.
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -14,6 +14,8 @@ export PATH="$VENV/bin:$PATH" # torch looks for ninja there
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the models are tiny: two tests at once are faster than two threads
 # Compiled operators belong to one torch: they live and go with .venv.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
+
+build_operators
 
 step "ruff"
 python -m ruff check .

@@ -217,3 +217,25 @@ def test_a_torch_index_that_is_neither_url_nor_folder_is_refused(checkout: Path)
     done = call(checkout, "set_up fit", STTS_TORCH_INDEX="/no such folder")
     assert done.returncode == 1
     assert "STTS_TORCH_INDEX=/no such folder is neither a URL nor a folder" in done.stderr
+
+
+def test_an_operator_that_does_not_compile_says_why_and_one_that_does_is_kept(checkout: Path) -> None:
+    tools, operators = checkout.parent / "bin", checkout.parent / "operators"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (tools / "mkdir").symlink_to(str(shutil.which("mkdir")))
+    python = checkout / ".venv" / "bin" / "python"
+    environment = {"TORCH_EXTENSIONS_DIR": str(operators)}
+    (operators / "cpu_adam").mkdir(parents=True)
+    (operators / "cpu_adam" / "lock").touch()
+    executable(python, 'case $1 in -c) echo 1.0 ;; *) echo "cc1plus: no such file"; exit 1 ;; esac')
+    done = call(checkout, "build_operators", **environment)
+    assert done.returncode == 1 and "cc1plus: no such file" in done.stderr
+    assert f"the end of {operators}/ShareMemCommBuilder.log is above" in done.stderr
+    executable(python, "case $1 in -c) echo 1.0 ;; *) echo compiled ;; esac")
+    done = call(checkout, "build_operators", **environment)
+    assert done.returncode == 0 and done.stdout.count("compiling") == 2
+    assert not (operators / "cpu_adam" / "lock").exists(), "whoever comes next would wait for ever"
+    done = call(checkout, "build_operators", **environment)
+    assert (done.returncode, done.stdout) == (0, "")
+    executable(python, "case $1 in -c) echo 1.1 ;; *) echo compiled ;; esac")
+    assert call(checkout, "build_operators", **environment).stdout.count("compiling") == 2, "another torch"

@@ -113,12 +113,13 @@ def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
         raise ValueError(
             f"{saved.folder} was written by {saved.ranks} rank(s) with {saved.per_step} batch(es) per step, this run "
             f"has {trainer.world_size} with {per_step}: its place in the data and its shards would not fit. Use "
-            f"{saved.ranks} rank(s), or start another run (another --out) from the exported model"
+            f"{saved.ranks} rank(s), or start another run (another --out) from the model that `stts export` makes of it"
         )
     if saved.ranks > 1 and saved.strategy != strategy:
         raise ValueError(
             f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
-            "state in another way; use the same strategy, or start another run (another --out) from the exported model"
+            "state in another way; use the same strategy, or start another run (another --out) from the model that "
+            "`stts export` makes of it"
         )
 
 

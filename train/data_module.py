@@ -14,8 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from stts.data.cache import FrameCache
 from stts.data.collate import Batch, Collator, Step
-from stts.data.datasets import Example, OnError, Samples, Skipped, VideoJsonl
+from stts.data.datasets import Example, OnError, Sample, Samples, Skipped, VideoJsonl
 from stts.data.mixture import Mixture, Source, weights_of
+from stts.data.sampling import most_frames
 from stts.data.shapes import ShapesConfig, ShapesFrames
 from stts.packing.pack import pack_samples
 
@@ -202,7 +203,9 @@ class VideoData(pl.LightningDataModule):
         phases: training clips in the order of training (kind 'shapes').
         num_val_clips: validation clips with all families alike (kind 'shapes'); 0: no validation.
         batch_size: samples per batch and rank; 0 when `max_tokens` decides.
-        max_tokens: LLM tokens per batch and rank, after pruning; as many samples as fit (kind 'jsonl').
+        max_tokens: LLM tokens per batch and rank, after pruning; as many samples as fit (kind 'jsonl'). Under `max_fps`
+            rows that tell a `duration` in seconds, or a `clip`, are counted as short as they are; others as
+            `num_frames` long.
         val_batch_size: samples per validation batch.
         num_workers: loader processes per rank; 0 reads in the main process.
         seed: of order and drawn clips.
@@ -244,7 +247,7 @@ class VideoData(pl.LightningDataModule):
         if kind == "shapes" and max_tokens:
             raise ValueError("data.kind=shapes has samples of one length; use data.batch_size, not data.max_tokens")
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
-        self.num_workers, self.seed, self.num_frames = num_workers, seed, num_frames
+        self.num_workers, self.seed, self.num_frames, self.max_fps = num_workers, seed, num_frames, max_fps
         self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
         self._told = 0, 0  # look-ups in the frame cache and hits, of the epochs that were reported
         self.sources: list[Source] = []
@@ -355,10 +358,13 @@ class VideoData(pl.LightningDataModule):
         return Collator(self.trainer.lightning_module.processor, training=True)
 
     def _lengths(self, collator: Collator, samples: Samples) -> NDArray[np.int32]:
-        """LLM tokens of every sample, known before any video is opened; an upper bound where a video is short."""
+        """LLM tokens of every sample, known before any video is opened; an upper bound where a video is short and its
+        row does not say so."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        pieces = _TokenCounts(samples, collator, module.tokens_per_video(self.num_frames), self.num_frames)
+        counts = range(1, self.num_frames + 1) if self.max_fps is not None else [self.num_frames]
+        tokens = {count: module.tokens_per_video(count) for count in counts}
+        pieces = _TokenCounts(samples, collator, tokens, self.num_frames, self.max_fps)
         num_workers = self.num_workers if len(pieces) > 1 else 0
         counted = []
         for piece in DataLoader(pieces, batch_size=None, num_workers=num_workers):
@@ -381,8 +387,10 @@ class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
 
     samples: Samples
     collator: Collator
-    tokens_per_video: int
+    tokens_per_video: Mapping[int, int]
+    """By number of frames."""
     num_frames: int
+    max_fps: float | None
 
     def __len__(self) -> int:
         return -(-len(self.samples) // _COUNTED_AT_ONCE)
@@ -399,5 +407,13 @@ class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
             texts = np.asarray(self.collator.num_text_tokens(samples, self.num_frames), np.int32)
         except ValueError as error:
             return error
-        videos = np.asarray([sample.video is not None for sample in samples])
-        return texts + np.where(videos, self.tokens_per_video, 0).astype(np.int32)
+        return texts + np.asarray([self._of_video(sample) for sample in samples], np.int32)
+
+    def _of_video(self, sample: Sample) -> int:
+        """At most, by what the row tells: its `clip`, or `duration` in seconds."""
+        if sample.video is None:
+            return 0
+        seconds = sample.clip[1] - sample.clip[0] if sample.clip is not None else sample.meta.get("duration")
+        if not isinstance(seconds, (int, float)) or seconds <= 0:
+            return self.tokens_per_video[self.num_frames]
+        return self.tokens_per_video[most_frames(seconds, self.num_frames, self.max_fps)]

@@ -21,6 +21,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -41,11 +42,12 @@ class _Precision(DeepSpeedPrecision):
 class _OneOrder:
     """Hands finished gradients to ZeRO in one order on every rank.
 
-    ZeRO 1 to 3 put gradients into buckets as the backward pass finishes them, and add up the buckets of all ranks by
-    position. A rank with images alone finishes the newline before the word embedding, one with videos the other way
-    round: ZeRO then adds the gradient of one to that of the other, without an error (seen in DeepSpeed 0.19.8). Here a
-    gradient that comes early waits for its turn. The order is that of rank 0's first backward pass; during that pass it
-    is about the reverse of the model's.
+    ZeRO puts gradients into buckets as the backward pass finishes them, and adds up the buckets of all ranks by
+    position (stage 3 by parameter, but what shares a bucket is decided by the order too). A rank with images alone
+    finishes the newline before the word embedding, one with videos the other way round: ZeRO 1 and 2 then add the
+    gradient of one to that of the other, without an error (seen in DeepSpeed 0.19.8). Here a gradient that comes early
+    waits for its turn. The order is that of rank 0's first backward pass; during that pass it is about the reverse of
+    the model's.
 
     ValueError where a parameter got no gradient: buckets would shift on that rank, again without an error."""
 
@@ -155,6 +157,8 @@ class DeepSpeed(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         from deepspeed.accelerator import get_accelerator
 
+        _name_locks()
+
         if isinstance(self.accelerator, CPUAccelerator):
             if get_accelerator().device_name() != "cpu":
                 raise ValueError("DeepSpeed has chosen the GPU of this machine; set DS_ACCELERATOR=cpu to train on CPU")
@@ -187,6 +191,17 @@ class DeepSpeed(DeepSpeedStrategy):
         names["deepspeed_stage_3_offload"] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
         for name, settings in names.items():
             strategy_registry.register(name, cls, override=True, **settings)
+
+
+@rank_zero_only
+def _name_locks() -> None:
+    """torch waits without a word for a build of operators to end, for ever if it was killed."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        name = lock.parent.name
+        print(f"waiting for the build of {name}; if no other process compiles it, delete {lock}", flush=True)
 
 
 class FSDP2(ModelParallelStrategy):

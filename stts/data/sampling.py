@@ -138,13 +138,17 @@ def choose_frames(
         raise ValueError(f"max_fps={max_fps} must be a positive number; leave it out (None) for no limit")
     first, seen = (0, timeline) if clip is None else _cut(timeline, clip)
     rule = SAMPLERS[sampler]
-    # A span never exceeds the duration, so more than duration * max_fps + 1 frames are always too many.
-    count = int(num_frames if max_fps is None else min(num_frames, 1 + seen.duration_s * max_fps + _TIME_SLACK_S))
+    count = most_frames(seen.duration_s, num_frames, max_fps)
     chosen_T = rule(seen, count)
     while max_fps is not None and count > 1 and _mean_fps(seen.timestamps_N[chosen_T]) > max_fps + _TIME_SLACK_S:
         count -= 1
         chosen_T = rule(seen, count)
     return chosen_T + first
+
+
+def most_frames(duration_s: float, num_frames: int, max_fps: float | None) -> int:
+    """No more frames are ever chosen of so many seconds: their span never exceeds the duration."""
+    return int(num_frames if max_fps is None else min(num_frames, 1 + duration_s * max_fps + _TIME_SLACK_S))
 
 
 def _mean_fps(times_T: npt.NDArray[np.float64]) -> float:

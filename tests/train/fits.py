@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import stts  # noqa: F401  (before lightning)
 import lightning.pytorch as pl
 import torch
 
+from stts_train import checkpoints
 from stts_train.callbacks import line
+from stts_train.checkpoints import Checkpoints
 from stts_train.cli import fit
 from tests.conftest import make_inputs
 
@@ -39,6 +44,33 @@ class KeepLogits(pl.Callback):
             pl_module.pruning.attach()
         if trainer.is_global_zero:
             torch.save({"pruned": pruned, "dense": dense}, Path(trainer.default_root_dir) / "live.pt")
+
+
+class WaitForSignal(pl.Callback):
+    """After step 6 rank 0 waits until it has been told to stop."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        [saves] = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
+        while trainer.global_step == 6 and trainer.is_global_zero and not saves._told_to_stop:
+            time.sleep(0.01)
+
+
+class DieInSave(pl.Callback):
+    """Leaves half of every file of the checkpoint of step 8, says so, and waits for its end."""
+
+    def on_train_start(self, *_: Any) -> None:
+        whole = checkpoints._to_disk
+
+        def half(folder: Path) -> None:
+            if not folder.name.endswith("8"):
+                return whole(folder)
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    os.truncate(file, file.stat().st_size // 2)
+            print("half written", flush=True)
+            signal.pause()
+
+        checkpoints._to_disk = half
 
 
 def live_inputs(processor: Any, dtype: torch.dtype) -> Any:

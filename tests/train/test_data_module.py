@@ -227,6 +227,33 @@ def test_max_tokens_packs_jsonl_rows(tiny_folder: Path, files: Path, tmp_path: P
     assert max(used) <= 220 and min(len(uids) for _, uids in look.seen.values()) > 1
 
 
+def test_clips_of_2_s_to_5_min_fill_their_rows(tiny_folder: Path, tmp_path: Path) -> None:
+    """At 2 frames a second and at most 24: 5 to 24 frames. Nothing is padded, and rows are filled by what the index
+    tells of durations; without it each clip would be counted as long as the longest."""
+    write_shapes(tmp_path, sizes={"train": 6, "long": 1}, seed=1, config=SHAPES, progress=False)
+    rows = [json.loads(text) for name in ("train", "long") for text in (tmp_path / f"{name}.jsonl").open()]
+    seconds = sorted(row["duration"] for row in rows)
+    assert seconds[0] < 4 and seconds[-1] > 200
+
+    class Look(Losses):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+            report = module.pruning.last
+            used.append((report.llm_tokens, report.llm_padded))
+
+    filled = []
+    for told in (True, False):
+        used: list[tuple[int, int]] = []
+        for row in rows:
+            row["duration"] = row.pop("duration") if told else None
+        (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"train": str(tmp_path / "all.jsonl"), "batch_size": 0, "max_tokens": 900, "num_frames": 24}
+        run(tiny_folder, tmp_path / str(told), {**data, "max_fps": 2.0, "num_workers": 0}, Look())
+        tokens, slots = (sum(column) for column in zip(*used, strict=True))
+        assert 1 - tokens / slots < 0.02 and max(slots for _, slots in used) <= 900
+        filled.append(tokens / (900 * len(used)))
+    assert filled[0] > 0.75 > filled[1] + 0.2
+
+
 def test_tokens_are_counted_alike_in_workers(
     tiny_folder: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
