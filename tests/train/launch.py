@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,14 +91,18 @@ def run(argv: Sequence[str | Path]) -> str:
     return output
 
 
-def wait_for(process: subprocess.Popen[str], marker: str) -> str:
-    """Read output up to a line with `marker`."""
+def wait_for(process: subprocess.Popen[str], marker: str, timeout_s: float = 300) -> str:
+    """Read output up to a line with `marker`. What takes longer is ended, and fails the test."""
     assert process.stdout is not None
     seen = ""
+    timer = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
     for text in process.stdout:
         seen += text
         if marker in text:
+            timer.cancel()
             return seen
+    timer.cancel()
     pytest.fail(f"ended without {marker!r}:\n{seen[-3000:]}")
 
 
