@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stts.data.datasets import Example, VideoJsonl
+from stts.data.datasets import Example
 from stts.eval.kept import KeptCells, read_kept
+from stts.eval.source import Source, open_jsonl, open_tasks
 from stts.eval.store import RESULT
 from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
 from stts.tokens import Grid
@@ -80,10 +81,9 @@ def no_samples() -> dict[str, Any]:
 
 
 def cell_data(cell: Cell) -> dict[str, Any]:
-    equal = getattr(cell, "equal_flops_to", "")
     return {
         "key": cell.key, "title": cell.title, "kind": cell.kind, "ratio": cell.retention_configured,
-        "equal_flops_to": equal,
+        "equal_flops_to": cell.equal_flops_to,
     }  # fmt: skip
 
 
@@ -93,32 +93,44 @@ class Pictures:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.encoded: list[list[str]] = []
         self._known: dict[Any, int] = {}
-        self._data: VideoJsonl | None = None
-        self._missing = ""
+        self._place: dict[str, int] = {}
+        self._missing = "it is no longer in the data, or its video is gone"
         try:
-            self._data = VideoJsonl(config["data"], sampler=config["sampler"], num_frames=config["num_frames"])
-            self._place = {sample.uid: place for place, sample in enumerate(self._data.samples)}
-        except ValueError as error:
+            self._source = _source(config)
+            self._place = {key: place for place, key in enumerate(self._source.keys)}
+        except (ValueError, OSError) as error:
             self._missing = str(error)
 
-    def of(self, uid: str, num_cells: int) -> tuple[int | None, str]:
+    def of(self, key: str, num_cells: int) -> tuple[int | None, str]:
         """Number in `encoded` of a sample's frames, or the reason why they cannot be shown."""
-        if self._data is None:
+        if key not in self._place:
             return None, self._missing
-        if uid not in self._place:
-            return None, f"{uid} is no longer in the data"
-        sample = self._data.samples[self._place[uid]]
-        key = (sample.video, sample.clip, num_cells)
-        if key not in self._known:
+        asked = self._source.asked[self._place[key]]
+        shown = (asked.task.name, asked.question.video, asked.question.clip, num_cells)
+        if shown not in self._known:
             try:
-                example = self._data[self._place[uid]]
+                example = self._source[self._place[key]]
             except ValueError as error:
                 return None, str(error)
-            if not isinstance(example, Example) or example.frames is None:
-                return None, f"{uid} no longer shows a video"
-            self._known[key] = len(self.encoded)
+            assert isinstance(example, Example) and example.frames is not None, "on_error is raise"
+            self._known[shown] = len(self.encoded)
             self.encoded.append(encode_frames(first_of_cells(example.frames, num_cells)))
-        return self._known[key], ""
+        return self._known[shown], ""
+
+
+def _source(config: Mapping[str, Any]) -> Source:
+    """The questions of a comparison as its `config` says. ValueError or OSError where they are gone."""
+    if config["data"] is not None:
+        tasks = [open_jsonl(config["data"], skip_missing=True)]
+    else:
+        tasks = open_tasks(config["tasks"], config["data_root"], skip_missing=True)
+    return Source(
+        tasks=tasks,
+        num_frames=config["num_frames"],
+        sampler=config["sampler"],
+        prompt=config.get("prompt", "letter"),
+        wordings=config.get("wordings") or {},
+    )
 
 
 def first_of_cells(frames_FHWC: NDArray[np.uint8], num_cells: int) -> NDArray[np.uint8]:
@@ -144,7 +156,7 @@ def _sample(record: Record, kept: KeptCells | None, pictures: Pictures) -> dict[
     frames, missing = pictures.of(record.uid, num_frames)
     return {
         "uid": record.uid,
-        "task": getattr(record, "task", ""),
+        "task": record.task,
         "family": record.family,
         "question": record.question,
         "answer": record.answer,

@@ -73,3 +73,13 @@ def test_fewer_threads_than_cores_is_told() -> None:
 
 def test_the_kernel_on_a_cpu_is_sdpa() -> None:
     assert kernel_name(torch.device("cpu"), torch.bfloat16) == "SDPA"
+
+
+def test_what_is_absent_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"av": "15.1.0", "pyarrow": None, "deepspeed": "0.19.8"}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    missing = {item["name"]: item["how"] for item in doctor.examine()["missing"]}
+    assert "stts-video[parquet]" in missing["pyarrow"] and "ninja" in missing["g++, ninja"]
+    assert "av" in missing["av>=17"]
