@@ -120,10 +120,10 @@ class Pictures:
 
 def _source(config: Mapping[str, Any]) -> Source:
     """The questions of a comparison as its `config` says. ValueError or OSError where they are gone."""
-    if config["data"] is not None:
-        tasks = [open_jsonl(config["data"], skip_missing=True)]
-    else:
+    if config.get("tasks"):
         tasks = open_tasks(config["tasks"], config["data_root"], skip_missing=True)
+    else:
+        tasks = [open_jsonl(config["data"], skip_missing=True)]
     return Source(
         tasks=tasks,
         num_frames=config["num_frames"],

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from stts.cli import main as stts
+from stts.eval.benchmarks.tomato import KINDS
 from stts.eval.kept import read_kept
 from stts.eval.table import ComparisonResult
-from stts.report.data import first_of_cells, kept_data, ranks, run_data
+from stts.report.data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.report.page import render_page
 from stts.tokens import Grid
 from tests.eval.made_up import FULL, result_with
@@ -93,6 +94,19 @@ def test_frames_are_embedded_once_per_video_and_are_those_of_the_comparison(comp
 
     true = sample_frames(clips / "test" / "test-000000.mp4", num_frames=FRAMES).frames[0]
     assert head == "data:image/jpeg;base64" and shown.shape == true.shape and np.abs(shown - true).mean() < 6
+
+
+def test_frames_of_a_benchmark_come_from_its_own_folder(clips: Path, tmp_path: Path) -> None:
+    rows = {"0": {"question": "a ?", "options": ["x", "y"], "answer": 0, "key": "k", "demonstration_type": "object",
+                  "motion_type": "m"}}  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "videos" / "object").mkdir(parents=True)
+    for kind in KINDS:
+        (tmp_path / "data" / f"{kind}.json").write_text(json.dumps(rows if kind == "count" else {}))
+    shutil.copy(clips / "test" / "test-000000.mp4", tmp_path / "videos" / "object" / "k.mp4")
+    pictures = Pictures({"tasks": ["tomato"], "data_root": str(tmp_path), "num_frames": 3, "sampler": None})
+    assert pictures.of("count/0", 3) == (0, "") and len(pictures.encoded[0]) == 3
+    assert "no longer" in pictures.of("count/1", 3)[1]
 
 
 def test_without_the_videos_the_grid_alone_is_shown_and_the_reason_told(compared: Path, tmp_path: Path) -> None:

@@ -104,21 +104,23 @@ function line(row, columns) {
 // --- where the time goes ---------------------------------------------------------------------------------------------
 
 const PHASES = { video: "read video", preprocess: "preprocess", vit: "ViT", prune: "pruner", connect: "connector",
-  prefill: "prefill", decode: "decode" };
+  prefill: "prefill", decode: "decode", generate: "generate" };
+// Where the parts of `generate` were not timed one by one, it is one bar.
+const phase = (row, name) => row.time_ms?.[name] ?? (name === "generate" && !row.time_ms?.prefill ? row.ms_per_sample : null) ?? 0;
 
 function times() {
-  const rows = run.rows.filter((row) => Object.keys(PHASES).some((name) => row.time_ms?.[name]));
-  $("times").hidden = !rows.length;
-  if (!rows.length) return;
-  const present = Object.keys(PHASES).filter((name) => rows.some((row) => row.time_ms[name]));
-  const total = (row) => present.reduce((sum, name) => sum + (row.time_ms[name] ?? 0), 0);
+  const total = (row) => Object.keys(PHASES).reduce((sum, name) => sum + phase(row, name), 0);
+  const rows = run.kind === "compare" ? run.rows.filter((row) => row.reason === null && total(row)) : [];
+  const present = Object.keys(PHASES).filter((name) => rows.some((row) => phase(row, name)));
+  $("times").hidden = present.length < 2;
+  if (present.length < 2) return;
   const longest = Math.max(...rows.map(total));
   $("phases").replaceChildren(...present.map((name) => el("span", {}, el("i", { class: `phase ${name}` }), ` ${PHASES[name]}`)));
   $("bars").replaceChildren(...rows.map((row) => {
-    const told = present.map((name) => `${PHASES[name]} ${(row.time_ms[name] ?? 0).toFixed(1)} ms`).join(", ");
+    const told = present.map((name) => `${PHASES[name]} ${phase(row, name).toFixed(1)} ms`).join(", ");
     const bar = el("div", { class: "stack", role: "img", "aria-label": told, title: told },
       ...present.map((name) => el("i", { class: `phase ${name}` })));
-    present.forEach((name, place) => { bar.children[place].style.width = `${(100 * (row.time_ms[name] ?? 0)) / longest}%`; });
+    present.forEach((name, place) => { bar.children[place].style.width = `${(100 * phase(row, name)) / longest}%`; });
     return el("tr", {}, el("th", { scope: "row" }, label(row)), el("td", { class: "wide" }, bar), el("td", {}, `${total(row).toFixed(1)} ms`));
   }));
 }
