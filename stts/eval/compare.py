@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from stts.budget import check_ratio
 from stts.data.collate import Collator
 from stts.eval.engine import Answers, LoopOptions, answer_all
+from stts.eval.matching import match_flops
 from stts.eval.plot import draw
 from stts.eval.ranks import Ranks
 from stts.eval.records import TaskScore, make_records, score_tasks
@@ -25,7 +26,9 @@ from stts.eval.source import Source, Task
 from stts.eval.store import RESULT, Store
 from stts.eval.table import ComparisonResult, render_csv, render_markdown, render_text
 from stts.pruners.registry import PRUNERS
+from stts.tokens import Grid
 
+Match = Literal["tokens", "flops", "both"]
 FILES = (RESULT, "comparison.csv", "comparison.md", "comparison.png")
 
 
@@ -41,6 +44,11 @@ class CompareConfig(RunConfig):
     """Options by pruner, such as {tango: {compat: official}, fastvid: {variant: lv}}."""
     retention_ratios: tuple[float, ...] = (0.5, 0.25, 0.1)
     """Fractions of visual tokens kept, each in (0, 1]; a mean over the LLM's layers."""
+    match: Match = "tokens"
+    """What is equal between methods: tokens (every method at each ratio), flops (each at the ratio at which tower,
+    connector, LLM and its own work cost what `match_to` costs at that ratio), or both, one after the other."""
+    match_to: str = "stts"
+    """The method whose FLOPs the others get, for --match flops and both."""
     baseline_model: str | Path | None = None
     """The same model before fine-tuning, for a dense row that shows what fine-tuning itself changed."""
     batch_size: int = 16
@@ -63,6 +71,13 @@ class CompareConfig(RunConfig):
                 check_ratio(ratio)
             except ValueError as error:
                 raise ValueError(f"--retention_ratios: {error}") from error
+        if self.match not in get_args(Match):
+            raise ValueError(f"--match {self.match!r} must be one of {get_args(Match)}")
+        if self.match != "tokens" and self.match_to not in self.pruners:
+            raise ValueError(
+                f"--match_to {self.match_to!r} is not among --pruners {list(self.pruners)}; name the one whose FLOPs "
+                "the others get, or use --match tokens"
+            )
         super().__post_init__()
 
 
@@ -97,6 +112,10 @@ def run_compare(
         siglip=siglip,
         seed=config.seed,
     )
+    collate = Collator(processor, training=False)
+    if config.match != "tokens":
+        grid = _first_grid(source, collate, runners[0])
+        runners = match_flops(runners, grid, config.match_to, tokens_too=config.match == "both")
     if config.baseline_model is not None:
         runners.insert(0, make_baseline(config.baseline_model, model, processor))
     options = LoopOptions(
@@ -107,7 +126,7 @@ def run_compare(
         progress=progress,
         name="compare",
     )
-    answers = answer_all(source, runners, Collator(processor, training=False), store, options)
+    answers = answer_all(source, runners, collate, store, options)
     if answers is None:
         return None
     result = make_result(config, source, runners, answers, environment(model), weights_gib)
@@ -167,6 +186,18 @@ def make_result(
         weights_gib=weights_gib,
         notes=notes_on_tasks(source.tasks),
     )
+
+
+def _first_grid(source: Source, collate: Collator, dense: Runner) -> Grid:
+    """Of the first video that can be read. ValueError when there is none."""
+    assert dense.pruning is not None
+    for place in range(len(source)):
+        batch = collate([source[place]])
+        if batch is not None:
+            visual = dense.pruning.adapter.take_visual(dict(batch.inputs))
+            assert visual is not None
+            return visual.grids[0]
+    raise ValueError(f"none of the {len(source)} videos can be read")
 
 
 def _check(tasks: Sequence[Task]) -> None:

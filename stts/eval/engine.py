@@ -204,7 +204,8 @@ def _answer_batch(
         else:
             note["said"][cell] = {uid: asdict(said) for uid, said in zip(batch.uids, answered.said, strict=True)}
             ms = {name: value / len(batch.uids) for name, value in answered.ms.items()}
-            note["ms"][cell] = {**loaded.ms, "preprocess": loaded.ms["preprocess"] + to_device, **ms}
+            before = {**loaded.ms, "preprocess": loaded.ms["preprocess"] + to_device}
+            note["ms"][cell] = {**before, **ms, "ttft_e2e": sum(before.values()) + ms["ttft"]}
             note["signals"][cell] = dict(answered.report.signals)
             if answered.peak_gib is not None:
                 note["gib"][cell] = answered.peak_gib

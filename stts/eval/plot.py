@@ -54,7 +54,7 @@ def draw(result: ComparisonResult) -> bytes:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes in (left, right):
         _references(axes, rows)
-    ratios = sorted({row.retention_configured for row in rows if row.kind != "unpruned"})
+    ratios = sorted({row.retention_configured for row in rows if row.kind != "unpruned" and not row.equal_flops_to})
     # Error bars of methods at one budget would cover each other: each is moved a little to the side, all of them
     # together over less than half of the way to the next budget.
     gap = min((math.log(b / a) for a, b in pairwise(ratios)), default=math.inf)

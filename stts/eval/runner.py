@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, get_args, runtime_checkable
 
 import torch
 import transformers
@@ -23,7 +23,8 @@ from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
 from stts.models.base import host_info
 from stts.models.load import load_pruner, load_vlm, pruner_settings
-from stts.models.pruning import Pruning
+from stts.models.phases import Phases
+from stts.models.pruning import Phase, Pruning
 from stts.models.report import Report
 from stts.models.signals import SiglipSource
 from stts.pruners.base import HostInfo, Positions, Pruner
@@ -49,7 +50,7 @@ class Generated:
     num_tokens: list[int]
     """Of each text, its end token included."""
     ms: dict[str, float]
-    """Milliseconds of the batch by phase; `generate` is all of it."""
+    """Milliseconds of the batch by phase (`stts.models.phases`), `ttft` on the device, and `generate`: all of it."""
     peak_gib: float | None
     """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report
@@ -109,18 +110,19 @@ class Runner:
         with self.pruning, torch.inference_mode():
             questions = [question_of(sample) for sample in batch.samples]
             self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
-            _reset_peak(model.device)
             begin = _now(model.device)
-            ids_BL = model.generate(
-                **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                temperature=None, top_p=None, top_k=None,  # silences a warning where the checkpoint sets them
-            )  # fmt: skip
-            ms = {"generate": 1000 * (_now(model.device) - begin)}
+            with Phases(self.pruning) as phases:
+                ids_BL = model.generate(
+                    **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                    temperature=None, top_p=None, top_k=None,  # silences a warning where the checkpoint sets them
+                )  # fmt: skip
+            elapsed_ms, times = 1000 * (_now(model.device) - begin), phases.times
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
         new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
         texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-        return Generated(texts, _lengths(new_BL, model), ms, _peak_gib(model.device), report)
+        ms = {phase: getattr(times, f"{phase}_ms") for phase in (*get_args(Phase), "ttft")}
+        return Generated(texts, _lengths(new_BL, model), {"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report)
 
     def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
         """Greedy answers with what they kept and cost."""
@@ -259,15 +261,6 @@ def _lengths(new_BL: Tensor, model: PreTrainedModel) -> list[int]:
     is_end_BL = torch.isin(new_BL, torch.tensor(ends, device=new_BL.device))
     after_BL = is_end_BL.cumsum(1) - is_end_BL.long()
     return (after_BL == 0).sum(1).tolist()
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_gib(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def _now(device: torch.device) -> float:

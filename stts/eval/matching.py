@@ -1,0 +1,141 @@
+"""Equal FLOPs: the ratio at which a method costs what another one costs, tower and its own work included.
+
+Equal tokens flatter methods that run the whole tower: a pruner before the LLM pays for every patch, one inside the
+tower does not. Costs are those of `stts.metrics.cost`, for one video, before anything is run; where a stage drops
+inside the tower, survivors are taken to lie evenly over the frames behind the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from stts.budget import plan
+from stts.eval.cells import DENSE
+from stts.eval.runner import Runner, cost_of
+from stts.metrics.cost import VideoCost, VlmShape
+from stts.models.pruning import Pruning
+from stts.models.report import Report
+from stts.tokens import Grid
+
+_STEP = 10_000
+"""Ratios are tried in steps of 1 / _STEP."""
+
+
+def planned_cost(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
+    """FLOPs of one video of this grid at this ratio. ValueError for a ratio that the pruner cannot reach."""
+    host, stages = pruning.adapter.host, pruning.pruner.stages
+    shape = VlmShape.from_config(pruning.model.config)
+    budgets = plan([stage.site for stage in stages], retention_ratio, [grid], host.llm_layers)
+    kept = [row[0].num_kept for row in budgets]
+    entry, after, kept_patches = grid.num_groups, [], None
+    for stage, num_kept in zip(stages, kept, strict=True):
+        if stage.site.kind == "llm":
+            after.append(num_kept)
+            continue
+        entry = num_kept
+        if stage.site.kind == "vit" and num_kept < grid.num_groups:
+            kept_patches = [_spread(num_kept, grid, shape.at(grid).vit.patches)]
+    report = Report(
+        [grid],
+        [torch.arange(0)],
+        [None],
+        kept_patches=kept_patches,
+        stage_kept=[[num_kept] for num_kept in kept],
+        llm_layers=host.llm_layers,
+        llm_cuts=sorted(stage.site.layer or 0 for stage in stages if stage.site.kind == "llm"),
+        llm_counts=[[entry, *after]],
+    )
+    return cost_of(shape, host, pruning.pruner, report, 0)
+
+
+def _spread(num_kept: int, grid: Grid, patches: int) -> list[int]:
+    """Patches per frame: the first frame whole, the rest of the groups even over the others."""
+    rest = num_kept - grid.per_frame
+    groups = [grid.per_frame, *(rest * (t + 1) // (grid.t - 1) - rest * t // (grid.t - 1) for t in range(grid.t - 1))]
+    return [round(patches * count / grid.per_frame) for count in groups]
+
+
+def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
+    """The largest ratio, in steps of 0.0001, at which one video of this grid costs at most `target` FLOPs.
+
+    ValueError when the method costs more than that however little it keeps."""
+    low, high = 0, _STEP  # `low` costs too much or is out of reach, unless it has been tried
+    lowest: VideoCost | None = None
+    found = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            cost = planned_cost(pruning, grid, middle / _STEP)
+        except ValueError:  # under what the method can reach
+            low = middle
+            continue
+        lowest = cost if lowest is None or cost.total < lowest.total else lowest
+        if cost.total <= target:
+            found = low = middle
+        else:
+            high = middle - 1
+    if not found:
+        dense = planned_cost_of_dense(pruning, grid)
+        least = "no ratio is in reach" if lowest is None else f"{100 * lowest.total / dense:.1f} % of dense"
+        raise ValueError(
+            f"costs more however little it keeps: at least about {least} (tower {100 * _tower(lowest) / dense:.1f} %), "
+            f"and {100 * target / dense:.1f} % are asked for"
+        )
+    return found / _STEP
+
+
+def planned_cost_of_dense(pruning: Pruning, grid: Grid) -> int:
+    """FLOPs of one video of this grid, unpruned."""
+    return planned_cost(pruning, grid, 1.0).total
+
+
+def _tower(cost: VideoCost | None) -> int:
+    return 0 if cost is None else cost.vit + cost.vit_embed + cost.connector
+
+
+def match_flops(runners: Sequence[Runner], grid: Grid, reference: str, *, tokens_too: bool) -> list[Runner]:
+    """`runners` with one more per method and ratio, at the ratio that costs what `reference` costs at its own.
+
+    tokens_too: keep the rows at equal tokens; without it only dense and the reference's own rows stay beside the new
+    ones. ValueError when the reference is not among them or cannot be run."""
+    attached = {runner.cell.method: runner.pruning for runner in runners if runner.pruning is not None}
+    if reference not in attached or reference == DENSE:
+        raise ValueError(f"--match_to {reference!r} is not among the methods that run here: {sorted(attached)}")
+    rows: list[Runner] = []
+    matched: list[Runner] = []
+    for runner in runners:
+        cell = runner.cell
+        if cell.kind == "unpruned" or cell.method == reference or tokens_too:
+            rows.append(runner)
+        if cell.kind == "unpruned" or cell.method == reference:
+            continue
+        like = next(
+            one
+            for one in runners
+            if one.cell.method == reference and one.cell.retention_configured == cell.retention_configured
+        )
+        cell = replace(cell, equal_flops_to=like.cell.key, reason=None)
+        base = attached.get(cell.method)
+        if like.pruning is None or base is None:
+            reason = like.cell.reason if like.pruning is None else runner.cell.reason
+            matched.append(Runner(replace(cell, reason=reason), None))
+            continue
+        try:
+            target = planned_cost(like.pruning, grid, like.cell.retention_configured).total
+            ratio = equal_flops_ratio(base, grid, target)
+        except ValueError as error:
+            matched.append(Runner(replace(cell, reason=str(error)), None))
+            continue
+        own = Pruning(
+            base.model,
+            base.pruner,
+            retention_ratio=ratio,
+            exact=base.exact,
+            positions=base.positions,
+            siglip=base.siglip,
+        )
+        matched.append(Runner(replace(cell, retention_configured=ratio), own))
+    return [*rows, *matched]
