@@ -25,8 +25,10 @@ A copy of the repository is enough: `pip install` is not needed, nor PyAV, nor D
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -307,6 +309,7 @@ def _reach() -> None:
         import stts_train  # noqa: F401
     except ImportError:
         folder = Path(tempfile.mkdtemp(prefix="stts-study-"))
+        atexit.register(shutil.rmtree, folder)
         (folder / "stts_train").symlink_to(ROOT / "train")
         sys.path.insert(0, str(folder))
 

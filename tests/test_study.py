@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from stts import cli
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +41,17 @@ def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["README.md"], "no plot of nothing"
 
 
+def test_a_plain_copy_trains_without_installation_video_decoder_or_deepspeed() -> None:
+    code = (
+        "import sys; sys.modules.update(stts_train=None, av=None, deepspeed=None); sys.path.insert(0, 'scripts')\n"
+        "import study; study._reach(); del sys.modules['stts_train']\n"
+        "import stts_train.cli, stts_train.module, study_report\n"
+        "print(stts_train.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "/stts-study-" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_every_stage_runs_and_the_page_is_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -52,3 +68,25 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
     assert study.main(argv) == 0, "a second run finds everything there"
     assert "(to run)" not in capsys.readouterr().out
     assert (tmp_path / "results" / "README.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_two_committed_rows_come_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the committed page, with two of its methods at one ratio."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    data = next(line for line in page.splitlines() if line.startswith("stts data shapes") and "/data/test " in line)
+    compare = next(line for line in page.splitlines() if line.startswith("stts compare") and "/frozen " in line)
+    runs = re.findall(r"--out (\S+)/data/test ", data)[0]
+    argv = shlex.split(data.replace(runs, str(tmp_path)))[1:]
+    assert cli.main(argv) == 0
+    argv = shlex.split(compare.replace(runs, str(tmp_path)))[1:]
+    argv += ["--pruners", "[novelty,visionzip]", "--retention_ratios", "[0.5]"]  # the last of two counts
+    assert cli.main(argv) == 0
+    rows = json.loads((tmp_path / "compare" / "frozen" / "comparison.json").read_text())["rows"]
+    table = page.split("## Accuracy at equal tokens")[1].split("## ")[0]
+    place = re.search(r"\| method \| (.*) \|", table)[1].split(" | ").index("0.5")  # type: ignore[index]
+    assert len(rows) == 3
+    for row in rows:
+        cells = re.search(rf"^\| {row['method']} \| (.*) \|$", table, re.MULTILINE)[1].split(" | ")  # type: ignore[index]
+        assert float(cells[place].split()[0]) == pytest.approx(100 * row["accuracy"], abs=1.0), row["method"]
