@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -248,11 +249,12 @@ def _only(result: ComparisonResult | None, method: str) -> Row | None:
 
 def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]) -> bytes:
     figure, axes = _axes("share of visual tokens kept")
-    for name in study.scale.pruners:
+    for number, name in enumerate(study.scale.pruners):
+        colour = colormaps["tab20"](number % 20)
         rows = [_row(results["frozen"], name, ratio) for ratio in study.scale.ratios]
         points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
         if points:
-            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, alpha=0.75, label=name)
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.3, color=colour, label=name)
     ratios = [ratio for ratio in study.scale.ratios if _learned(study, results, "stts-elastic", ratio)]
     found = [[100 * (r.accuracy or 0) for r in _learned(study, results, "stts-elastic", ratio)] for ratio in ratios]
     if found:
