@@ -24,6 +24,12 @@ def _compare(argv: list[str]) -> int:
     return int(compare(argv) or 0)
 
 
+def _scale(argv: list[str]) -> int:
+    from stts.eval.scaling import main as scale
+
+    return scale(argv)
+
+
 def _report(argv: list[str]) -> int:
     from stts.report.page import main as report
 
@@ -144,6 +150,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", _plan),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
+    "scale": ("more frames at test time: accuracy against tokens, FLOPs and seconds", _scale),
     "report": ("one HTML page of comparisons: table, plots, samples with the tokens that were kept", _report),
     "visualize": ("one video, one question, one pruner: what was kept, as .png, .mp4 or .html", _visualize),
     "doctor": ("what this machine has, what will be slow, what is missing and how to get it", _doctor),

@@ -90,7 +90,7 @@ def _answer_mine(
     source: Source, runners: Sequence[Runner], collate: Collator, store: Store, options: LoopOptions
 ) -> None:
     active = [runner for runner in runners if runner.pruning is not None]
-    notes, ranks = store.notes(), store.ranks
+    notes, ranks = of_source(source, store.notes()), store.ranks
     done = {key for note in notes for key in note["keys"]}
     failed = {cell for note in notes for cell in note["failed"]}
     batches = source.batches(options.batch_size, ranks.rank, ranks.world_size)
@@ -215,10 +215,16 @@ def _answer_batch(
     return note, kept
 
 
+def of_source(source: Source, notes: Sequence[Note]) -> list[Note]:
+    """Those about its questions: one folder may hold the notes of several sources, with keys of their own."""
+    keys = set(source.keys)
+    return [note for note in notes if note["keys"][0] in keys]
+
+
 def gather(source: Source, notes: Sequence[Note]) -> Answers:
     """The notes of all ranks as if one had made them, in the order of the source; each question once."""
     place = {key: number for number, key in enumerate(source.keys)}
-    notes = sorted(notes, key=lambda note: place[note["keys"][0]])
+    notes = sorted(of_source(source, notes), key=lambda note: place[note["keys"][0]])
     asked, said, failed = {}, {}, {}  # type: dict[str, Any], dict[str, dict[str, Said]], dict[str, str]
     skipped: dict[str, Mapping[str, str]] = {}
     signals: dict[str, Mapping[str, str]] = {}

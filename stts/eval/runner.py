@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, get_args, runtime_checkable
@@ -54,6 +54,8 @@ class Generated:
     peak_gib: float | None
     """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report
+    option_logprobs: list[list[float]] | None = None
+    """Per row, of each option, where options were scored."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Said:
     num_input_tokens: int
     """Of the whole prompt before pruning."""
     num_output_tokens: int
+    option_logprobs: list[float] | None = None
+    """Of each option, where options were scored."""
 
     @classmethod
     def from_json(cls, made: Mapping[str, Any]) -> Self:
@@ -107,22 +111,35 @@ class Runner:
         """Greedy answers to `batch`, each row of which shows one video."""
         assert self.pruning is not None
         model = self.pruning.model
+
+        def greedy() -> Tensor:
+            ids_BL: Tensor = model.generate(
+                **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                temperature=None, top_p=None, top_k=None,  # silences a warning where the checkpoint sets them
+            )  # fmt: skip
+            return ids_BL
+
+        ids_BL, ms, peak_gib, report = self.timed(batch, greedy)
+        new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
+        texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        return Generated(texts, _lengths(new_BL, model), ms, peak_gib, report)
+
+    def timed(self, batch: Batch, call: Callable[[], Tensor]) -> tuple[Tensor, dict[str, float], float | None, Report]:
+        """What `call`, a generate or a forward pass, gives under the pruner, which is told about the videos; then
+        milliseconds by phase, peak memory, report."""
+        assert self.pruning is not None
+        device = self.pruning.model.device
         with self.pruning, torch.inference_mode():
             questions = [question_of(sample) for sample in batch.samples]
             self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
-            begin = _now(model.device)
+            begin = _now(device)
             with Phases(self.pruning) as phases:
-                ids_BL = model.generate(
-                    **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-                    temperature=None, top_p=None, top_k=None,  # silences a warning where the checkpoint sets them
-                )  # fmt: skip
-            elapsed_ms, times = 1000 * (_now(model.device) - begin), phases.times
+                made = call()
+            elapsed_ms, times = 1000 * (_now(device) - begin), phases.times
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
-        new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
-        texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
         ms = {phase: getattr(times, f"{phase}_ms") for phase in (*get_args(Phase), "ttft")}
-        return Generated(texts, _lengths(new_BL, model), {"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report)
+        return made, {"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report
 
     def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
         """Greedy answers with what they kept and cost."""
@@ -148,6 +165,7 @@ class Runner:
                     kept_per_frame=torch.bincount(report.index[row].cpu() // grid.per_frame, minlength=grid.t).tolist(),
                     num_input_tokens=num_input[row],
                     num_output_tokens=num_tokens,
+                    option_logprobs=made.option_logprobs[row] if made.option_logprobs else None,
                 )
             )
         return Answered(said, made.ms, made.peak_gib, report)

@@ -158,7 +158,7 @@ class Source:
         """ValueError, naming the question, for a video that cannot be read, unless on_error is "skip"."""
         key, task, question = self.asked[place].key, self.asked[place].task, self.asked[place].question
         try:
-            video = self._decoded(task, question)
+            video = self.shown(place)
         except (VideoError, TimeoutError) as error:
             reason = str(error) or f"{question.video}: not read within {self.timeout_s} s"
             if self.on_error == "raise":
@@ -167,6 +167,10 @@ class Source:
         wording = self.wordings[task.name] if self.prompt == "official" else None
         sample = task.benchmark.sample(question, video.timestamps_s.tolist(), wording)
         return Example(replace(sample, uid=key), video.frames, video.timestamps_s, duration_s=video.duration_s)
+
+    def shown(self, place: int) -> Decoded:
+        """The frames of a question."""
+        return self._decoded(self.asked[place].task, self.asked[place].question)
 
     def _decoded(self, task: Task, question: Question) -> Decoded:
         """Questions on one video follow each other: the newest one stays decoded."""

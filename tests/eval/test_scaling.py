@@ -1,0 +1,218 @@
+"""`stts scale` end to end: a tiny stock model, real MP4 files, every mode."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stts.cli import main
+from stts.data.shapes_files import write_shapes
+from stts.eval import scaling
+from stts.eval.benchmarks.base import Question
+from stts.eval.scaling import ScaleConfig, candidates, option_ids, run_scale
+from stts.eval.scaling_result import FILES, ScaleResult, ScaleRow, render_text
+from stts.models.load import load_vlm
+
+CLIPS, FRAMES, CELLS = 2, 4, 16  # 7 x 7 patches are pooled to 4 x 4 tokens a frame
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_shapes(tmp_path_factory.mktemp("shapes"), sizes={"test": CLIPS}, progress=False)
+    return folder / "test.jsonl"
+
+
+@pytest.fixture
+def config(tiny_folder: Path, data: Path, tmp_path: Path) -> ScaleConfig:
+    return ScaleConfig(
+        model=tiny_folder,
+        data=data,
+        out=tmp_path / "out",
+        pruners=("uniform",),
+        retention_ratios=(0.5,),
+        multiples=(1, 2),
+        num_frames=FRAMES,
+        max_new_tokens=1,
+    )
+
+
+def run(config: ScaleConfig, **changes: Any) -> ScaleResult:
+    result = run_scale(replace(config, **changes), progress=False)
+    assert result is not None
+    return result
+
+
+def row_of(result: ScaleResult, frames: int, method: str) -> ScaleRow:
+    [row] = [row for row in result.rows if (row.num_frames, row.method) == (frames, method)]
+    return row
+
+
+def test_frames_times_ratios(config: ScaleConfig) -> None:
+    result = run(config)
+    tokens = {(row.num_frames, row.method): row.llm_tokens for row in result.rows}
+    assert tokens == {
+        (4, "dense"): 4 * CELLS, (4, "uniform"): 2 * CELLS, (8, "dense"): 8 * CELLS, (8, "uniform"): 4 * CELLS,
+    }  # fmt: skip
+    assert {(row.num_samples, row.num_videos) for row in result.rows} == {(3 * CLIPS, CLIPS)}
+    dense, more = row_of(result, 4, "dense"), row_of(result, 8, "uniform")
+    assert dense.difference is None and more.difference is not None and dense.accuracy is not None
+    assert more.difference == pytest.approx((more.accuracy or 0) - dense.accuracy)
+    assert (more.tflops_vit or 0) == pytest.approx(2 * (dense.tflops_vit or 0)), "equal tokens, but the tower sees all"
+    assert sorted(file.name for file in config.out.iterdir()) == sorted(FILES)
+    assert (config.out / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    with (config.out / "scaling.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [float(row["llm_tokens"]) for row in found] == [row.llm_tokens for row in result.rows]
+    assert ScaleResult.from_json(json.loads((config.out / "scaling.json").read_text())) == result
+    assert "vs first dense" in render_text(result)
+
+
+def test_a_budget_is_kept_at_every_number_of_frames(config: ScaleConfig) -> None:
+    """The default budget is that of num_frames frames dense."""
+    result = run(config, mode="budget", multiples=(1, 2, 3))
+    assert [row_of(result, frames, "uniform").llm_tokens for frames in (4, 8, 12)] == [4 * CELLS] * 3
+    assert [row_of(result, frames, "uniform").retention_measured for frames in (4, 8)] == [1.0, 0.5]
+    small = run(config, mode="budget", budget=20, out=config.out.with_name("small"))
+    assert [row_of(small, frames, "uniform").llm_tokens for frames in (4, 8)] == [20, 20]
+
+
+def test_parts_in_passes_and_in_one_packed_row_say_the_same(
+    config: ScaleConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logprobs: dict[str, list[Any]] = {"parallel": [], "packed": []}
+    join = scaling._one
+    for mode in logprobs:
+
+        def noted(asked: Any, parts: Any, vote: Any, mode: str = mode) -> Any:
+            made = join(asked, parts, vote)
+            logprobs[mode].append([part.option_logprobs for part in parts])
+            return made
+
+        monkeypatch.setattr(scaling, "_one", noted)
+        result = run(config, mode=mode, out=config.out.with_name(mode))
+        row = row_of(result, 8, "uniform")
+        assert row.num_looks == 2 and row.llm_tokens == 2 * 2 * CELLS, "costs of a question are sums over its parts"
+        assert (row.tflops or 0) == pytest.approx(2 * (row_of(result, 4, "uniform").tflops or 0))
+        assert "2 x 4" in render_text(result)
+    for one, other in zip(logprobs["parallel"], logprobs["packed"], strict=True):
+        for left, right in zip(one, other, strict=True):
+            torch.testing.assert_close(torch.tensor(left), torch.tensor(right), atol=1e-5, rtol=1e-5)
+
+
+def test_every_part_shows_its_own_frames(config: ScaleConfig) -> None:
+    tasks = config.open_tasks()
+    made = {name: getattr(config.make_source(tasks), name) for name in ("tasks", "sampler")}
+    whole = scaling.PointSource(**made, num_frames=8)
+    parts = scaling.PointSource(**made, num_frames=8, looks=2)
+    assert whole.keys[0] == "8f/" + tasks[0].questions[0].uid
+    assert parts.keys[:2] == [f"{whole.keys[0]}#0", f"{whole.keys[0]}#1"]
+    first, second, every = parts[0], parts[1], whole[0]
+    assert (every.frames[0::2] == first.frames).all() and (every.frames[1::2] == second.frames).all()  # type: ignore[union-attr,index]
+    assert first.timestamps_s.tolist() == every.timestamps_s[0::2].tolist()  # type: ignore[union-attr,index]
+
+
+def test_what_is_longer_than_the_context_is_refused_or_left_out_but_never_cut(
+    config: ScaleConfig, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = shutil.copytree(tiny_folder, tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text())
+    settings["text_config"]["max_position_embeddings"] = 100  # 4 frames take 64 visual tokens, 8 frames 128
+    (short / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"dense at 8 frames .* was made for 100; nothing is ever cut"):
+        run(config, model=short)
+    assert not config.out.exists(), "found before anything ran"
+    result = run(config, model=short, on_overflow="skip")
+    assert row_of(result, 8, "dense").reason is not None and row_of(result, 4, "dense").accuracy is not None
+    assert row_of(result, 8, "uniform").llm_tokens == 64
+    assert "dense 8 frames: dense at 8 frames needs a context" in render_text(result)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(config: ScaleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    add, count = scaling.Store.add, 0
+
+    def stop_later(self: Any, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 8:  # in the second point
+            raise Killed
+        add(self, *args)
+
+    whole = run(config, out=config.out.with_name("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(scaling.Store, "add", stop_later)
+        with pytest.raises(Killed):
+            run(config)
+    asked: list[int] = []
+    answer = scaling.Runner.answer
+    monkeypatch.setattr(scaling.Runner, "answer", lambda self, batch, *a: (asked.append(1), answer(self, batch, *a))[1])
+    again = run(config)
+    assert len(asked) == 2 * (2 * 3 * CLIPS - 7)
+    for one, other in zip(whole.rows, again.rows, strict=True):
+        assert replace(one, seconds=None) == replace(other, seconds=None)
+    asked.clear()
+    run(config)
+    assert not asked, "a finished run is read"
+
+
+def test_the_tower_in_pieces_says_the_same(config: ScaleConfig) -> None:
+    whole = run(config, pruners=("uniform", "heuristic"))
+    pieces = run(config, pruners=("uniform", "heuristic"), chunk_frames=3, out=config.out.with_name("pieces"))
+    assert row_of(pieces, 8, "uniform").accuracy == row_of(whole, 8, "uniform").accuracy
+    assert "needs all frames of a video at once" in (row_of(pieces, 8, "heuristic").reason or "")
+
+
+def test_what_an_answer_may_be(tiny_folder: Path) -> None:
+    def question(answer: str | None, *options: str) -> Question:
+        return Question(
+            task="t", doc_id=0, uid="u", video=Path("v"), question="?", options=tuple(options), answer=answer
+        )
+
+    assert candidates(question("red", "red", "blue")) == ("red", "blue")
+    assert candidates(question("B", "red", "blue")) == candidates(question(None, "red", "blue")) == ("A", "B")
+    with pytest.raises(ValueError, match="no options"):
+        candidates(question("red"))
+    _, processor = load_vlm(tiny_folder)
+    ids = option_ids(processor, ("red", "blue"))
+    assert ids == [processor.tokenizer(word)["input_ids"][0] for word in ("red", "blue")]
+    with pytest.raises(ValueError, match="first token"):
+        option_ids(processor, ("red circle", "red square"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "more"}, "--mode"),
+        ({"multiples": (2, 1)}, "increasing"),
+        ({"multiples": (0,)}, "from 1 on"),
+        ({"budget": 5}, "goes with --mode budget"),
+        ({"mode": "packed", "chunk_frames": 8}, "use --mode parallel"),
+        ({"retention_ratios": (2.0,)}, "--retention_ratios"),
+        ({"pruners": ("sttss",)}, "unknown"),
+        ({"save_kept": 3}, "--save_kept"),
+    ],
+)
+def test_settings_that_make_no_sense(config: ScaleConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+@pytest.mark.slow
+def test_the_verb(tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--model {tiny_folder} --data {data} --num_frames 4 --max_new_tokens 1 --multiples 1 2 --pruners novelty"
+    for mode in ("frames", "budget", "parallel", "packed"):
+        given = [*words.split(), "--mode", mode, "--out", str(tmp_path / mode), "--retention_ratios", "0.5"]
+        assert main(["scale", *given]) == 0
+        out = capsys.readouterr().out
+        assert f"mode {mode}" in out and all((tmp_path / mode / name).is_file() for name in FILES)
+    assert main(["scale", *words.split(), "--budget", "5", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("error: --budget")
