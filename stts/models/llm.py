@@ -305,7 +305,8 @@ def make_mask(slots: Slots, llm: Any) -> Any:
 
     A query at padding sees itself, so that nothing divides by zero."""
     if slots.packed and slots.both_RM is None:
-        lengths_B = torch.bincount(slots.row_RM[0], minlength=slots.num_rows)
+        row_M = slots.row_RM[0]  # counted without the host, which `bincount` would make wait
+        lengths_B = row_M.new_zeros(slots.num_rows).index_add(0, row_M, torch.ones_like(row_M))
         return Segments.from_lengths(lengths_B, slots.row_RM.shape[1])
     name = stock_name(llm.config)
     if "flash" in name and slots.both_RM is None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stts.packing.segments import Segments
@@ -101,16 +102,14 @@ def run_tower(
             x, aux = x[row_S], tuple(table[row_S] for table in aux)
             if drop.gate_S is not None:
                 x = x * drop.gate_S[row_S, None].to(x.dtype)
-            segments = {inside: _survivors(whole, row_S, len(drop.keep_S)) for inside, whole in segments.items()}
+            segments = {inside: _survivors(whole, drop.keep_S) for inside, whole in segments.items()}
             lengths_F = segments[False].lengths.long()
         if number in taps:
             out[number] = x
     return TowerOutput(tuple(out[tap] for tap in taps), row_S, lengths_F)
 
 
-def _survivors(whole: Segments, row_S: Tensor, num_patches: int) -> Segments:
-    """The same segments with fewer members; empty ones stay."""
-    if not whole.num_sequences:
-        return whole
-    counts = torch.bincount(whole.ids(num_patches)[row_S], minlength=whole.num_sequences)
-    return Segments.from_lengths(counts, whole.max_seqlen)
+def _survivors(whole: Segments, keep_S: Tensor) -> Segments:
+    """The same segments with fewer members; empty ones stay. A boundary moves to the number of survivors before it."""
+    before = F.pad(keep_S.cumsum(0, dtype=torch.int32), (1, 0))
+    return Segments(before[whole.cu_seqlens], whole.max_seqlen)
