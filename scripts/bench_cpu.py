@@ -29,21 +29,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Timed, clock_name, compared, machine, table, where, write_json
+from measure import PARTS, Timed, clock_name, compared, flops_of, machine, table, where, write_json
 from torch import Tensor, nn
 from transformers.utils import logging
 
 import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example, Message, Sample
-from stts.eval.runner import cost_of
-from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models import pruning as pruning_room
 from stts.models.load import load_vlm
 from stts.models.small import write_small_vlm
 
 DENSE = "dense"
-PARTS = ("tower", "LLM", "pruner", "other")
 CPU = torch.device("cpu")
 OPTIONS: dict[str, dict[str, Any]] = {"holitom": {"tau": 0.8}}  # its table of thresholds knows published ratios only
 
@@ -169,25 +166,6 @@ def batch_of(processor: Any, shape: Shape, training: bool) -> dict[str, Tensor]:
     batch = Collator(processor, training=training)(examples)
     assert batch is not None
     return dict(batch.inputs)
-
-
-def flops_of(pruned: stts.Pruning, num_text: int, training: bool) -> dict[str, int]:
-    """Of the pass that `pruned` reports, by part; text tokens are those of one row."""
-    report, host = pruned.last, pruned.adapter.host
-    assert report is not None
-    shape = VlmShape.from_config(pruned.model.config)
-    parts = dict.fromkeys(PARTS, 0)
-    learned = pruned.module is not None
-    for video in range(len(report.grids)):
-        cost = cost_of(shape, host, pruned.pruner, report, video)
-        entry, *after = report.llm_counts[video]
-        visual = tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
-        passes = 3 if training else 1
-        parts["tower"] += passes * (cost.vit + cost.vit_embed)
-        parts["other"] += passes * cost.connector
-        parts["pruner"] += (passes if learned else 1) * cost.pruner
-        parts["LLM"] += passes * llm_prefill_flops(shape.llm, [n + num_text for n in visual], causal=True)
-    return parts
 
 
 def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: float, repeats: int) -> list[Row]:

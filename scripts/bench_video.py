@@ -262,7 +262,7 @@ TRAINING_FLOPS = 3 * molmo2_cost(NUM_FRAMES, "stts").total  # forward and backwa
 
 def step_of(content: dict[str, Any]) -> float:
     """Seconds of a training step of STTS on one sample, from the JSON of bench_gpu.py. ValueError where it has none."""
-    suffix = f" training {NUM_FRAMES} stts 0.5"
+    suffix = f"training {NUM_FRAMES} stts 0.5"
     found = [cell["total_ms"] for key, cell in content["cells"].items() if key.endswith(suffix) and "total_ms" in cell]
     if not found:
         raise ValueError(f"no cell '...{suffix}' with a time; run bench_gpu.py without --quick, or leave --gpu out")

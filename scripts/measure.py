@@ -1,4 +1,4 @@
-"""What the benchmarks share: rivals timed in turns, peak memory, the machine, tables and JSON."""
+"""What the benchmarks share: rivals timed in turns, peak memory, FLOPs by part, the machine, tables and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler announc
 
 import torch
 
+import stts
+from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
+from stts.models.report import cost_of
+
 Call = Callable[[], object]
+PARTS = ("tower", "LLM", "pruner", "other")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,27 @@ def extra_mib(call: Call, device: torch.device) -> float:
         now += event.nbytes()  # negative where memory is given back
         peak = max(peak, now)
     return peak / 2**20
+
+
+def flops_of(pruned: stts.Pruning, num_text: int, training: bool, *, causal: bool = True) -> dict[str, int]:
+    """Of the pass that `pruned` reports, by part; text tokens are those of one row.
+
+    causal: the LLM's kernel skips what a causal mask hides; not so where visual tokens see each other both ways."""
+    report, host = pruned.last, pruned.adapter.host
+    assert report is not None
+    shape = VlmShape.from_config(pruned.model.config)
+    parts = dict.fromkeys(PARTS, 0)
+    learned = pruned.module is not None
+    for video in range(len(report.grids)):
+        cost = cost_of(shape, host, pruned.pruner, report, video)
+        entry, *after = report.llm_counts[video]
+        visual = tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
+        passes = 3 if training else 1
+        parts["tower"] += passes * (cost.vit + cost.vit_embed)
+        parts["other"] += passes * cost.connector
+        parts["pruner"] += (passes if learned else 1) * cost.pruner
+        parts["LLM"] += passes * llm_prefill_flops(shape.llm, [n + num_text for n in visual], causal=causal)
+    return parts
 
 
 def machine(device: torch.device) -> dict[str, Any]:

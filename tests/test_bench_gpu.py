@@ -1,145 +1,258 @@
-"""The GPU benchmark on a CPU: its rival computes what the release computes, and no cell is lost."""
+"""The GPU benchmark on a CPU: its inputs, its rival, its checks, and the whole of it on small models."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import stts
-from tests.scripts import load_script
+from stts.models.load import load_vlm
+from stts.models.published import config_of
+from stts.models.shrink import write_shrunk
+from stts.packing import attention
+from stts.packing.segments import Segments
+from stts.pruners.base import Newlines, Positions, Stage
+from stts.pruners.registry import PRUNERS
+from stts.tokens import Budget, Kept, Signal, Site, VideoTokens
+from tests.scripts import FOLDER, load_script
 
 CPU = torch.device("cpu")
-bench = load_script("bench_gpu")
+MOLMO2, QWEN3, ONEVISION = (
+    "allenai/Molmo2-4B",
+    "Qwen/Qwen3-VL-4B-Instruct",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+)
+FRAMES = 6
+SITE = Site("vit", 3, 4)
 
 
-def setting(**changes: Any) -> Any:
-    return bench.Setting(**{"device": CPU, "tiny": True, "warm_up": 0, "repeats": 1, "new_tokens": 2} | changes)
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Any:
+    """The small model of a family, by name."""
+    script = load_script("bench_gpu")
+    return script.Bench(request.param, script.PLANS["tiny"], CPU)
 
 
-@pytest.fixture(scope="module", params=[bench.MOLMO2, bench.QWEN3, bench.LLAVA])
-def model(request: Any) -> Any:
-    return bench.build(request.param, CPU, tiny=True)
+# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_and_tables_are_all_filled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = type(model).to_empty
-    monkeypatch.setattr(type(model), "to_empty", lambda self, **given: _spoil(stock(self, **given)))
-    name = next(name for name in (bench.MOLMO2, bench.QWEN3, bench.LLAVA) if _family(name) == model.config.model_type)
-    again = bench.build(name, CPU, tiny=True)
-    for key, tensor in [*again.named_parameters(), *again.named_buffers()]:
-        assert tensor.isfinite().all(), key
-    for (key, a), (_, b) in zip(again.named_buffers(), model.named_buffers(), strict=True):
-        assert torch.equal(a, b), key
+@pytest.mark.parametrize("name", [MOLMO2, QWEN3, ONEVISION])
+def test_inputs_are_laid_out_as_the_processor_lays_them_out(name: str, tmp_path: Path) -> None:
+    models = load_script("gpu_models")
+    model, processor = load_vlm(write_shrunk(tmp_path / "model", config_of(name)))
+    side = 7 * 14 if name != QWEN3 else 6 * 16
+    num_frames = 8
+    frames = np.zeros((num_frames, side, side, 3), np.uint8)
+    message = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "is there a cross ?"}]}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    metadata = {"fps": 1.0, "frames_indices": list(range(num_frames)), "total_num_frames": num_frames}
+    options: dict[str, Any] = {"videos": [frames], "video_metadata": [metadata], "do_sample_frames": False}
+    wanted = processor(text=[text], return_tensors="pt", return_mm_token_type_ids=True, **options)
+    config = model.config
+    grid = models.grid_of(config, num_frames, tiny=True)
+    made = models.make_inputs(config, grid, CPU, torch.float32, training=False)
+    assert made.keys() == wanted.keys() - ({"mm_token_type_ids"} if name == ONEVISION else set())
+    assert made["pixel_values_videos"].shape == wanted["pixel_values_videos"].shape
+    for key in made.keys() & {"video_token_pooling", "video_grids", "video_grid_thw"}:
+        assert torch.equal(made[key], wanted[key]), key
+
+    def visual(inputs: Any) -> list[int]:
+        names = ("video_token_id", "image_patch_id", "frame_start_token_id", "frame_end_token_id")
+        ids = [value for key in names if (value := getattr(config, key, None)) is not None]
+        return [token for token in inputs["input_ids"][0].tolist() if token in ids]
+
+    assert visual(made) == visual(wanted)
+    if "mm_token_type_ids" in made:
+        kinds = {key: set(inputs["input_ids"][inputs["mm_token_type_ids"] > 0].tolist()) for key, inputs in
+                 (("made", made), ("wanted", wanted))}  # fmt: skip
+        assert kinds["made"] == kinds["wanted"]
+        assert made["mm_token_type_ids"].max() == wanted["mm_token_type_ids"].max()
 
 
-def _family(name: str) -> str:
-    return str(bench.PUBLISHED[name]["model_type"])
+# --- the rival -------------------------------------------------------------------------------------------------------
 
 
-def _spoil(model: Any) -> Any:
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
-    return model
+@dataclass(frozen=True)
+class Fixed:
+    """The same groups of every frame, and some key bias until the drop."""
+
+    places: tuple[int, ...]
+    site: Site = SITE
+    signals: frozenset[Signal] = frozenset()
+    count_known: bool = True
+    positions: Positions = "original"
+    newlines: Newlines = "all"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (self,)
+
+    def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        kept = []
+        for video in videos:
+            place_G = torch.arange(video.grid.num_groups) % video.grid.per_frame
+            bias_N = torch.linspace(-2, 0, len(video.x_ND))
+            index_K = torch.isin(place_G, torch.tensor(self.places)).nonzero()[:, 0]
+            kept.append(Kept(index_K, attention_bias_N=bias_N))
+        return kept
+
+    def flops(self, grid: Any, width: int, num_kept: int) -> int:
+        return 0
 
 
-def test_rows_and_ours_keep_the_same_and_say_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = bench.inputs_of(model, 6, tiny=True, training=False)
-    pruned = stts.pruning(model, "stts", retention_ratio=0.5)
-    layouts: list[Any] = []
-    stock = bench.rival_layout
-    monkeypatch.setattr(bench, "rival_layout", lambda keep: layouts.append((keep, stock(keep))) or layouts[-1][1])
-    with torch.no_grad(), pruned:
-        ours = model(**inputs, use_cache=False, logits_to_keep=1).logits
-        index = pruned.last.index
-        with bench.rival_scheme():
-            rows = model(**inputs, use_cache=False, logits_to_keep=1).logits
-    assert all(torch.equal(a, b) for a, b in zip(pruned.last.index, index, strict=True))
-    [(keep_FN, layout)] = layouts
-    refilled = int((layout.row_FN >= 0).sum() - keep_FN.sum())
-    tolerance = 1e-5 if refilled == 0 else 0.1 * float(ours.std())  # a frame alone in its row sees dropped patches
-    torch.testing.assert_close(rows, ours, atol=tolerance, rtol=1e-4)
-    again = stts.models.pruning.run_tower
-    assert again is not bench.rival_tower, "the stock loop is back"
+@pytest.mark.parametrize(("bench", "places"), [(MOLMO2, (1, 4)), (QWEN3, (0, 4, 7))], indirect=["bench"])
+def test_the_rival_gives_our_logits_where_no_frame_is_alone_in_its_row(bench: Any, places: tuple[int, ...]) -> None:
+    frames = FRAMES if bench.config.model_type == "molmo2" else 2 * FRAMES
+    inputs = bench.inputs(frames, training=False)
+    pruned = stts.Pruning(bench.model, Fixed(places), retention_ratio=len(places) / 9)
+    rows = load_script("rival_tower")
+    with torch.no_grad():
+        with pruned:
+            ours = bench.model(**inputs).logits
+            patches = pruned.last.kept_patches
+        with rows.rival(pruned):
+            theirs = bench.model(**inputs).logits
+            assert pruned.last.kept_patches == patches
+        dense = bench.model(**inputs).logits
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(dense, ours, atol=1e-3)
 
 
-def test_flops_of_dense_are_those_of_the_whole_video(model: Any) -> None:
-    cell = bench.Cell("a/b", "inference", 4, bench.DENSE, 1.0)
-    inputs = bench.inputs_of(model, 4, tiny=True, training=False)
-    dense = bench.forward_flops(model, None, inputs, cell)
-    assert dense["kept"] == 1.0
-    with stts.pruning(model, "stts", retention_ratio=0.5) as pruned:
-        half = bench.forward_flops(model, pruned, inputs, cell)
-    assert half["tokens"] == dense["tokens"] and half["kept"] == pytest.approx(0.5, abs=0.1)
-    assert 0.3 < half["flops"] / dense["flops"] < 1
+@pytest.mark.parametrize("bench", [MOLMO2], indirect=True)
+def test_the_rival_leaves_nothing_behind(bench: Any) -> None:
+    pruned = stts.Pruning(bench.model, Fixed((4,)), retention_ratio=1 / 9)
+    from stts.models import pruning as room
+
+    before = room.run_tower, dict(vars(pruned.adapter))
+    with pytest.raises(RuntimeError, match="inside"), load_script("rival_tower").rival(pruned):
+        raise RuntimeError("inside")
+    assert before == (room.run_tower, dict(vars(pruned.adapter)))
 
 
-def test_a_cell_without_memory_is_recorded_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def fake(model: Any, cell: Any, setting: Any) -> dict[str, Any]:
-        asked.append(cell.way)
-        if cell.way == "stts":
-            raise torch.OutOfMemoryError("no")
-        if cell.way == "rows":
-            raise RuntimeError("kernel")
-        return {"total_ms": 2.0, "flops": 8}
-
-    monkeypatch.setattr(bench, "training", fake)
-    monkeypatch.setattr(bench, "build", lambda *_: None)
-    cells = [bench.Cell("a/b", "training", 4, way, 0.5) for way in ("stts", "rows", "later")]
-    found: dict[str, Any] = {}
-    saved: list[int] = []
-    assert bench.run_cells(cells, setting(), found, lambda: saved.append(len(found)), float("inf")) == 0
-    assert asked == ["stts", "rows", "later"] and saved == [1, 2, 3]
-    assert found[cells[0].key]["error"] == "out of memory" and "RuntimeError: kernel" in found[cells[1].key]["error"]
-    assert "out of memory" in bench.report(found, cells)
-    assert bench.run_cells(cells, setting(), {}, lambda: None, 0.0) == 3, "no time left: nothing is started"
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
-    file = tmp_path / "gpu.json"
-    file.write_text(json.dumps({"device": "x", "cells": {"a": {"total_ms": 1.0}, "b": {"error": "out of memory"}}}))
-    assert bench.read_earlier(file, {"device": "x"}) == {"a": {"total_ms": 1.0}}
-    with pytest.raises(ValueError, match="give another --json file"):
-        bench.read_earlier(file, {"device": "y"})
+def dense_kernel(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, causal: bool) -> Tensor:
+    """Stands where a CUDA kernel does: boundaries stay on the device."""
+    number_S = torch.searchsorted(cu[1:].contiguous(), torch.arange(len(q)), right=True)
+    mask = number_S[:, None] == number_S
+    if causal:
+        mask = mask.tril()
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
 
 
-def test_counts_of_launches_and_waits() -> None:
-    x = torch.arange(6.0)
-    with bench.Launches() as counted:
-        (x.view(2, 3) + 1).sum()
-        x[x > 2]
-        x.nonzero()
-        _ = x.max().item()
-    assert counted.launches >= 6 and counted.syncs == 3
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(attention, "_kernel", lambda device, dtype: dense_kernel)
+    yield
 
 
-def test_the_kernel_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert bench.check(CPU)
-    assert "WRONG" not in capsys.readouterr().out
-    stock = bench.packed_attention
-    monkeypatch.setattr(bench, "packed_attention", lambda *a, **k: 1.02 * stock(*a, **k))
-    assert not bench.check(CPU)
+@pytest.mark.parametrize("bench", [MOLMO2, QWEN3, ONEVISION], indirect=True)
+def test_the_tower_never_waits_for_the_device(bench: Any, kernel: None) -> None:
+    checks, cell = load_script("gpu_checks"), load_script("bench_gpu").Cell("inference", FRAMES, 0.5, "stts")
+    pruned = bench.pruning(cell)
+    with checks.no_syncs(pruned):
+        bench.generate(cell, pruned)
+    adapter = pruned.adapter
+    stock = adapter.blocks
+
+    def waiting() -> list[Callable[..., Tensor]]:
+        return [lambda x, *rest, block=block: block(x * x.abs().max().clamp(1, 1).item(), *rest) for block in stock()]
+
+    adapter.blocks = waiting
+    with pytest.raises(RuntimeError, match="makes the host wait"), checks.no_syncs(pruned):
+        bench.generate(cell, pruned)
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = load_script("gpu_checks")
+    assert all(row["ok"] for row in checks.check_kernel(CPU, tiny=True))
+
+    def without_bias(q: Tensor, k: Tensor, v: Tensor, segments: Segments, **options: Any) -> Tensor:
+        weak = segments if segments.key_bias is None else segments.with_bias(0.5 * segments.key_bias)
+        return attention.packed_attention(q, k, v, weak, **options)
+
+    monkeypatch.setattr(checks, "packed_attention", without_bias)
+    assert [row["ok"] for row in checks.check_kernel(CPU, tiny=True)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("bench", [MOLMO2], indirect=True)
+def test_a_cell_that_fails_says_why_and_ends_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("bench_gpu")
+    [unreachable] = [script.run_cell(bench, script.Cell("pruners", 4, 0.01, "fastv"))]
+    assert unreachable["failed"] == "ValueError" and "0.01" in unreachable["message"]
+
+    def full(*_: Any) -> dict[str, float]:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(bench, "generate", full)
+    row = script.run_cell(bench, script.Cell("inference", 4, 0.5, "stts"))
+    assert row == {"failed": "out of memory", "message": "tried to allocate 80 GiB"}
+    key = dict(part="inference", frames=4, retention_ratio=0.5, way="stts")
+    text = load_script("gpu_table").report(
+        load_script("gpu_table").derive({"x": key | row}),
+        {"device": "a GPU", "dtype": "bfloat16", "attention": "sdpa", "packed_kernel": "SDPA", "torch": "2",
+         "transformers": "5", "repeats": 1, "tiny": False, "new_tokens": 3, "model": "m"}, "",
+    )  # fmt: skip
+    assert "out of memory" in text
+
+
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_script("bench_gpu").main(["--device", "cpu"])
+    assert "add --tiny" in capsys.readouterr().err
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_every_path_runs_without_a_gpu(tmp_path: Path, capsys: Any) -> None:
+def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    arguments = ["--device", "cpu", "--tiny", "--json", str(file)]
-    assert bench.main(arguments) == 0
-    content = json.loads(file.read_text())
-    cells = content["cells"]
-    assert len(cells) == 12 + 21 and not any("error" in cell for cell in cells.values())
-    for cell in cells.values():
-        assert cell["total_ms"] > 0 and cell["share"] == pytest.approx(cell["ratio"] / cell["ceiling"])
-    out = capsys.readouterr().out
-    assert "nothing about speed" in out and "/ dense prefill" in out
-    before = file.stat().st_mtime_ns
-    assert bench.main(arguments) == 0  # nothing is measured twice
-    assert json.loads(file.read_text())["cells"] == cells and file.stat().st_mtime_ns > before
-    assert bench.main(["--device", "cpu", "--tiny", "--profile"]) == 0
-    assert "target: below 3 %" in capsys.readouterr().out
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--device", "cpu", "--tiny", "--json", str(file)]
+        return subprocess.run([*command, *options], capture_output=True, text=True, check=True, env=environment)
+
+    out = run().stdout
+    found = json.loads(file.read_text())
+    rows = {(row["part"], row["way"]): row for row in found["rows"]}
+    assert not [row for row in rows.values() if "failed" in row]
+    ways = {"dense", "release", "stts"}
+    assert rows.keys() == {
+        *((part, way) for part in ("inference", "training") for way in ways),
+        *(("pruners", way) for way in ["dense", *PRUNERS] if way != "none"),
+    }
+    for (part, way), row in rows.items():
+        assert row["ratio"] == pytest.approx(rows[part, "dense"]["total_ms"] / row["total_ms"])
+        gained = row["ratio"] if part == "training" else row["ttft_ratio"]
+        assert row["share"] == pytest.approx(gained / row["ceiling"])
+        assert (row["ceiling"] > 1) == (way != "dense")
+        if part == "pruners" and way != "dense":
+            assert row["calls"] and row["choice_ms"] > 0
+    assert rows["training", "release"]["loss"] != rows["training", "dense"]["loss"]
+    assert rows["inference", "release"]["flops"] == rows["inference", "stts"]["flops"]
+    assert "Tiny models: times mean nothing" in out and out.count("vidcom2") == 1
+
+    gone = "inference 4 stts 0.5"
+    del found["cells"][gone]
+    file.write_text(json.dumps(found))
+    again = run("--parts", "inference")
+    assert "AdamW, states in float32" in again.stdout
+    assert [line.rpartition(": ")[0] for line in again.stderr.splitlines() if line.startswith("inference ")] == [gone]
+    assert json.loads(file.read_text())["cells"].keys() == {*found["cells"], gone}

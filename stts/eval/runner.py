@@ -25,9 +25,9 @@ from stts.models.base import host_info
 from stts.models.load import load_pruner, load_vlm, pruner_settings
 from stts.models.phases import Phases
 from stts.models.pruning import Phase, Pruning
-from stts.models.report import Report
+from stts.models.report import Report, cost_of
 from stts.models.signals import SiglipSource
-from stts.pruners.base import HostInfo, Positions, Pruner
+from stts.pruners.base import Positions, Pruner
 
 _SEEDED = ("random", "random-vit")
 _OPTION = re.compile(r"\(?[A-Z][).:]\s")
@@ -249,27 +249,6 @@ def _tokens(report: Report, video: int, shape: VlmShape) -> list[int]:
     """Visual tokens in every LLM layer."""
     entry, *after = report.llm_counts[video]
     return tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
-
-
-def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
-    """What one video of the pass that `report` describes cost."""
-    grid = report.grids[video]
-    own, drop_after, present, connected = 0, None, grid.num_groups, grid.num_groups
-    for stage, kept in zip(pruner.stages, report.stage_kept, strict=False):  # empty where nothing was to be pruned
-        inside = stage.site.kind == "vit"
-        if kept[video] < present:  # else the stage is skipped: it costs nothing to keep everything
-            own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
-        present = kept[video]
-        drop_after, connected = (stage.site.drop_after, present) if inside else (drop_after, connected)
-    return video_cost(
-        shape.at(grid),
-        num_frames=grid.t,
-        llm_tokens=_tokens(report, video, shape),
-        kept_patches=report.kept_patches[video] if report.kept_patches else None,
-        drop_after=drop_after,
-        num_cells=connected,
-        pruner_flops=own,
-    )
 
 
 def _lengths(new_BL: Tensor, model: PreTrainedModel) -> list[int]:

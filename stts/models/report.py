@@ -1,4 +1,4 @@
-"""What one pruned forward pass did, per video: counts, kept cells, scores, losses, and what signals were made from."""
+"""What one pruned forward pass did, per video: counts, kept cells, scores, losses, signals, and what it cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from stts.metrics.cost import VideoCost, VlmShape, tokens_per_layer, video_cost
+from stts.pruners.base import HostInfo, Pruner
 from stts.tokens import Grid
 
 
@@ -66,3 +68,25 @@ class Report:
         starts = [0, *self.llm_cuts]
         spans = [end - start for start, end in zip(starts, ends, strict=True)]
         return sum(n * span for n, span in zip(counts, spans, strict=True)) / self.llm_layers
+
+
+def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, video: int) -> VideoCost:
+    """What one video of the pass that `report` describes cost."""
+    grid = report.grids[video]
+    own, drop_after, present, connected = 0, None, grid.num_groups, grid.num_groups
+    for stage, kept in zip(pruner.stages, report.stage_kept, strict=False):  # empty where nothing was to be pruned
+        inside = stage.site.kind == "vit"
+        if kept[video] < present:  # else the stage is skipped: it costs nothing to keep everything
+            own += stage.flops(grid, host.vit_width if inside else host.llm_width, kept[video])
+        present = kept[video]
+        drop_after, connected = (stage.site.drop_after, present) if inside else (drop_after, connected)
+    entry, *after = report.llm_counts[video]
+    return video_cost(
+        shape.at(grid),
+        num_frames=grid.t,
+        llm_tokens=tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers),
+        kept_patches=report.kept_patches[video] if report.kept_patches else None,
+        drop_after=drop_after,
+        num_cells=connected,
+        pruner_flops=own,
+    )
