@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stts.budget import plan
 from stts.metrics.cost import (
     LlmShape,
     VitShape,
     VlmShape,
     equivalent_retention,
+    kv_cache_bytes,
     llm_block_flops,
+    llm_decode_flops,
     llm_prefill_flops,
     mlp_flops,
     tokens_per_layer,
@@ -27,7 +30,8 @@ from stts.metrics.cost import (
 from stts.models.base import host_info
 from stts.models.load import load_vlm
 from stts.models.published import config_of
-from stts.tokens import Grid
+from stts.pruners.stts import STTS
+from stts.tokens import Grid, Site
 from tests.families import FAMILIES, write_family
 
 QWEN2_7B = LlmShape(width=3584, layers=28, heads=28, kv_heads=4, head_dim=128, mlp=18944)
@@ -84,6 +88,46 @@ def test_equivalent_retention_of_two_stages() -> None:
     assert llm_prefill_flops(QWEN2_7B, counts) == 8_348_156_436_480
     assert round(equivalent_retention(counts, DENSE), 6) == 0.0999
     assert equivalent_retention([576] * 2 + [144] * 30, 576) * 576 == pytest.approx(171)  # FastV on LLaVA-1.5, not 144
+
+
+def test_shares_of_dense() -> None:
+    dense = llm_prefill_flops(QWEN2_7B, DENSE)
+    shares = {3136: 45.9571, 1568: 21.9678, 1254: 17.4068, 940: 12.9268, 627: 8.5418}
+    assert {n: round(100 * llm_prefill_flops(QWEN2_7B, n) / dense, 4) for n in shares} == shares
+    assert round(100 * llm_prefill_flops(QWEN2_7B, [763] * 18 + [381] * 10) / dense, 4) == 8.5496
+    assert round(100 * 10_081_998_151_680 / 99_965_363_814_400, 4) == 10.0855, "text moves 8.54 % to 10.09 %"
+    tower = vit_flops(SIGLIP, 32)
+    assert round(100 * tower / (tower + llm_prefill_flops(QWEN2_7B, 627))) == 71
+
+
+def test_two_stages_are_solved_for_equivalent_retention() -> None:
+    """Tango: r_pre = min(1, L r / (K + (L - K) rho)) = 1.217391 r with L = 28, K = 18, rho = 0.5."""
+    sites = [Site("pre_llm"), Site("llm", 18, share=0.5)]
+    for ratio, before in ((0.1, 0.121739), (0.15, 0.182609), (0.2, 0.243478), (0.9, 1.0)):
+        [first], [inner] = plan(sites, ratio, [Grid(32, 14, 14)], 28)
+        assert round(first.retention_ratio, 6) == before and inner.retention_ratio == 0.5
+        assert first.num_kept == round(before * DENSE)
+
+
+def test_decoding_and_its_cache() -> None:
+    assert llm_decode_flops(QWEN2_7B, 6272, 100, "fastv") == 650_973_388_800
+    assert llm_decode_flops(QWEN2_7B, 627, 100, "fastv") == 537_675_980_800
+    one = llm_prefill_flops(QWEN2_7B, 1) - 28 * 4 * 28 * 128  # without attending to itself
+    assert llm_decode_flops(QWEN2_7B, 9, 2) == 2 * one + 28 * 4 * 28 * 128 * (10 + 11)
+    assert kv_cache_bytes(QWEN2_7B, 1) == 57_344
+    assert [kv_cache_bytes(QWEN2_7B, n) for n in (6272, 627)] == [359_661_568, 35_954_688]
+    assert kv_cache_bytes(QWEN3_4B, 1) == 147_456
+    assert [kv_cache_bytes(QWEN3_4B, n) for n in (10_368, 5_184)] == [1_528_823_808, 764_411_904]
+    with pytest.raises(ValueError, match="'pdrop' is unknown for decoding"):
+        llm_decode_flops(QWEN2_7B, 1, 1, "pdrop")  # type: ignore[arg-type]
+
+
+def test_the_scorer() -> None:
+    with torch.device("meta"):
+        stage = STTS(dim=1152, mlp_dim=4304, num_heads=16, patches_per_group=9)
+    assert stage.flops(Grid(1, 1, 1), 1152, 1) == 110_015_904
+    assert stage.flops(Grid(1, 9, 9), 1152, 81) == 8_911_288_224
+    assert stage.flops(Grid(128, 9, 9), 1152, 5_184) == 1_140_644_892_672
 
 
 def test_tokens_per_layer() -> None:
@@ -187,6 +231,29 @@ def test_molmo2_from_its_config() -> None:
     assert round(with_full_connector / (dense.total - dense.vit_embed), 6) == 0.466537
     with pytest.raises(ValueError, match="pass num_cells"):
         video_cost(shape, num_frames=1, llm_tokens=81)
+
+
+@pytest.mark.parametrize(
+    ("frames", "groups", "llm", "ratio", "with_scorer"),
+    [
+        (64, [81] + [40] * 54 + [39] * 9, 22_797_820_624_896, 0.491497, 0.503124),
+        (128, [81] + [41] * 23 + [40] * 104, 53_521_063_870_464, 0.456259, 0.466537),
+        (256, [81] + [41] * 87 + [40] * 168, 138_743_818_223_616, 0.409700, 0.418015),
+    ],
+)
+def test_molmo2_with_half_of_its_tokens(
+    frames: int, groups: list[int], llm: int, ratio: float, with_scorer: float
+) -> None:
+    shape, cells = published("allenai/Molmo2-4B"), 81 * frames
+    dense = video_cost(shape, num_frames=frames, llm_tokens=cells, num_cells=cells)
+    half = video_cost(
+        shape, num_frames=frames, llm_tokens=cells // 2, kept_patches=[9 * count for count in groups], drop_after=4,
+        num_cells=cells // 2, pruner_flops=8_911_288_224 * frames,
+    )  # fmt: skip
+    assert sum(groups) == cells // 2 and half.llm == llm
+    assert round((half.vit + half.llm) / (dense.vit + dense.llm), 6) == ratio
+    scored = half.vit + half.llm + half.pruner + dense.connector
+    assert round(scored / (dense.total - dense.vit_embed), 6) == with_scorer
 
 
 def test_qwen_towers_from_their_configs() -> None:
