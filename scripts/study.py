@@ -41,7 +41,10 @@ HARD = {  # form of the clips; the configs say the same
     "families": "[colour,existence,order,count,flash]", "families_per_clip": "5", "questions_per_family": "2",
     "ask_by": "colour", "grid": "4", "num_glares": "2", "active_share": "0.75",
 }  # fmt: skip
-EASY = {"families": "[colour,order,count,flash]"}  # what the shipped VLM has learned
+EASY = {  # what the shipped VLM has learned
+    "families": "[colour,order,count,flash]", "families_per_clip": "3", "questions_per_family": "1", "ask_by": "shape",
+    "grid": "3", "num_glares": "0", "active_share": "1.0",
+}  # fmt: skip
 ABLATIONS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     "temporal loss off": ["--model.loss_weights.temporal", "0"],
     "answer gradient off": ["--model.pruner_options.answer_gradient", "false"],
@@ -97,7 +100,7 @@ SCALES = {
                  "fastv"),
         ablations=("temporal loss off", "novelty, fine-tuned likewise"),
         given=Path("stts/assets/shapes_vlm"), form=EASY,
-        fit=("--data.shapes", "{families: [colour,order,count,flash]}",
+        fit=(*(word for name, value in EASY.items() for word in (f"--data.shapes.{name}", value)),
              "--data.phases", "[{num_clips: 1200, questions_per_clip: 3}]", "--data.num_val_clips", "100",
              "--data.batch_size", "8", "--data.num_workers", "1", "--trainer.val_check_interval", "75",
              "--trainer.log_every_n_steps", "25", "--progress_every", "25", "--model.warmup_steps", "20"),

@@ -112,8 +112,8 @@ class Phase:
     """So many questions about a clip, or all there are, as turns of one conversation: one pass of the tower teaches
     several answers."""
     num_sampled: int | None = None
-    """Frames of a clip in this phase, null: as `data.shapes` says. Few frames teach colours, shapes and counts at a
-    fraction of the cost. A number of clips that fills whole batches keeps batches of one length."""
+    """Frames of a clip in this phase, null: as `data.shapes` says. More of them show positions that
+    longer videos need. A number of clips that fills whole batches keeps batches of one length."""
 
 
 class ResumableLoader:
