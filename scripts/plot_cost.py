@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,10 @@ def passes(model: Any, processor: Any, num_frames: int, training: bool) -> dict[
     return {name: call(pruner) for name, pruner in WAYS.items()}
 
 
-def measure(frames: Sequence[int], sizes: dict[str, int], repeats: int) -> list[Point]:
+def measure(frames: Sequence[int], sizes: dict[str, int], repeats: int) -> Iterator[Point]:
+    """Every way at one number of frames, then at the next."""
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_vlm(write_small_vlm(Path(scratch) / "model", **sizes), dtype=torch.float32)
-    points = []
     for num_frames in frames:
         found: dict[str, dict[str, Any]] = {name: {} for name in WAYS}
         for work in ("prefill", "training"):
@@ -167,12 +167,11 @@ def measure(frames: Sequence[int], sizes: dict[str, int], repeats: int) -> list[
                     rounds[name].append(timed(call, CPU))
             for name, ms in rounds.items():
                 found[name] |= {f"{work}_ms": statistics.median(ms), f"{work}_spread": spread(ms)}
+        print(f"{num_frames} frames: prefill {found['dense']['prefill_ms']:.0f} ms dense", file=sys.stderr)
         for name, numbers in found.items():
             tokens = int(num_frames * MOLMO2_SIDE**2 * (1 if name == "dense" else RATIO))
             tflop = molmo2_cost(num_frames, name).total / 1e12
-            points.append(Point(way=name, frames=num_frames, **numbers, molmo2_tflop=tflop, molmo2_tokens=tokens))
-        print(f"{num_frames} frames: {[round(point.prefill_ms) for point in points[-3:]]} ms", file=sys.stderr)
-    return points
+            yield Point(way=name, frames=num_frames, **numbers, molmo2_tflop=tflop, molmo2_tokens=tokens)
 
 
 # --- drawn -----------------------------------------------------------------------------------------------------------
@@ -236,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for growth.json and growth.png")
     parser.add_argument("--quick", action="store_true", help="8 and 16 frames, a tiny model, once")
     parser.add_argument("--redraw", action="store_true", help="only the picture, from growth.json")
+    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads; 1: CPU time is measured, for busy machines")
     args = parser.parse_args(argv)
@@ -245,10 +245,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         info = machine(CPU)
-        frames, sizes, repeats = (FRAMES[:2], QUICK, 1) if args.quick else (FRAMES, SIZES, args.repeats)
-        points = measure(frames, sizes, repeats)
+        frames, sizes, repeats = (FRAMES[:2], QUICK, 1) if args.quick else (args.frames, SIZES, args.repeats)
         setting = {"retention_ratio": RATIO, "repeats": repeats, "sizes": sizes}
-        write_json(file, {**info, **setting, "points": [asdict(point) for point in points]})
+        points: list[dict[str, Any]] = []
+        for point in measure(frames, sizes, repeats):
+            points.append(asdict(point))
+            if point.way == list(WAYS)[-1]:  # a run that is stopped leaves what it has
+                write_json(file, {**info, **setting, "points": points})
     draw(json.loads(file.read_text(encoding="utf-8")), args.out / "growth.png")
     print(f"wrote {file} and {args.out / 'growth.png'}")
     return 0
