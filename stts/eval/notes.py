@@ -36,6 +36,7 @@ def notes_on(result: ComparisonResult) -> list[str]:
         f"{where}."
         if timed
         else "ms/sample: no full batch after the one to warm up, so nothing was timed.",
+        *_notes_on_phases(result),
         *_notes_on_counts(result),
         *_notes_on_methods(result),
     ]
@@ -71,6 +72,15 @@ def _notes_on_tasks(result: ComparisonResult) -> list[str]:
             f"cost what {_names(sorted(reference))} costs; see total for what was measured."
         )
     return notes
+
+
+def _notes_on_phases(result: ComparisonResult) -> list[str]:
+    if not any(row.time_ms for row in result.rows):
+        return []
+    return [
+        "Phases: ttft = vit + prune + connect + prefill, what papers report; ttft_e2e adds reading the video and "
+        "preprocessing it, which every method of a batch shares."
+    ]
 
 
 def _notes_on_counts(result: ComparisonResult) -> list[str]:
