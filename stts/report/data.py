@@ -26,12 +26,14 @@ from torch import Tensor
 
 from stts.data.datasets import Example
 from stts.eval.kept import KeptCells, read_kept
+from stts.eval.scaling_result import RESULT as SCALING
+from stts.eval.scaling_result import ScaleResult
+from stts.eval.scaling_result import title_of as scaling_title
 from stts.eval.source import Source, open_jsonl, open_tasks
 from stts.eval.store import RESULT
 from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
 from stts.tokens import Grid
 
-SCALING = "scaling.json"
 _LONGEST_SIDE = 360
 _JPEG_QUALITY = 82
 
@@ -62,16 +64,14 @@ def run_data(out: Path, num_samples: int) -> dict[str, Any]:
 
 def scale_data(made: Mapping[str, Any]) -> dict[str, Any]:
     """A run of `stts scale`: it has rows and notes, and no samples."""
-    first = next((row for row in made["rows"] if row["num_samples"]), None)
-    asked = f"{first['num_samples']} questions on {first['num_videos']} videos, " if first else ""
-    config, where = made["config"], made["environment"]
+    result = ScaleResult.from_json(made)
     return {
         "kind": "scale",
-        "mode": config["mode"],
-        "name": config["name"],
-        "summary": f"test-time scaling, mode {config['mode']}: {asked}{where['device']}, {where['dtype']}",
-        "rows": made["rows"],
-        "notes": list(made["notes"]),
+        "mode": result.config["mode"],
+        "name": result.config["name"],
+        "summary": f"{scaling_title(result)}; {result.environment['device']}, {result.environment['dtype']}",
+        "rows": [asdict(row) for row in result.rows],
+        "notes": list(result.notes),
         **no_samples(),
     }
 

@@ -20,6 +20,7 @@ from PIL import Image
 from stts.cli import main as stts
 from stts.eval.benchmarks.tomato import KINDS
 from stts.eval.kept import read_kept
+from stts.eval.scaling_result import ScaleResult, ScaleRow
 from stts.eval.table import ComparisonResult
 from stts.report.data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.report.page import render_page
@@ -158,17 +159,16 @@ def test_text_from_models_and_data_cannot_leave_its_place() -> None:
 
 
 def test_a_scaling_run_reports_beside_a_comparison(compared: Path, tmp_path: Path) -> None:
-    row = {"num_samples": 30, "num_videos": 10, "method": "dense", "reason": None}
-    made = {
-        "config": {"name": "long", "mode": "budget"}, "environment": {"device": "CPU", "dtype": "float32"},
-        "rows": [{"num_samples": None, "reason": "too long"}, row], "notes": ["a note"],
-    }  # fmt: skip
+    refused = ScaleRow(16, 1, "fastv", "inside the LLM", 0.1, reason="too low for layer 2")
+    row = ScaleRow(16, 1, "dense", "unpruned", 1.0, num_samples=30, num_videos=10, accuracy=0.5)
+    config = {"name": "long", "mode": "budget"}
+    made = ScaleResult(config, {"device": "CPU", "dtype": "float32"}, (refused, row), ("a note",)).to_json()
     (tmp_path / "scaling.json").write_text(json.dumps(made))
     assert stts(["report", str(compared), str(tmp_path), "--out", str(tmp_path / "r.html"), "--samples", "1"]) == 0
     first, second = data_in((tmp_path / "r.html").read_text())["runs"]
     assert (first["kind"], second["kind"], second["mode"]) == ("compare", "scale", "budget")
-    assert second["rows"] == made["rows"] and second["samples"] == []
-    assert second["summary"].startswith("test-time scaling, mode budget: 30 questions on 10 videos")
+    assert second["rows"] == list(made["rows"]) and second["samples"] == [] and second["notes"] == ["a note"]
+    assert second["summary"].startswith("long: 30 questions on 10 videos, mode budget; CPU")
 
 
 def test_several_comparisons_share_a_page_and_a_folder_without_one_is_refused(
