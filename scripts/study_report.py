@@ -91,11 +91,12 @@ def _percent(row: Row | None) -> str:
     return f"{100 * row.accuracy:.1f} [{100 * row.accuracy_low:.1f}, {100 * row.accuracy_high:.1f}]"
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return NOT_RUN
-    ends = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.1f}{ends}"
+def _spread(rows: Sequence[Row]) -> str:
+    """Mean and range over seeds; of a single one, its interval."""
+    if len(rows) < 2:
+        return _percent(rows[0]) if rows else NOT_RUN
+    values = [100 * (row.accuracy or 0.0) for row in rows]
+    return f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
     ratios, frozen = study.scale.ratios, results["frozen"]
     rows = [["dense", *[_percent(_row(frozen, DENSE))] * len(ratios)]]
     for name in study.learned():
-        values = [[row.accuracy or 0.0 for row in _learned(study, results, name, ratio)] for ratio in ratios]
+        values = [_learned(study, results, name, ratio) for ratio in ratios]
         trained_for = name.split("-")[1]
         cells = [
             _spread(found) if trained_for in ("elastic", str(ratio)) else "-"
