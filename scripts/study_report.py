@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stts.data.shapes_scene import OPTIONS
-from stts.eval.table import DENSE, ComparisonResult, Row
+from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
 from stts.metrics.accuracy import paired_difference
 
 if TYPE_CHECKING:
@@ -76,9 +76,13 @@ def _steps(study: Study, stage: str, keep: Callable[[str], bool] = lambda name: 
 
 
 def _row(result: ComparisonResult | None, method: str, ratio: float = 1.0) -> Row | None:
-    """`method` without its label."""
+    """`method` stands without its label ("our reconstruction")."""
     for row in result.rows if result else ():
-        if row.method.split(" (")[0] == method.split(" (")[0] and abs(row.retention_configured - ratio) < 1e-6:
+        if (
+            row.method != BEFORE
+            and row.method.split(" (")[0] == method
+            and abs(row.retention_configured - ratio) < 1e-6
+        ):
             return row
     return None
 

@@ -8,11 +8,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from stts import cli
+from stts.eval.table import BEFORE, DENSE, Row
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,14 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
     assert study.main(argv) == 0, "a second run finds everything there"
     assert "(to run)" not in capsys.readouterr().out
     assert (tmp_path / "results" / "README.md").read_text() == page
+
+
+def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
+    report = load_script("study_report")
+    rows = [Row(name, "unpruned", 1.0, accuracy=share) for name, share in ((BEFORE, 0.9), (DENSE, 0.8))]
+    rows.append(Row("adatp (our reconstruction)", "inside the LLM", 0.5, accuracy=0.7))
+    result = SimpleNamespace(rows=rows)
+    assert report._row(result, DENSE).accuracy == 0.8 and report._row(result, "adatp", 0.5).accuracy == 0.7
 
 
 @pytest.mark.slow
