@@ -30,7 +30,7 @@ from .lengths import largest_grid, num_placed_tokens
 from .lora import MARK, Lora, add_lora, merge
 from .loss import answer_loss
 from .retention import Setting, make_retention
-from .strategies import FSDP2, DeepSpeed, adamw, cut, engine_norm, is_cut, whole_tensors
+from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
 
 PARTS = ("llm", "vit", "connector", "scorer")
 _UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
@@ -343,6 +343,8 @@ class VideoFinetune(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """On for the whole run: activation checkpointing calls blocks again in the backward pass."""
+        used = [(n, p) for n, p in self.named_parameters() if not any(unused in n for unused in _UNUSED)]
+        check_frozen(self.trainer.strategy, [name for name, parameter in used if not parameter.requires_grad])
         self._widen()
         self.pruning.in_step = self.trainer.world_size > 1
         if isinstance(self.trainer.strategy, DeepSpeed):
