@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
 
 from stts.models.attention import capture, stock_name
 from stts.packing.segments import Segments
@@ -85,8 +86,21 @@ def pad_rows(keep_BL: Tensor, *, left: bool) -> tuple[Tensor, Tensor]:
     return index_BM, valid_BM
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """What a layer of a training pass needs when it runs again in the backward pass."""
+
+    slots: Slots
+    inputs: dict[str, Any]
+    early: tuple[Tensor, ...]
+    place_V: Tensor | None
+
+
 class Layers:
-    """The hooks on the layers of one language model, with the stages that act there."""
+    """The hooks on the layers of one language model, with the stages that act there.
+
+    In older transformers (5.17), activation checkpointing runs a layer's hooks again in the backward pass, when other
+    passes may have begun; the mask that the layer got from outside then tells which pass it belongs to."""
 
     def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide) -> None:
         self.stages = stages
@@ -102,6 +116,8 @@ class Layers:
         self._counts: list[tuple[int, int]] = []
         self._valid: dict[int, Tensor] = {}
         self._masks: dict[int, Any] = {}
+        self._replays: Any = WeakIdKeyDictionary()  # by the mask of the pass, as long as its graph holds it
+        self._replay: _Replay | None = None
         self._exit = ExitStack()
 
     def attach(self) -> None:
@@ -123,15 +139,24 @@ class Layers:
         self._exit.close()
         self.rest()
 
-    def begin(self, slots: Slots, early: tuple[Tensor, ...] = (), place_V: Tensor | None = None) -> None:
+    def begin(
+        self,
+        slots: Slots,
+        early: tuple[Tensor, ...] = (),
+        place_V: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
         """The next pass is a prefill with these slots.
 
-        early: features (V, D) to add to the output of layer 0, 1, ... at the prompt places place_V (deepstack)."""
+        early: features (V, D) to add to the output of layer 0, 1, ... at the prompt places place_V (deepstack).
+        mask: what the layers of a training pass get as their mask from outside."""
         self.rest()
         self._slots, self._valid, self._early, self._place_V = slots, {}, early, place_V
         if slots.packed or slots.both_RM is not None:
             self._inputs = {"attention_mask": make_mask(slots, self._llm)}
         video_V = slots.video_RM[slots.valid_RM & (slots.video_RM >= 0)]
+        if mask is not None and torch.is_grad_enabled():
+            self._replays[mask] = _Replay(slots, self._inputs, early, place_V)
         numbers, counts = torch.unique_consecutive(video_V, return_counts=True)
         self._counts = list(zip(numbers.tolist(), counts.tolist(), strict=True))
 
@@ -173,7 +198,9 @@ class Layers:
                 cuts = [cut for cut in self._masks if cut <= layer]
                 return (args, kwargs | {"attention_mask": self._masks[max(cuts)]}) if cuts else None
             if self._slots is None:
-                return None
+                mask = kwargs.get("attention_mask")
+                self._replay = self._replays.get(mask) if isinstance(mask, Tensor) else None
+                return (args, kwargs | self._replay.inputs) if self._replay is not None else None
             x_RMD = args[0]
             for number in mine:
                 x_RMD = self._cut(number, x_RMD, kwargs)
@@ -183,14 +210,18 @@ class Layers:
 
     def _after(self, layer: int) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, x_RMD: Tensor) -> Any:
-            return self._add(x_RMD, self._early[layer]) if layer < len(self._early) else None
+            slots, early, place_V = self._slots, self._early, self._place_V
+            if slots is None and self._replay is not None:
+                slots, early, place_V = self._replay.slots, self._replay.early, self._replay.place_V
+                self._replay = None
+            if slots is None or place_V is None or layer >= len(early):
+                return None
+            return self._add(x_RMD, early[layer], slots, place_V)
 
         return after
 
-    def _add(self, x_RMD: Tensor, feature_VD: Tensor) -> Tensor:
+    def _add(self, x_RMD: Tensor, feature_VD: Tensor, slots: Slots, place_V: Tensor) -> Tensor:
         """Add features at the places that are still there."""
-        slots, place_V = self._slots, self._place_V
-        assert slots is not None and place_V is not None
         num_slots = slots.valid_RM.numel()
         slot_L = torch.full((int(slots.num_rows * slots.length),), num_slots, device=place_V.device)
         number_N = torch.arange(num_slots, device=place_V.device)

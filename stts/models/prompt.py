@@ -142,12 +142,13 @@ class Prompt:
                 raise ValueError(f"packed rows need full attention in every LLM layer, got {sorted(kinds)}")
             index_S = keep_BL.flatten().nonzero().squeeze(1)
             self._note(index_S, None, (rows, length), len(index_S), len(index_S))
-            self._begin(index_S[None], torch.ones_like(index_S, dtype=torch.bool)[None], placed, packed=True)
+            # the layers get their own mask; the 4-D form keeps the stock code from making one
+            mask = torch.zeros(1, 1, 1, 1, dtype=x_BLD.dtype, device=x_BLD.device)
+            self._begin(index_S[None], torch.ones_like(index_S, dtype=torch.bool)[None], placed, packed=True, mask=mask)
             return kwargs | {
                 "inputs_embeds": x_BLD.flatten(0, 1)[index_S][None],
                 "position_ids": position_BL.flatten(-2)[..., None, index_S],
-                # the layers get their own mask; the 4-D form keeps the stock code from making one
-                "attention_mask": torch.zeros(1, 1, 1, 1, dtype=x_BLD.dtype, device=x_BLD.device),
+                "attention_mask": mask,
             }
         left = bool(real_BL[:, -1].all())
         index_BM, valid_BM = pad_rows(keep_BL, left=left)
@@ -211,12 +212,21 @@ class Prompt:
             "attention_mask": torch.cat([prefill.valid_BM, tail], 1).to(torch.long),
         }
 
-    def _begin(self, full_RM: Tensor, valid_RM: Tensor, placed: Placed, *, packed: bool, left: bool = False) -> None:
+    def _begin(
+        self,
+        full_RM: Tensor,
+        valid_RM: Tensor,
+        placed: Placed,
+        *,
+        packed: bool,
+        left: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
         rows, length = placed.keep_BL.shape
         video_RM, cell_RM = (x.flatten()[full_RM] for x in (placed.video_BL, placed.cell_BL))
         both_RM = None if placed.both_BL is None else placed.both_BL.flatten()[full_RM]
         slots = Slots(full_RM, full_RM // length, valid_RM, video_RM, cell_RM, both_RM, rows, length, packed, left)
-        self.layers.begin(slots, placed.early, placed.early_V)
+        self.layers.begin(slots, placed.early, placed.early_V, mask)
 
     def _note(self, index_S: Tensor, valid_BM: Tensor | None, shape: tuple[int, int], tokens: int, slots: int) -> None:
         self._restore = (index_S, shape)
