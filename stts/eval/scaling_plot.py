@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from stts.eval.cells import Kind
 from stts.eval.scaling_result import ScaleResult, ScaleRow, flops_unit, title_of
@@ -36,16 +36,21 @@ def draw(result: ScaleResult) -> bytes:
     run = [row for row in result.rows if row.accuracy is not None]
     figure = Figure(figsize=(15, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    curves = _curves(run, by_ratio=result.config["mode"] != "budget")
+    equal_tokens = result.config["mode"] == "budget"
+    curves = _curves(run, by_ratio=not equal_tokens)
+    shown = [("num_frames", "frames; pruners at equal tokens, dense at all of them"), *_PANELS[1:]]
     panels = figure.subplots(1, len(_PANELS), sharey=True)
-    for axes, (name, label) in zip(panels, _PANELS, strict=True):
+    for axes, (name, label) in zip(panels, shown if equal_tokens else _PANELS, strict=True):
         for curve in curves:
-            _draw_curve(axes, curve, name, bars=name == "llm_tokens", style=_style(curve, run))
+            _draw_curve(axes, curve, name, bars=axes is panels[0], style=_style(curve, run))
         size, unit = flops_unit(run) if name == "tflops" else (1.0, "")
         axes.set_xlabel(f"{unit}: {label} (log scale)" if unit else f"{label} (log scale)")
         axes.set_xscale("log")
         narrow = MaxNLocator(6, steps=[1, 2, 5, 10])
         axes.xaxis.set_major_locator(narrow if _narrow(run, name) else LogLocator(subs=(1, 2, 5)))
+        if name == "num_frames":
+            axes.xaxis.set_major_locator(FixedLocator(sorted({row.num_frames for row in run})))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, size=size: f"{value * size:.3g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -95,14 +100,17 @@ def _draw_curve(axes: Axes, curve: Sequence[ScaleRow], name: str, *, bars: bool,
 
 
 def _style(curve: Sequence[ScaleRow], rows: Sequence[ScaleRow]) -> tuple[Any, str]:
-    """Colour by where a method drops tokens, lighter with the ratio; a marker per method."""
+    """Colour by where a method drops tokens, lighter with the ratio, or with the method where ratios vary along the
+    curve; a marker per method."""
     first = curve[0]
     if first.kind == "unpruned":
         return "#444444", "o"
     methods = list(dict.fromkeys(row.method for row in rows if row.kind != "unpruned"))
     ratios = sorted({row.retention_configured for row in rows if row.kind != "unpruned"}, reverse=True)
+    alike = list(dict.fromkeys(row.method for row in rows if row.kind == first.kind))
     several = len({row.retention_configured for row in curve}) > 1
-    shade = 0.85 if several else 0.85 - 0.4 * ratios.index(first.retention_configured) / max(1, len(ratios) - 1)
+    place, steps = (alike.index(first.method), alike) if several else (ratios.index(first.retention_configured), ratios)
+    shade = 0.9 - 0.5 * place / max(1, len(steps) - 1)
     return colormaps[_MAPS[first.kind]](shade), _MARKERS[methods.index(first.method) % len(_MARKERS)]
 
 
