@@ -244,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path = Path(scratch) / f"{size}-{name}.mp4"
                 clips[f"{size}, {name} GOP"] = write_clip(path, SIZES[size], gop, 25 * args.seconds)
                 print(f"{path.name}: {path.stat().st_size / 125e3 / args.seconds:.1f} Mbit/s", file=sys.stderr)
-        rows = [row for clip, path in clips.items() for row in bench(clip, path, args.repeats)]
+        rows: list[Row] = []
+        for clip, path in clips.items():
+            rows += bench(clip, path, args.repeats)
+            print(f"{clip}: {rows[-1].ratio:.2f}x", file=sys.stderr)
         sizes = dict(TINY) if args.quick else dict(WAITING)
         path = next(iter(clips.values()))
         steps = 1 if args.quick else 12
