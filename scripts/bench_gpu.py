@@ -67,6 +67,7 @@ class Plan:
     tiny: bool = False
     model: str = gpu_models.MOLMO2
     attention: str = "sdpa"
+    dtype: str = "bfloat16"
 
 
 PLANS = {
@@ -114,7 +115,7 @@ class Bench:
 
     def __init__(self, name: str, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.config = gpu_models.make_config(name, tiny=plan.tiny)
         self.model: Any = gpu_models.make_model(self.config, device, self.dtype, plan.attention)
         torch.manual_seed(0)
@@ -170,7 +171,7 @@ class Bench:
             self._optimizer = torch.optim.SGD(parameters, lr=1e-6)
             return "SGD without momentum (AdamW's states would not fit)"
         self._optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=self.device.type == "cuda")
-        return f"AdamW, states in {str(self.dtype).removeprefix('torch.')}"
+        return f"AdamW, states in {self.plan.dtype}"
 
     def train(self, cell: Cell, pruned: stts.Pruning | None) -> dict[str, float]:
         """One step: milliseconds and peak memory."""
@@ -404,11 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     plan = PLANS["tiny" if args.tiny else "quick" if args.quick else "full"]
     plan = replace(plan, model=args.model, attention=args.attention)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     setting = {
         "device": where(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "packed_kernel": kernel_name(device, dtype),
+        "packed_kernel": kernel_name(device, getattr(torch, plan.dtype)),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pruners_model": gpu_models.ONEVISION,

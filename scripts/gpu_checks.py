@@ -160,7 +160,16 @@ def overhead_timed(pruned: stts.Pruning, marks: Marks) -> Iterator[None]:
 
 # --- host syncs ------------------------------------------------------------------------------------------------------
 
-WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal"}
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "equal",
+    "bincount",
+}
 """Operators whose result the host needs before it can go on."""
 
 
@@ -168,7 +177,9 @@ class NoWaiting(TorchDispatchMode):
     """RuntimeError at an operator that would make the host wait for a GPU: the CPU's twin of CUDA's sync debug mode."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in WAITS:
+        name = func.overloadpacket.__name__
+        places = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in WAITS or any(place is not None and place.dtype == torch.bool for place in places):
             raise RuntimeError(f"{func} makes the host wait for the device")
         return func(*args, **(kwargs or {}))
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ SITE = Site("vit", 3, 4)
 def bench(request: pytest.FixtureRequest) -> Any:
     """The small model of a family, by name."""
     script = load_script("bench_gpu")
-    return script.Bench(request.param, script.PLANS["tiny"], CPU)
+    return script.Bench(request.param, replace(script.PLANS["tiny"], dtype="float32"), CPU)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -173,9 +173,13 @@ def test_the_tower_never_waits_for_the_device(bench: Any, kernel: None) -> None:
     def waiting() -> list[Callable[..., Tensor]]:
         return [lambda x, *rest, block=block: block(x * x.abs().max().clamp(1, 1).item(), *rest) for block in stock()]
 
-    adapter.blocks = waiting
-    with pytest.raises(RuntimeError, match="makes the host wait"), checks.no_syncs(pruned):
-        bench.generate(cell, pruned)
+    def by_mask() -> list[Callable[..., Tensor]]:
+        return [lambda x, *rest, block=block: block(x[x.new_ones(len(x)).bool()], *rest) for block in stock()]
+
+    for found in (waiting, by_mask):
+        adapter.blocks = found
+        with pytest.raises(RuntimeError, match="makes the host wait"), checks.no_syncs(pruned):
+            bench.generate(cell, pruned)
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +233,13 @@ def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
         command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--device", "cpu", "--tiny", "--json", str(file)]
         return subprocess.run([*command, *options], capture_output=True, text=True, check=True, env=environment)
 
+    looked = run("--check", "--profile").stdout
+    shares = json.loads(file.read_text())["profile"]
+    assert "host syncs: not checked" in looked and looked.count("(target < 3 %)") == 2
+    assert shares["training"]["backward"] > 0 == shares["inference"]["backward"]
+    assert all(part["decide"] > 0 and part["drop"] > 0 and part["shorten"] > 0 for part in shares.values())
+    file.unlink()
+
     out = run().stdout
     found = json.loads(file.read_text())
     rows = {(row["part"], row["way"]): row for row in found["rows"]}
@@ -253,6 +264,6 @@ def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     del found["cells"][gone]
     file.write_text(json.dumps(found))
     again = run("--parts", "inference")
-    assert "AdamW, states in float32" in again.stdout
+    assert "AdamW, states in bfloat16" in again.stdout
     assert [line.rpartition(": ")[0] for line in again.stderr.splitlines() if line.startswith("inference ")] == [gone]
     assert json.loads(file.read_text())["cells"].keys() == {*found["cells"], gone}
