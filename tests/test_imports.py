@@ -140,3 +140,13 @@ def test_a_right_import_is_let_through(tmp_path: Path, file: str, code: str) -> 
     path.parent.mkdir(parents=True)
     path.write_text(code + "\n")
     assert offences(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "path", [*REPOSITORY.glob("stts/**/*.py"), *REPOSITORY.glob("train/*.py")], ids=lambda p: p.name
+)
+def test_what_transformers_5_17_lacks_is_imported_where_it_is_used(path: Path) -> None:
+    """Molmo2 came later; `stts fit` of another family must not need it."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+            assert not [alias.name for alias in node.names if "molmo2" in f"{node.module}.{alias.name}".lower()]

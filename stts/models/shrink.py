@@ -20,9 +20,6 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
-    Molmo2ImageProcessor,
-    Molmo2Processor,
-    Molmo2VideoProcessor,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -191,7 +188,9 @@ def _processor(config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixi
             vision_feature_select_strategy="full",
             chat_template=template,
         )
-    if family == "molmo2":
+    if family == "molmo2":  # which older transformers do not have
+        from transformers import Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
+
         height, width = vision.image_size
         common = {"size": {"height": height, "width": width}, "patch_size": vision.patch_size}
         common |= {"do_rescale": True, "do_normalize": True}
