@@ -30,6 +30,12 @@ def _scale(argv: list[str]) -> int:
     return scale(argv)
 
 
+def _eval(argv: list[str]) -> int:
+    from stts.eval.run import main as evaluate
+
+    return evaluate(argv)
+
+
 def _report(argv: list[str]) -> int:
     from stts.report.page import main as report
 
@@ -149,6 +155,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "data": ("write a data set: stts data shapes --out DIR", _data),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", _plan),
+    "eval": ("one model and pruner on benchmarks or a file, in lmms-eval's formats; many ranks with torchrun", _eval),
     "compare": ("compare pruners with dense on the same model, videos and budgets", _compare),
     "scale": ("more frames at test time: accuracy against tokens, FLOPs and seconds", _scale),
     "report": ("one HTML page of comparisons: table, plots, samples with the tokens that were kept", _report),

@@ -77,14 +77,15 @@ class TaskScore:
 
 
 def score_tasks(source: Source, answers: Answers, cell: str, scoring: str) -> dict[str, Scores]:
-    """One method's scores by task; questions whose video could not be read are left out.
+    """One method's scores by task. Left out: questions whose video could not be read, tasks whose answers are not
+    public or need a judge.
 
-    ValueError for a task whose answers are not public, and for a `scoring` it does not know."""
+    ValueError for a `scoring` that a task does not know."""
     said = answers.said[cell]
     found = {}
     for task in source.tasks:
         asked = {item.question.uid: item.key for item in source.asked if item.task is task and item.key in said}
-        if asked:
+        if asked and task.has_answers:
             questions = [question for question in task.questions if question.uid in asked]
             texts = {uid: said[key].prediction for uid, key in asked.items()}
             found[task.name] = task.benchmark.score(questions, texts, scoring)

@@ -35,6 +35,11 @@ class Task:
     def name(self) -> str:
         return self.benchmark.name
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether predictions can be scored here: every answer is public and none needs a judge."""
+        return not self.benchmark.needs_judge and all(question.answer is not None for question in self.questions)
+
 
 def open_jsonl(path: str | Path, *, skip_missing: bool = False, limit: int | None = None) -> Task:
     """A data file of your own as the task `jsonl`."""

@@ -97,7 +97,7 @@ Lines = tuple[list[str], list[list[str]]]
 def render_text(result: ComparisonResult) -> str:
     """The table for a terminal, a block per ratio, with what it rests on above and below."""
     head, body = _cells_of(result)
-    lines = _aligned(head, body)
+    lines = aligned(head, body)
     rule = "-" * max(map(len, lines))
     shown = [title_of(result), "", lines[0], rule]
     budgets = [row.equal_flops_to or row.retention_configured for row in result.rows]
@@ -105,12 +105,13 @@ def render_text(result: ComparisonResult) -> str:
     for place, block in enumerate(blocks):
         shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
     if times := _times_of(result):
-        lines = _aligned(*times)
+        lines = aligned(*times)
         shown += ["", lines[0], "-" * max(map(len, lines)), *lines[1:]]
     return "\n".join([*shown, "", *notes_on(result)])
 
 
-def _aligned(head: list[str], body: list[list[str]]) -> list[str]:
+def aligned(head: list[str], body: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns stand below each other."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     return [
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()

@@ -1,0 +1,69 @@
+"""An earlier evaluation of every token, to which another one is paired question by question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from stts.metrics.accuracy import mcnemar, paired_bootstrap, paired_difference
+
+_SAME = ("model", "questions", "num_frames", "sampler", "prompt", "wordings", "scoring", "limit", "max_new_tokens")
+"""Of an identity: what both must share."""
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    folder: Path
+    correct: Mapping[str, bool]
+    """By key."""
+
+    @classmethod
+    def open(cls, folder: str | Path, identity: Mapping[str, Any]) -> Self:
+        """ValueError unless `folder` holds a finished evaluation with pruner none that shares questions, frames and
+        scoring with this `identity`."""
+        folder = Path(folder)
+        results = sorted(folder.glob("*/*_results.json"))
+        if not results:
+            raise ValueError(
+                f"--dense_reference {folder} holds no finished `stts eval`; run one with --pruner none first"
+            )
+        made = json.loads(results[-1].read_text(encoding="utf-8"))["stts"]
+        if made["pruner"] != "none":
+            raise ValueError(f"--dense_reference {folder} was run with pruner {made['pruner']!r}; it must be none")
+        here: Mapping[str, Any] = json.loads(json.dumps(identity))
+        other = [name for name in _SAME if made["identity"].get(name) != here.get(name)]
+        if other:
+            raise ValueError(
+                f"--dense_reference {folder} is of another run (different: {', '.join(other)}); pairs need the same "
+                "model, questions, frames and scoring"
+            )
+        stamp = results[-1].name.removesuffix("_results.json")
+        lines = [
+            json.loads(line)["stts"]
+            for file in sorted(results[-1].parent.glob(f"{stamp}_samples_*.jsonl"))
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
+        return cls(folder, {line["uid"]: bool(line["correct"]) for line in lines if line["correct"] is not None})
+
+    def paired(self, correct: Mapping[str, bool], videos: Mapping[str, str]) -> dict[str, float] | None:
+        """Of the questions that both answered, by key; None where there are none."""
+        keys = [key for key in correct if key in self.correct]
+        if not keys:
+            return None
+        here, there = [correct[key] for key in keys], [self.correct[key] for key in keys]
+        shown: Sequence[str] = [videos[key] for key in keys]
+        change = paired_difference(here, there, shown)
+        dense = sum(there) / len(there)
+        return {
+            "acc": dense,
+            "num_samples": len(keys),
+            "difference": change.value,
+            "difference_low": change.low,
+            "difference_high": change.high,
+            "retained": sum(here) / len(here) / dense if dense else 0.0,
+            "p_mcnemar": mcnemar(here, there),
+            "p_bootstrap": paired_bootstrap(here, there, shown),
+        }

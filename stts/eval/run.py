@@ -1,0 +1,164 @@
+"""`stts eval`: one model under one pruner on one or more tasks, in the files that lmms-eval's readers know.
+
+The loop, its resuming and its ranks are `stts.eval.engine`'s. Under torchrun every rank answers its own questions and
+writes its own file; rank 0 waits for all and writes what one process would have written, up to times and dates.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stts.budget import check_ratio
+from stts.data.collate import Collator
+from stts.eval.cells import DENSE
+from stts.eval.dense_reference import DenseReference
+from stts.eval.engine import LoopOptions, answer_all
+from stts.eval.outputs import RESULTS, SAMPLES, Run, result_files
+from stts.eval.ranks import Ranks
+from stts.eval.records import score_tasks
+from stts.eval.runner import Runner, environment, make_runners
+from stts.eval.settings import RunConfig, command_line, parse
+from stts.eval.store import Store
+from stts.eval.table import aligned
+from stts.pruners.registry import PRUNERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RunConfig):
+    """Evaluate a model under one pruner, on a data set or on benchmarks."""
+
+    pruner: str = "none"
+    """Name (see `stts pruners`) or module:Class; none: every token."""
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the pruner, such as {compat: official}."""
+    retention_ratio: float = 0.5
+    """Fraction of visual tokens kept, in (0, 1]; a mean over the LLM's layers. Not used with pruner none."""
+    dense_reference: Path | None = None
+    """Folder of an earlier `stts eval` of the same model, questions and frames with pruner none: differences to it are
+    paired by question."""
+    batch_size: int = 1
+    """Questions answered at once."""
+
+    def __post_init__(self) -> None:
+        if self.pruner not in PRUNERS and ":" not in self.pruner:
+            raise ValueError(
+                f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
+            )
+        try:
+            check_ratio(self.retention_ratio)
+        except ValueError as error:
+            raise ValueError(f"--retention_ratio: {error}") from error
+        if self.pruner == "none" and self.pruner_options:
+            raise ValueError(f"--pruner_options {self.pruner_options} without a --pruner; name one")
+        super().__post_init__()
+
+
+def run_eval(
+    config: EvalConfig,
+    *,
+    progress: bool = True,
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> dict[str, Any] | None:
+    """Run an evaluation, go on with it, or read the finished one: the content of its results.json.
+
+    None on ranks other than 0. ValueError: `out` holds something else, a question has no video, the pruner cannot be
+    run or refuses a video, a video is broken (unless on_error="skip"), the dense reference is of another run."""
+    tasks = config.open_tasks()
+    identity = config.identity(tasks)
+    reference = None if config.dense_reference is None else DenseReference.open(config.dense_reference, identity)
+    patterns = (f"*/*{RESULTS}", f"*/*{SAMPLES}*.jsonl", "*/*_submission_*.json")
+    store = Store(
+        Path(config.out), identity, kind="evaluation", result=patterns, overwrite=config.overwrite, ranks=ranks
+    )
+    if store.finished is not None:
+        return store.finished
+
+    source = config.make_source(tasks)
+    model, processor, siglip = config.load(ranks)
+    runner = _runner(config, make_runners(
+        model, config.model, pruners=() if config.pruner == "none" else (config.pruner,),
+        retention_ratios=(config.retention_ratio,), exact=config.exact, positions=config.positions,
+        options={config.pruner: config.pruner_options}, siglip=siglip, seed=config.seed,
+    ))  # fmt: skip
+    options = LoopOptions(
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        shown=config.shown(source),
+        num_workers=config.workers(model.device),
+        refusals="raise",
+        progress=progress,
+        name="eval",
+    )
+    answers = answer_all(source, [runner], Collator(processor, training=False), store, options)
+    if answers is None:
+        return None
+    if not answers.asked:
+        raise ValueError(f"none of the {len(source)} videos can be read; first: {answers.skipped[0]}")
+    run = Run(
+        config=config,
+        source=source,
+        answers=answers,
+        cell=runner.cell,
+        scores=score_tasks(source, answers, runner.cell.key, config.scoring),
+        reference=reference,
+        environment=environment(model),
+        identity=store.identity,
+        config_hash=store.config_hash,
+        began=store.began,
+        weights_gib=model.get_memory_footprint() / 2**30,
+    )
+    results, files = result_files(run)
+    store.finish(files)
+    return results
+
+
+def _runner(config: EvalConfig, made: Sequence[Runner]) -> Runner:
+    runner = made[0] if config.pruner == "none" else made[-1]
+    if runner.pruning is None:
+        raise ValueError(f"--pruner {config.pruner} --retention_ratio {config.retention_ratio}: {runner.cell.reason}")
+    assert (runner.cell.method == DENSE) == (config.pruner == "none")
+    return runner
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """A line per task and suite."""
+    own = results["stts"]
+    head = ["task", "questions", "accuracy %", "unparsed", "vs dense", "kept", "tokens/frame", "FLOPs of dense", "ms"]
+    body = []
+    for task, row in own["tasks"].items():
+        shown = [task, str(row["num_samples"])]
+        if row["acc"] is None:
+            shown += ["- (no public answers)", "-", "-"]
+        else:
+            shown += [f"{100 * row['acc']:.1f} [{100 * row['acc_low']:.1f}, {100 * row['acc_high']:.1f}]"]
+            shown += [str(row["parse_failures"]), "-"]
+        if (paired := row.get("dense")) is not None:
+            low, high = 100 * paired["difference_low"], 100 * paired["difference_high"]
+            shown[-1] = f"{100 * paired['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        shown += [f"{row['retention_measured']:.3f}", f"{row['kept_per_frame']:.3g}"]
+        shown += [f"{100 * row['flops_share']:.1f} %", "-" if row["ms"] is None else f"{row['ms']:.1f}"]
+        body.append(shown)
+    lines = aligned(head, body)
+    pruner = "every token" if own["pruner"] == "none" else f"{own['pruner']} at {own['retention_ratio']:g}"
+    notes = [*own["notes"], *(f"Suite {name}: {100 * score:.1f} %." for name, score in own["suites"].items() if score)]
+    return "\n".join(
+        [f"{results['model_name']}: {pruner}", "", lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`stts eval`: prints a table. Bad input prints one line on stderr and gives 2."""
+    args = command_line(argv)
+    try:
+        config = EvalConfig(**parse(EvalConfig, "stts eval", args))
+        results = run_eval(config, ranks=Ranks.from_env())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if results is not None:
+        print(f"{render(results)}\nwritten: {config.out}/{results['model_name_sanitized']}/")
+    return 0

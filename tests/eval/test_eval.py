@@ -1,0 +1,241 @@
+"""`stts eval` from the command line: real files, a tiny stock model, kills, ranks, full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stts.data.shapes_files import write_shapes
+from stts.eval.run import EvalConfig, run_eval
+from stts.metrics.accuracy import mcnemar, paired_bootstrap
+from tests.data.clips import numbered_images, write_video
+from tests.eval.benchmarks import test_five_options, test_mvbench, test_videomme
+from tests.eval.benchmarks.folders import touch, write_parquet
+
+ROOT = Path(__file__).parents[2]
+CLIPS = 3
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), sizes={"test": CLIPS}, progress=False)
+
+
+@pytest.fixture
+def config(tiny_folder: Path, clips: Path, tmp_path: Path) -> EvalConfig:
+    shutil.copytree(clips, tmp_path / "data")
+    return EvalConfig(
+        model=tiny_folder, data=tmp_path / "data" / "test.jsonl", out=tmp_path / "out", pruner="visionzip",
+        num_frames=4, max_new_tokens=2,
+    )  # fmt: skip
+
+
+def flags(config: EvalConfig, **more: Any) -> list[str]:
+    given = {"model": config.model, "data": config.data, "out": config.out, "pruner": config.pruner} | more
+    given = {"num_frames": 4, "max_new_tokens": 2} | given
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(args: Sequence[str], **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stts.cli", "eval", *args], text=True, env=environment(**more),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out + err
+
+
+def written(out: Path) -> dict[str, Any]:
+    """Results and samples without what a clock decides."""
+    [results] = out.glob("*/*_results.json")
+    made = json.loads(results.read_text())
+    for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
+        del made[name]
+    del made["stts"]["efficiency"]["time_ms"]
+    for row in made["stts"]["tasks"].values():
+        del row["ms"]
+    samples: dict[str, list[Any]] = {}
+    for file in sorted(out.glob("*/*_samples_*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            del line["stts"]["ms"]
+        samples[file.name.split("_samples_")[1]] = lines
+    return {"results": made, "samples": samples}
+
+
+def test_files_hold_what_lmms_eval_readers_look_for(config: EvalConfig) -> None:
+    shown = finish(start(flags(config)))
+    assert "visionzip at 0.5" in shown and "jsonl" in shown
+    made = written(config.out)
+    results = made["results"]
+    assert {"results", "configs", "versions", "n-shot", "n-samples", "config", "task_hashes", "model_name"} <= set(
+        results
+    )
+    lines = made["samples"]["jsonl.jsonl"]
+    assert [line["doc_id"] for line in lines] == list(range(3 * CLIPS))
+    accuracy = sum(line["acc"] for line in lines) / len(lines)
+    assert results["results"]["jsonl"]["acc,none"] == accuracy == results["stts"]["tasks"]["jsonl"]["acc"]
+    assert results["n-samples"]["jsonl"] == {"original": 9, "effective": 9, "missing_video": 0}
+    for line in lines:
+        own = line["stts"]
+        assert (
+            own["n_dense"] == 64 and own["n_kept"] == 32 == sum(own["kept_per_frame"]) and len(own["frame_times"]) == 4
+        )
+        assert line["target"] and line["input_media"][0].endswith(".mp4") and own["flops"] < own["flops_dense"]
+    efficiency = results["stts"]["efficiency"]
+    assert efficiency["tokens"] == {"dense": 64, "kept_mean": 32, "kept_p5": 32, "kept_p95": 32, "err": 0.5}
+    assert efficiency["flops"]["ratio_llm"] < efficiency["flops"]["ratio_total"] < 1
+
+
+def test_differences_are_paired_with_an_earlier_dense_run(config: EvalConfig, tmp_path: Path) -> None:
+    def run(**changes: Any) -> dict[str, Any] | None:
+        settings = {name: getattr(config, name) for name in ("model", "data", "num_frames", "max_new_tokens")}
+        return run_eval(EvalConfig(**{**settings, **changes}), progress=False)
+
+    run(out=tmp_path / "dense")
+    made = run(out=config.out, pruner="random", retention_ratio=0.2, dense_reference=tmp_path / "dense")
+    again = run(out=tmp_path / "itself", dense_reference=tmp_path / "dense")
+    assert made is not None and again is not None
+    paired = made["stts"]["tasks"]["jsonl"]["dense"]
+    assert paired["num_samples"] == 3 * CLIPS and 0 < paired["p_bootstrap"] <= 1
+    assert paired["difference"] == pytest.approx(made["stts"]["tasks"]["jsonl"]["acc"] - paired["acc"])
+    same = again["stts"]["tasks"]["jsonl"]["dense"]
+    assert (same["difference"], same["p_mcnemar"], same["p_bootstrap"]) == (0.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"of another run \(different: num_frames\)"):
+        run(out=tmp_path / "other", num_frames=2, dense_reference=tmp_path / "dense")
+    with pytest.raises(ValueError, match="run with pruner 'random'; it must be none"):
+        run(out=tmp_path / "other", dense_reference=config.out)
+    with pytest.raises(ValueError, match="holds no finished"):
+        run(out=tmp_path / "other", dense_reference=tmp_path)
+
+
+def test_tests_of_pairs_by_hand() -> None:
+    # 5 answers changed, 4 gained and 1 lost: p = 2 (C(5,0) + C(5,1)) / 2^5 = 12/32
+    right, dense = [True] * 5 + [False], [False] * 4 + [True, True]
+    assert mcnemar(right, dense) == 12 / 32
+    assert mcnemar([True, False], [True, False]) == 1.0
+    videos = [str(place) for place in range(6)]
+    # differences +1 x4, 0, -1: the sum of six draws is <= 0 in 9.9 % of all 6^6 draws
+    assert 0.17 < paired_bootstrap(right, dense, videos) < 0.22
+    assert paired_bootstrap(right, dense, ["one"] * 6) == 1e-4, "one video: every draw is the same, p is the least"
+    with pytest.raises(ValueError, match="pair them by sample"):
+        mcnemar([True], [])
+
+
+def test_a_killed_run_goes_on_to_the_same_files(config: EvalConfig, tmp_path: Path) -> None:
+    run_eval(replace(config, out=tmp_path / "straight"), progress=False)
+    last = sorted((config.data.parent / "test").glob("*.mp4"))[-1]  # type: ignore[union-attr]
+    whole = last.read_bytes()
+    last.unlink()
+    os.mkfifo(last)  # the run waits here for ever, with everything before it noted
+    process = start(flags(config))
+    part = config.out / "partial-00000.jsonl"
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 1 + 3 * (CLIPS - 1)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and not list(config.out.glob("*/*_results.json"))
+    last.unlink()
+    last.write_bytes(whole)
+    with part.open("ab") as file:
+        file.write(b'{"keys": ["cut by a ki')
+    with pytest.raises(ValueError, match=r"another evaluation \(different: num_frames\).*--overwrite true"):
+        run_eval(replace(config, num_frames=2), progress=False)
+    run_eval(config, progress=False)
+    assert written(config.out) == written(tmp_path / "straight")
+    assert not list(config.out.glob("partial*"))
+
+
+def test_two_ranks_write_what_one_writes(config: EvalConfig, tmp_path: Path) -> None:
+    run_eval(replace(config, out=tmp_path / "one"), progress=False)
+    ranks = [start(flags(config), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
+    for process in ranks:
+        finish(process)
+    assert written(config.out) == written(tmp_path / "one")
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished(config: EvalConfig, tmp_path: Path) -> None:
+    run_eval(replace(config, out=tmp_path / "straight"), progress=False)
+    limited = (
+        "import resource, signal, sys; from stts.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "sys.exit(main(['eval', *sys.argv[1:]]))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", limited, *flags(config)], text=True, env=environment(), capture_output=True, timeout=300
+    )
+    assert (
+        process.returncode == 2 and "cannot write" in process.stderr and "goes on behind what is done" in process.stderr
+    )
+    assert not list(config.out.glob("*/*_results.json")) and not list(config.out.rglob(".*.part"))
+    for line in (config.out / "partial-00000.jsonl").read_text().splitlines():
+        json.loads(line)
+    run_eval(config, progress=False)
+    assert written(config.out) == written(tmp_path / "straight")
+
+
+def benchmarks(root: Path) -> Path:
+    """Video-MME, MVBench (cut clips) and EgoSchema without public answers, with videos that can be read."""
+    write_parquet(root / "videomme", test_videomme.TABLE, test_videomme.ROWS)
+    touch(root / "videomme", "data/aaa.mp4", "data/bbb.mp4", "data/ccc.mp4", "subtitle/aaa.srt")
+    (root / "videomme/subtitle/aaa.srt").write_text(test_videomme.SRT)
+    test_mvbench.write_all(root / "mvbench", 1)
+    write_parquet(root / "egoschema", f"MC/{test_five_options.EGO}", [test_five_options.ego("1", None)])
+    touch(root / "egoschema", "videos/v1.mp4")
+    for path in root.rglob("*.mp4"):
+        write_video(path, numbered_images(12, 56, 56), fps=3)
+    return root
+
+
+def test_benchmarks_from_their_own_folders(config: EvalConfig, tmp_path: Path) -> None:
+    root = benchmarks(tmp_path / "benchmarks")
+    args = flags(config, data=None, data_root=root, batch_size=8, limit=4)
+    shown = finish(start([*args, "--tasks", "videomme", "videomme_w_subtitle", "mvbench", "egoschema"]))
+    assert "no public answers" in shown
+    made = written(config.out)
+    found = made["results"]["results"]
+    assert found["egoschema"]["acc,none"] is None
+    assert found["videomme"]["videomme_perception_score,none"] == 100 * found["videomme"]["acc,none"]
+    assert set(made["samples"]) == {f"{task}.jsonl" for task in found}
+    assert "two plums" in made["samples"]["videomme_w_subtitle.jsonl"][0]["input"]
+    [submission] = config.out.glob("*/*_submission_egoschema.json")
+    assert json.loads(submission.read_text()).keys() == {"v1"}
+    assert not any(line["stts"]["correct"] for line in made["samples"]["egoschema.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pruner": "nothing"}, "--pruner 'nothing' is unknown"),
+        ({"retention_ratio": 1.5}, "--retention_ratio: "),
+        ({"pruner": "fastv", "retention_ratio": 0.1}, "cannot be reached"),
+        ({"data": "absent.jsonl"}, "is no file"),
+        ({"data": None, "tasks": ("videomme",), "data_root": Path()}, "accepted under the root"),
+        ({"scoring": "mine"}, "scoring 'mine' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line(config: EvalConfig, change: Mapping[str, Any], message: str, tmp_path: Path) -> None:
+    settings = {name: getattr(config, name) for name in ("model", "data", "out", "num_frames", "max_new_tokens")}
+    if "data_root" in change:
+        change = {**change, "data_root": tmp_path}
+    with pytest.raises(ValueError, match=message):
+        run_eval(EvalConfig(**{**settings, **change}), progress=False)
