@@ -8,9 +8,10 @@
     python scripts/bench_gpu.py --device cpu --tiny           every path on small models, about a minute; no timing
 
 Needs torch and transformers; without an installation, `PYTHONPATH=.` from the repository. Random weights of published
-shapes in bf16, drawn on the device. Training: forward, backward, optimizer, activation checkpointing, logits at the
-answer only, on every side. Inference: prefill and 64 tokens, greedy, batch 1. Both on Molmo2-4B, or on Qwen3-VL-4B
-where transformers has no Molmo2. Pruners: 32 frames on LLaVA-OneVision-7B.
+shapes in bf16, drawn on the device; the scorer too is bf16, where `stts.pruning` leaves a new one in fp32. Training:
+forward, backward, optimizer, activation checkpointing, logits at the answer only, on every side. Inference: prefill and
+64 tokens, greedy, batch 1. Both on Molmo2-4B, or on Qwen3-VL-4B where transformers has no Molmo2. Pruners: 32 frames on
+LLaVA-OneVision-7B.
 
 `ratio` is dense / this way, `ceiling` the same of FLOPs (formula `exact`, text counted; recomputation and the
 optimizer, equal on both sides, are not), `share` ratio / ceiling: of the whole step in training, of the time to first
