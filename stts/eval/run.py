@@ -68,6 +68,10 @@ def run_eval(
     None on ranks other than 0. ValueError: `out` holds something else, a question has no video, the pruner cannot be
     run or refuses a video, a video is broken (unless on_error="skip"), the dense reference is of another run."""
     tasks = config.open_tasks()
+    for task in tasks:  # now, not after hours of answers
+        known = ("strict", "compat", *task.benchmark.compat)
+        if config.scoring not in known:
+            raise ValueError(f"--scoring {config.scoring!r} is unknown for {task.name}; known: {', '.join(known)}")
     identity = config.identity(tasks)
     reference = None if config.dense_reference is None else DenseReference.open(config.dense_reference, identity)
     patterns = (f"*/*{RESULTS}", f"*/*{SAMPLES}*.jsonl", "*/*_submission_*.json")
@@ -75,7 +79,7 @@ def run_eval(
         Path(config.out), identity, kind="evaluation", result=patterns, overwrite=config.overwrite, ranks=ranks
     )
     if store.finished is not None:
-        return store.finished
+        return store.finished if ranks.is_first else None
 
     source = config.make_source(tasks)
     model, processor, siglip = config.load(ranks)
@@ -145,6 +149,8 @@ def render(results: Mapping[str, Any]) -> str:
     lines = aligned(head, body)
     pruner = "every token" if own["pruner"] == "none" else f"{own['pruner']} at {own['retention_ratio']:g}"
     notes = [*own["notes"], *(f"Suite {name}: {100 * score:.1f} %." for name, score in own["suites"].items() if score)]
+    if skipped := own["skipped"]:
+        notes.insert(0, f"Skipped, video not readable: {len(skipped)} (first {skipped[0]['uid']}).")
     return "\n".join(
         [f"{results['model_name']}: {pruner}", "", lines[0], "-" * max(map(len, lines)), *lines[1:], "", *notes]
     )

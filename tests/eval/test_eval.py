@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from stts.data.shapes_files import write_shapes
-from stts.eval.run import EvalConfig, run_eval
+from stts.eval.ranks import Ranks
+from stts.eval.run import EvalConfig, main, run_eval
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
 from tests.data.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_five_options, test_mvbench, test_videomme
@@ -230,7 +231,7 @@ def test_benchmarks_from_their_own_folders(config: EvalConfig, tmp_path: Path) -
         ({"pruner": "fastv", "retention_ratio": 0.1}, "cannot be reached"),
         ({"data": "absent.jsonl"}, "is no file"),
         ({"data": None, "tasks": ("videomme",), "data_root": Path()}, "accepted under the root"),
-        ({"scoring": "mine"}, "scoring 'mine' is unknown"),
+        ({"scoring": "mine"}, "--scoring 'mine' is unknown for jsonl; known: strict, compat"),
     ],
 )
 def test_bad_input_is_one_line(config: EvalConfig, change: Mapping[str, Any], message: str, tmp_path: Path) -> None:
@@ -239,3 +240,12 @@ def test_bad_input_is_one_line(config: EvalConfig, change: Mapping[str, Any], me
         change = {**change, "data_root": tmp_path}
     with pytest.raises(ValueError, match=message):
         run_eval(EvalConfig(**{**settings, **change}), progress=False)
+    assert not config.out.exists(), "before anything is asked"
+
+
+def test_what_was_skipped_is_said(config: EvalConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    first = sorted((config.data.parent / "test").glob("*.mp4"))[0]  # type: ignore[union-attr]
+    first.write_bytes(b"not a video")
+    assert main(flags(config, on_error="skip")) == 0
+    assert "Skipped, video not readable: 3 (first " in capsys.readouterr().out
+    assert run_eval(replace(config, on_error="skip"), ranks=Ranks(1, 2)) is None, "a finished run: rank 0 alone tells"
