@@ -402,6 +402,12 @@ class _Work:
         }
 
 
+def is_refused(run: Run) -> bool:
+    """Whether `stts fit` refuses this run: DeepSpeed stage 3 on several GPUs with a part that does not learn."""
+    frozen = run.lora is not None or {"llm", "vit", "connector"} - set(run.rates)
+    return bool(run.strategy.deepspeed and run.strategy.cuts[0] and run.gpus > 1 and frozen)
+
+
 def advise(run: Run, room: int) -> list[tuple[str, int]]:
     """What brings a run that does not fit closer, one change at a time, with the bytes it leads to; cheapest first."""
     changes: list[tuple[str, Run]] = []
@@ -425,6 +431,8 @@ def advise(run: Run, room: int) -> list[tuple[str, int]]:
         changes.append(("model.retention_ratio: 0.3", _shorter(run, retention_ratio=0.3)))
     made = []
     for text, changed in changes:
+        if is_refused(changed):
+            continue
         try:
             made.append((text, make_plan(changed).total))
         except ValueError:
@@ -445,7 +453,9 @@ def describe(run: Run, made: Plan, gpu_gib: float) -> str:
     """The plan as text."""
     room = round(gpu_gib * (1 - _SPARE) * GIB)
     count = made.parameters
-    lines = [f"{'parameters':24}{'learn':>16}{'frozen':>16}"]
+    kept = "every token" if run.pruner == "none" else f"{run.pruner} keeping {run.retention_ratio:g}"
+    lines = [f"{run.config.model_type}, {run.num_frames} frames a video, {kept}", ""]
+    lines += [f"{'parameters':24}{'learn':>16}{'frozen':>16}"]
     lines += [f"  {part:22}{count.learning[part]:>16,}{count.frozen[part]:>16,}" for part in PARTS]
     lines += ["", f"memory of one GPU ({run.strategy.name} on {run.gpus}, {run.precision})     GiB"]
     lines += [f"  {name:40}{size / GIB:>10.2f}" for name, size in made.memory.items() if size]
@@ -462,6 +472,8 @@ def describe(run: Run, made: Plan, gpu_gib: float) -> str:
     if hasattr(run.config.vision_config, "spatial_merge_size"):
         lines[-1] += f", files of {run.frame_size[0]} x {run.frame_size[1]} pixels"
     lines[-1] += " (options of this command); rows full to the budget"
+    if is_refused(run):
+        lines += ["", "stts fit refuses this: DeepSpeed stage 3 with parts that do not learn; use fsdp2 or stage 2"]
     if made.total <= room:
         return "\n".join([*lines, "", "it fits"])
     lines += ["", f"it does not fit: {(made.total - room) / GIB:.1f} GiB too much. One change at a time:"]
