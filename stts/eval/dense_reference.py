@@ -35,6 +35,8 @@ class DenseReference:
             raise ValueError(f"--dense_reference {folder} was run with pruner {made['pruner']!r}; it must be none")
         here: Mapping[str, Any] = json.loads(json.dumps(identity))
         other = [name for name in _SAME if made["identity"].get(name) != here.get(name)]
+        if _model_files(made["identity"]) != _model_files(here):
+            other.append("files of the model")
         if other:
             raise ValueError(
                 f"--dense_reference {folder} is of another run (different: {', '.join(other)}); pairs need the same "
@@ -55,7 +57,7 @@ class DenseReference:
             return None
         here, there = [correct[key] for key in keys], [self.correct[key] for key in keys]
         shown: Sequence[str] = [videos[key] for key in keys]
-        change = paired_difference(here, there, shown)
+        change, drawn = paired_difference(here, there, shown), paired_bootstrap(here, there, shown)
         dense = sum(there) / len(there)
         return {
             "acc": dense,
@@ -65,5 +67,13 @@ class DenseReference:
             "difference_high": change.high,
             "retained": sum(here) / len(here) / dense if dense else 0.0,
             "p_mcnemar": mcnemar(here, there),
-            "p_bootstrap": paired_bootstrap(here, there, shown),
+            "p_bootstrap": drawn.p_value,
+            "bootstrap_low": drawn.low,
+            "bootstrap_high": drawn.high,
         }
+
+
+def _model_files(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Contents of the model's files; none for a hub id."""
+    files: Mapping[str, str] = identity.get("files", {})
+    return {name: stamp for name, stamp in files.items() if Path(name).parent == Path(identity["model"])}

@@ -113,10 +113,19 @@ def mcnemar(correct: Sequence[bool], dense: Sequence[bool]) -> float:
     return min(1.0, 2 * tail / 2**changed) if changed else 1.0
 
 
+@dataclass(frozen=True)
+class Bootstrap:
+    p_value: float
+    """Two-sided."""
+    low: float
+    """95 % percentile interval of the difference."""
+    high: float
+
+
 def paired_bootstrap(
     correct: Sequence[bool], dense: Sequence[bool], videos: Sequence[str], num_draws: int = 10_000, seed: int = 0
-) -> float:
-    """Two-sided p-value of the difference to dense when whole videos are drawn again with replacement.
+) -> Bootstrap:
+    """The difference to dense when whole videos are drawn again with replacement.
 
     p = 2 min(P(d* <= 0), P(d* >= 0)), at most 1 and at least 1 / num_draws. Deterministic for a seed."""
     _check_pairs(correct, dense)
@@ -125,13 +134,14 @@ def paired_bootstrap(
     for here, there, video in zip(correct, dense, videos, strict=True):
         sum_V[names[video]] += float(here) - float(there)
         size_V[names[video]] += 1
-    rng = np.random.default_rng(seed)
-    low = high = 0
+    rng, draws = np.random.default_rng(seed), []
     for start in range(0, num_draws, 500):  # a thousand videos take 4 MB at a time
         drawn = rng.integers(len(names), size=(min(500, num_draws - start), len(names)))
-        difference = sum_V[drawn].sum(1) / size_V[drawn].sum(1)
-        low, high = low + int((difference <= 0).sum()), high + int((difference >= 0).sum())
-    return float(min(1.0, max(2 * min(low, high), 1) / num_draws))
+        draws.append(sum_V[drawn].sum(1) / size_V[drawn].sum(1))
+    difference = np.concatenate(draws)
+    tail = min(int((difference <= 0).sum()), int((difference >= 0).sum()))
+    low, high = np.percentile(difference, [2.5, 97.5]).tolist()
+    return Bootstrap(float(min(1.0, max(2 * tail, 1) / num_draws)), low, high)
 
 
 def _check_pairs(correct: Sequence[bool], dense: Sequence[bool]) -> None:

@@ -108,8 +108,11 @@ def test_files_hold_what_lmms_eval_readers_look_for(config: EvalConfig) -> None:
 
 
 def test_differences_are_paired_with_an_earlier_dense_run(config: EvalConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.model, tmp_path / "model")
+
     def run(**changes: Any) -> dict[str, Any] | None:
-        settings = {name: getattr(config, name) for name in ("model", "data", "num_frames", "max_new_tokens")}
+        settings = {name: getattr(config, name) for name in ("data", "num_frames", "max_new_tokens")}
+        settings["model"] = tmp_path / "model"
         return run_eval(EvalConfig(**{**settings, **changes}), progress=False)
 
     run(out=tmp_path / "dense")
@@ -118,6 +121,7 @@ def test_differences_are_paired_with_an_earlier_dense_run(config: EvalConfig, tm
     assert made is not None and again is not None
     paired = made["stts"]["tasks"]["jsonl"]["dense"]
     assert paired["num_samples"] == 3 * CLIPS and 0 < paired["p_bootstrap"] <= 1
+    assert paired["bootstrap_low"] <= paired["difference"] <= paired["bootstrap_high"]
     assert paired["difference"] == pytest.approx(made["stts"]["tasks"]["jsonl"]["acc"] - paired["acc"])
     same = again["stts"]["tasks"]["jsonl"]["dense"]
     assert (same["difference"], same["p_mcnemar"], same["p_bootstrap"]) == (0.0, 1.0, 1.0)
@@ -127,6 +131,10 @@ def test_differences_are_paired_with_an_earlier_dense_run(config: EvalConfig, tm
         run(out=tmp_path / "other", dense_reference=config.out)
     with pytest.raises(ValueError, match="holds no finished"):
         run(out=tmp_path / "other", dense_reference=tmp_path)
+    settings_file = tmp_path / "model" / "config.json"
+    settings_file.write_text(settings_file.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"of another run \(different: files of the model\)"):
+        run(out=tmp_path / "other", dense_reference=tmp_path / "dense")
 
 
 def test_tests_of_pairs_by_hand() -> None:
@@ -136,8 +144,16 @@ def test_tests_of_pairs_by_hand() -> None:
     assert mcnemar([True, False], [True, False]) == 1.0
     videos = [str(place) for place in range(6)]
     # differences +1 x4, 0, -1: the sum of six draws is <= 0 in 9.9 % of all 6^6 draws
-    assert 0.17 < paired_bootstrap(right, dense, videos) < 0.22
-    assert paired_bootstrap(right, dense, ["one"] * 6) == 1e-4, "one video: every draw is the same, p is the least"
+    assert 0.17 < paired_bootstrap(right, dense, videos).p_value < 0.22
+    # +1 and 0, each from its own video: the mean of two draws is 0, 1/2, 1 with chances 1/4, 1/2, 1/4
+    drawn = paired_bootstrap([True, False], [False, False], ["a", "b"])
+    assert drawn.p_value == pytest.approx(0.5, abs=0.02) and (drawn.low, drawn.high) == (0, 1)
+    # +1 twice from one video, -1 from another: 1, 1/3 or -1
+    drawn = paired_bootstrap([True, True, False], [False, False, True], ["a", "a", "b"])
+    assert drawn.p_value == pytest.approx(0.5, abs=0.02) and (drawn.low, drawn.high) == (-1, 1)
+    assert paired_bootstrap(right, dense, ["one"] * 6).p_value == 1e-4, (
+        "one video: every draw is the same, p is the least"
+    )
     with pytest.raises(ValueError, match="pair them by sample"):
         mcnemar([True], [])
 
