@@ -112,8 +112,10 @@ class LlavaOnevision:
             tiles = [self._num_tiles(size) if tiled else 1 for size, tiled in zip(sizes, alone, strict=True)]
             parts += [x[:n] for x, n in zip(images, tiles, strict=True)] if images.dim() == 5 else [images]
         clips = [] if videos is None else list(videos)
-        parts += clips
-        return self._visual(torch.cat(parts), [len(clip) for clip in clips], {"sizes": sizes, "tiles": tiles})
+        # Videos of one length came as one tensor: frames in a row are a view of it, and pixels are large.
+        parts += [videos.flatten(0, 1)] if isinstance(videos, Tensor) else clips
+        pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._visual(pixels, [len(clip) for clip in clips], {"sizes": sizes, "tiles": tiles})
 
     def _visual(self, pixels: Tensor, clips: Sequence[int], image_args: dict[str, Any]) -> Visual:
         frames = (self.side**2,) * len(pixels)

@@ -374,3 +374,11 @@ def test_bad_settings_name_the_fix(tiny: Any) -> None:
         stts.pruning(model, "uniform", positions="orignal")
     with pytest.raises(ValueError, match="prune_block=3 or lower"):
         stts.pruning(model, "stts", prune_block=5)
+
+
+def test_pixels_of_videos_alone_are_not_copied(tiny: Any) -> None:
+    model, processor = tiny
+    inputs = make_inputs(processor, ["v what ?", "v what ?"])
+    pixels = inputs["pixel_values_videos"]
+    visual = stts.pruning(model, "none").adapter.take_visual(dict(inputs))
+    assert visual.pixels.data_ptr() == pixels.data_ptr() and torch.equal(visual.pixels, pixels.flatten(0, 1))
