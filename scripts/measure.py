@@ -136,7 +136,8 @@ def where(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    number = torch.get_num_threads()
+    return f"CPU, {number} thread{'s' * (number > 1)}"
 
 
 def table(lines: Sequence[Sequence[str]], left: int) -> str:
