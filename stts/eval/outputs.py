@@ -166,7 +166,11 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
     tasks = {task.name: task for task in run.source.tasks if task.name in rows}
     headlines = {task: row["headline"] for task, row in rows.items()}
     suites = {suite: suite_score(suite, headlines) for suite, names in SUITES.items() if set(names) <= set(tasks)}
-    model_args = {"pretrained": str(config.model), "pruner": run.pruner, "retention_ratio": config.retention_ratio}
+    model_args = {
+        "pretrained": str(config.model),
+        "pruner": run.pruner,
+        "retention_ratio": config.retention_ratio or 1.0,
+    }
     return {
         "results": {task: _metrics(tasks[task], run.scores.get(task)) for task in tasks},
         "groups": {suite: {"alias": suite, "acc,none": score} for suite, score in suites.items()},
@@ -204,7 +208,7 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
         "stts": {
             "pruner": run.pruner,
             "label": run.cell.label,
-            "retention_ratio": 1.0 if run.pruner == "none" else config.retention_ratio,
+            "retention_ratio": config.retention_ratio or 1.0,
             "stage": run.cell.kind,
             "config_hash": run.config_hash,
             "identity": dict(run.identity),

@@ -24,6 +24,7 @@ from stts.eval.runner import Runner, environment, make_runners
 from stts.eval.settings import RunConfig, command_line, parse
 from stts.eval.store import Store
 from stts.eval.table import aligned
+from stts.models.load import pruner_settings
 from stts.pruners.registry import PRUNERS
 
 
@@ -35,8 +36,9 @@ class EvalConfig(RunConfig):
     """Name (see `stts pruners`) or module:Class; none: every token."""
     pruner_options: dict[str, Any] = field(default_factory=dict)
     """Options of the pruner, such as {compat: official}."""
-    retention_ratio: float = 0.5
-    """Fraction of visual tokens kept, in (0, 1]; a mean over the LLM's layers. Not used with pruner none."""
+    retention_ratio: float | None = None
+    """Fraction of visual tokens kept, in (0, 1]; a mean over the LLM's layers. None: the ratio that the folder's own
+    pruner was trained for."""
     dense_reference: Path | None = None
     """Folder of an earlier `stts eval` of the same model, questions and frames with pruner none: differences to it are
     paired by question."""
@@ -48,13 +50,20 @@ class EvalConfig(RunConfig):
             raise ValueError(
                 f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
             )
+        if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
+            raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
+        super().__post_init__()
+        if self.pruner == "none":
+            return
+        saved = pruner_settings(self.model) if Path(self.model).is_dir() else None
+        if self.retention_ratio is None and saved and saved["pruner"] == self.pruner:
+            object.__setattr__(self, "retention_ratio", saved["retention_ratio"])
+        if self.retention_ratio is None:
+            raise ValueError(f"--pruner {self.pruner} needs --retention_ratio, the fraction of visual tokens kept")
         try:
             check_ratio(self.retention_ratio)
         except ValueError as error:
             raise ValueError(f"--retention_ratio: {error}") from error
-        if self.pruner == "none" and self.pruner_options:
-            raise ValueError(f"--pruner_options {self.pruner_options} without a --pruner; name one")
-        super().__post_init__()
 
 
 def run_eval(
@@ -85,7 +94,7 @@ def run_eval(
     model, processor, siglip = config.load(ranks)
     runner = _runner(config, make_runners(
         model, config.model, pruners=() if config.pruner == "none" else (config.pruner,),
-        retention_ratios=(config.retention_ratio,), exact=config.exact, positions=config.positions,
+        retention_ratios=(config.retention_ratio or 1.0,), exact=config.exact, positions=config.positions,
         options={config.pruner: config.pruner_options}, siglip=siglip, seed=config.seed,
     ))  # fmt: skip
     options = LoopOptions(

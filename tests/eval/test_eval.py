@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+import stts
 from stts.data.shapes_files import write_shapes
 from stts.eval.ranks import Ranks
 from stts.eval.run import EvalConfig, main, run_eval
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
+from stts.models.load import load_vlm, save_pruned
 from tests.data.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_five_options, test_mvbench, test_videomme
 from tests.eval.benchmarks.folders import touch, write_parquet
@@ -38,13 +40,13 @@ def config(tiny_folder: Path, clips: Path, tmp_path: Path) -> EvalConfig:
     shutil.copytree(clips, tmp_path / "data")
     return EvalConfig(
         model=tiny_folder, data=tmp_path / "data" / "test.jsonl", out=tmp_path / "out", pruner="visionzip",
-        num_frames=4, max_new_tokens=2,
+        retention_ratio=0.5, num_frames=4, max_new_tokens=2,
     )  # fmt: skip
 
 
 def flags(config: EvalConfig, **more: Any) -> list[str]:
     given = {"model": config.model, "data": config.data, "out": config.out, "pruner": config.pruner} | more
-    given = {"num_frames": 4, "max_new_tokens": 2} | given
+    given = {"retention_ratio": 0.5, "num_frames": 4, "max_new_tokens": 2} | given
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
@@ -243,7 +245,9 @@ def test_benchmarks_from_their_own_folders(config: EvalConfig, tmp_path: Path) -
     ("change", "message"),
     [
         ({"pruner": "nothing"}, "--pruner 'nothing' is unknown"),
-        ({"retention_ratio": 1.5}, "--retention_ratio: "),
+        ({"pruner": "tango", "retention_ratio": 1.5}, "--retention_ratio: "),
+        ({"pruner": "tango"}, "--pruner tango needs --retention_ratio"),
+        ({"retention_ratio": 0.5}, "say nothing without a --pruner"),
         ({"pruner": "fastv", "retention_ratio": 0.1}, "cannot be reached"),
         ({"data": "absent.jsonl"}, "is no file"),
         ({"data": None, "tasks": ("videomme",), "data_root": Path()}, "accepted under the root"),
@@ -257,6 +261,37 @@ def test_bad_input_is_one_line(config: EvalConfig, change: Mapping[str, Any], me
     with pytest.raises(ValueError, match=message):
         run_eval(EvalConfig(**{**settings, **change}), progress=False)
     assert not config.out.exists(), "before anything is asked"
+
+
+def test_bad_rows_stop_the_run_or_are_counted(config: EvalConfig) -> None:
+    assert config.data is not None
+    text = config.data.read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    for bad, message in (
+        ([*rows, rows[0]], f"id '{rows[0]['id']}' is already on"),
+        ([{**rows[0], "options": ["nothing like it"]}], "none of the options"),
+    ):
+        config.data.write_text("".join(json.dumps(row) + "\n" for row in bad))
+        with pytest.raises(ValueError, match=message):
+            run_eval(config, progress=False)
+    config.data.write_text(text)
+    (config.data.parent / rows[0]["video"]).unlink()
+    with pytest.raises(ValueError, match="3 of 9 rows have no video"):
+        run_eval(config, progress=False)
+    made = run_eval(replace(config, skip_missing=True, save_kept=2), progress=False)
+    assert made is not None
+    assert made["n-samples"]["jsonl"] == {"original": 9, "effective": 6, "missing_video": 3}
+    assert len(list((config.out / "kept").glob("*.safetensors"))) == 2, "one question a batch"
+
+
+def test_a_trained_folder_brings_its_own_ratio(config: EvalConfig, tmp_path: Path) -> None:
+    model, processor = load_vlm(config.model)
+    folder = save_pruned(tmp_path / "model", model, processor, stts.pruning(model, "stts", retention_ratio=0.75))
+    own = replace(config, model=folder, pruner="stts", retention_ratio=None)
+    assert own.retention_ratio == 0.75
+    made = run_eval(replace(own, limit=1), progress=False)
+    assert made is not None and made["stts"]["retention_ratio"] == 0.75
+    assert made["stts"]["efficiency"]["tokens"]["err"] == 0.75
 
 
 def test_what_was_skipped_is_said(config: EvalConfig, capsys: pytest.CaptureFixture[str]) -> None:
