@@ -7,7 +7,6 @@ the pruner differs; the loop is `stts.eval.engine`, which notes every batch and 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from stts.eval.plot import draw
 from stts.eval.ranks import Ranks
 from stts.eval.records import TaskScore, make_records, score_tasks
 from stts.eval.runner import Runner, environment, make_baseline, make_runners
-from stts.eval.settings import RunConfig, command_line, notes_on_tasks, parse
+from stts.eval.settings import RunConfig, command, notes_on_tasks
 from stts.eval.source import Source, Task
 from stts.eval.store import RESULT, Store
 from stts.eval.table import ComparisonResult, render_csv, render_markdown, render_text
@@ -210,14 +209,11 @@ def _check(tasks: Sequence[Task]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`stts compare`: prints the table. Bad input prints one line on stderr and gives 2."""
-    args = command_line(argv)
-    try:
-        config = CompareConfig(**parse(CompareConfig, "stts compare", args))
-        result = run_compare(config, ranks=Ranks.from_env())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if result is not None:
-        print(f"{render_text(result)}\n\nwritten: {config.out}/comparison.json, .csv, .md, .png")
-    return 0
+    """`stts compare`: prints the table."""
+
+    def work(config: CompareConfig, ranks: Ranks) -> str | None:
+        result = run_compare(config, ranks=ranks)
+        written = f"written: {config.out}/comparison.json, .csv, .md, .png"
+        return None if result is None else f"{render_text(result)}\n\n{written}"
+
+    return command("stts compare", CompareConfig, argv, work)

@@ -6,7 +6,6 @@ writes its own file; rank 0 waits for all and writes what one process would have
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from stts.eval.outputs import RESULTS, SAMPLES, Run, result_files
 from stts.eval.ranks import Ranks
 from stts.eval.records import score_tasks
 from stts.eval.runner import Runner, environment, make_runners
-from stts.eval.settings import RunConfig, command_line, parse
+from stts.eval.settings import RunConfig, command
 from stts.eval.store import Store
 from stts.eval.table import aligned
 from stts.models.load import pruner_settings
@@ -166,14 +165,12 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`stts eval`: prints a table. Bad input prints one line on stderr and gives 2."""
-    args = command_line(argv)
-    try:
-        config = EvalConfig(**parse(EvalConfig, "stts eval", args))
-        results = run_eval(config, ranks=Ranks.from_env())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if results is not None:
-        print(f"{render(results)}\nwritten: {config.out}/{results['model_name_sanitized']}/")
-    return 0
+    """`stts eval`: prints a table."""
+
+    def work(config: EvalConfig, ranks: Ranks) -> str | None:
+        results = run_eval(config, ranks=ranks)
+        return (
+            None if results is None else f"{render(results)}\nwritten: {config.out}/{results['model_name_sanitized']}/"
+        )
+
+    return command("stts eval", EvalConfig, argv, work)

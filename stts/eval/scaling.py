@@ -14,7 +14,6 @@ of the LLM is found before anything runs, and never cut.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from stts.eval.scaling_result import (
     render_text,
     right_of_dense,
 )
-from stts.eval.settings import RunConfig, command_line, notes_on_tasks, parse
+from stts.eval.settings import RunConfig, command, notes_on_tasks
 from stts.eval.source import Asked, Source, Task
 from stts.eval.store import Store
 from stts.eval.voting import Vote, combine, interleaved
@@ -421,14 +420,11 @@ def _one(asked: Asked, parts: Sequence[Said], vote: Vote) -> Said:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`stts scale`: prints the table. Bad input prints one line on stderr and gives 2."""
-    args = command_line(argv)
-    try:
-        config = ScaleConfig(**parse(ScaleConfig, "stts scale", args))
-        result = run_scale(config, ranks=Ranks.from_env())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if result is not None:
-        print(f"{render_text(result)}\n\nwritten: {', '.join(str(Path(config.out) / name) for name in FILES)}")
-    return 0
+    """`stts scale`: prints the table."""
+
+    def work(config: ScaleConfig, ranks: Ranks) -> str | None:
+        result = run_scale(config, ranks=ranks)
+        written = f"written: {', '.join(str(Path(config.out) / name) for name in FILES)}"
+        return None if result is None else f"{render_text(result)}\n\n{written}"
+
+    return command("stts scale", ScaleConfig, argv, work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -199,5 +199,16 @@ def _join_lists(config: type[Any], args: Sequence[str]) -> list[str]:
     return joined
 
 
-def command_line(argv: Sequence[str] | None) -> list[str]:
-    return list(sys.argv[1:] if argv is None else argv)
+def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Callable[[Any, Ranks], str | None]) -> int:
+    """The command line of a verb: `work` does it and returns what is printed, None on ranks that print nothing.
+
+    Bad input prints one line on stderr and gives 2."""
+    try:
+        settings = parse(config, prog, list(sys.argv[1:] if argv is None else argv))
+        shown = work(config(**settings), Ranks.from_env())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if shown is not None:
+        print(shown)
+    return 0
