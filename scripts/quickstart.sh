@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a table: pretrained VLM -> fine-tune it with STTS -> compare learned with training-free.
 # Needs Python >= 3.11 with venv, and git; no GPU, no compiler, no DeepSpeed.
-# Takes at most 10 minutes on 2 CPU cores after the install, and 2 GB of disk (a CUDA build of torch: 8 GB).
+# Takes about 10 minutes on 2 CPU cores after the install, and 2 GB of disk (a CUDA build of torch: 8 GB).
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -16,7 +16,7 @@ vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain_small.yaml
 out="runs/quickstart"
 
 step "1/4 drawing ShapesQA, MP4 clips with questions, into $out/data"
-"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 300 \
+"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 200 \
   --families '[colour,order,count,flash]'
 
 step "2/4 fine-tuning $vlm with STTS into $out/stts"
