@@ -59,14 +59,14 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(
-        {}, 8, 32, 15,
+        {}, 8, 32, 7,
         ("stts", "random-vit", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv", "dart", "adatp"),
         ("stts", "random-vit", "visionzip"),
     ),
     "base": Shape(
         {"image_size": 224, "patch_size": 16, "vit_width": 768, "vit_blocks": 12, "vit_heads": 12, "vit_mlp": 3072,
          "llm_width": 896, "llm_layers": 8, "llm_heads": 14, "llm_kv_heads": 2, "llm_mlp": 4864},
-        1, 8, 4, ("stts", "random-vit", "visionzip", "fastv"), ("stts", "visionzip"),
+        1, 8, 2, ("stts", "random-vit", "visionzip", "fastv"), ("stts", "visionzip"),
     ),
 }  # fmt: skip
 
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the tiny shape, two pruners, once")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--retention_ratio", type=float, default=0.5)
-    parser.add_argument("--repeats", type=int, help="rounds; default: 15 tiny, 4 base")
+    parser.add_argument("--repeats", type=int, help="rounds; default: 7 tiny, 2 base")
     parser.add_argument("--threads", type=int, help="CPU threads; 1: CPU time is measured, for busy machines")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
