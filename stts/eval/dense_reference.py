@@ -48,7 +48,7 @@ class DenseReference:
             for file in sorted(results[-1].parent.glob(f"{stamp}_samples_*.jsonl"))
             for line in file.read_text(encoding="utf-8").splitlines()
         ]
-        return cls(folder, {line["uid"]: bool(line["correct"]) for line in lines if line["correct"] is not None})
+        return cls(folder, {line["uid"]: line["correct"] for line in lines if line["counted"]})
 
     def paired(self, correct: Mapping[str, bool], videos: Mapping[str, str]) -> dict[str, float] | None:
         """Of the questions that both answered, by key; None where there are none."""

@@ -155,7 +155,8 @@ def _row(run: Run, task: Task, asked: Sequence[Asked], graded: Mapping[str, Scor
             name: {value: dict(vars(score)) for value, score in found.items()} for name, found in scores.groups.items()
         }
     if run.reference is not None and graded:
-        correct = {one.key: graded[one.question.uid].correct for one in asked}
+        counted = [one for one in asked if graded[one.question.uid].counted]
+        correct = {one.key: graded[one.question.uid].correct for one in counted}
         row["dense"] = run.reference.paired(correct, {one.key: one.video for one in asked})
     return row
 

@@ -163,21 +163,6 @@ def candidates(question: Question) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class BudgetRunner(Runner):
-    """Sets its ratio by the video: at most `budget` visual tokens (of the longest in the batch)."""
-
-    budget: int = 1
-
-    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Generated:
-        assert self.pruning is not None
-        visual = self.pruning.adapter.take_visual(dict(batch.inputs))
-        assert visual is not None
-        most = max(grid.num_groups for grid in visual.grids)
-        self.pruning.retention_ratio = min(1.0, self.budget / most)
-        return super().generate(batch, processor, max_new_tokens)
-
-
-@dataclass(frozen=True)
 class LookRunner(Runner):
     """Scores the options in one forward pass instead of generating: the first token of each, behind the prompt."""
 
@@ -314,8 +299,9 @@ def _point(
         elif config.mode == "budget" and runner.pruning is not None and runner.cell.kind != "unpruned":
             grid = _grid(source, runner.pruning, collate)
             budget = config.budget or runner.pruning.adapter.grid(1).per_frame * config.num_frames
+            runner.pruning.max_tokens = budget
             ratio = min(1.0, budget / grid.num_groups)
-            runner = BudgetRunner(replace(runner.cell, retention_configured=ratio), runner.pruning, budget)
+            runner = replace(runner, cell=replace(runner.cell, retention_configured=ratio))
         made.append(runner)
     return source, made
 
@@ -352,8 +338,6 @@ def _check_context(config: ScaleConfig, source: PointSource, runners: list[Runne
         visual = pruning.adapter.take_visual(dict(batch.inputs))
         assert visual is not None
         [grid] = visual.grids
-        if isinstance(runner, BudgetRunner):
-            pruning.retention_ratio = min(1.0, runner.budget / grid.num_groups)
         limit = pruning.context
         kept = pruning.llm_tokens(grid)
         need = longest - (grid.num_groups - kept if pruning.positions == "compact" else 0)

@@ -7,6 +7,7 @@ connector on survivors, site `pre_llm`, merge into the prompt, shorten the promp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -70,6 +71,9 @@ class Pruning:
         """True: run tower, connector and stages in evaluation too when the batch has no video, as training does; needed
         where parameters are sharded, because every rank takes part in gathering them."""
         self.last: Report | None = None
+        self.max_tokens: int | None = None
+        """At most so many visual tokens of a video, meaned over the LLM's layers: a video that would have more gets a
+        lower ratio than `retention_ratio`, by its own length."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Told where work for pruning alone begins and ends in a pass; set by `stts.models.phases`."""
         self.retention_trained: Mapping[str, Any] | None = None
@@ -448,8 +452,14 @@ class Pruning:
         return run_tower(given, adapter.blocks(), adapter.taps(), stage.site, decide)
 
     def _plan(self, grids: list[Grid]) -> list[list[Budget]]:
-        sites = [stage.site for stage in self.pruner.stages]
-        return plan(sites, self.retention_ratio, grids, self.adapter.host.llm_layers, exact=self.exact)
+        sites, layers = [stage.site for stage in self.pruner.stages], self.adapter.host.llm_layers
+        rows = [plan(sites, self._ratio_of(grid), [grid], layers, exact=self.exact) for grid in grids]
+        return [[row[number][0] for row in rows] for number in range(len(sites))]
+
+    def _ratio_of(self, grid: Grid) -> float:
+        if self.max_tokens is None or self.max_tokens >= grid.num_groups * self.retention_ratio:
+            return self.retention_ratio
+        return math.floor(1e12 * self.max_tokens / grid.num_groups) / 1e12  # down: the decimal must not keep one more
 
     def _take_names(self, num_videos: int) -> Names:
         names, self._names = self._names, None

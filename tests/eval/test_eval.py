@@ -127,6 +127,13 @@ def test_differences_are_paired_with_an_earlier_dense_run(config: EvalConfig, tm
     assert paired["difference"] == pytest.approx(made["stts"]["tasks"]["jsonl"]["acc"] - paired["acc"])
     same = again["stts"]["tasks"]["jsonl"]["dense"]
     assert (same["difference"], same["p_mcnemar"], same["p_bootstrap"]) == (0.0, 1.0, 1.0)
+    [file] = (tmp_path / "dense").glob("*/*_samples_jsonl.jsonl")
+    file.write_text(file.read_text().replace('"counted": true', '"counted": false', 1))
+    fewer = run(out=tmp_path / "fewer", dense_reference=tmp_path / "dense")
+    assert fewer is not None
+    assert fewer["stts"]["tasks"]["jsonl"]["dense"]["num_samples"] == 3 * CLIPS - 1, (
+        "what a scoring left out is no pair"
+    )
     with pytest.raises(ValueError, match=r"of another run \(different: num_frames\)"):
         run(out=tmp_path / "other", num_frames=2, dense_reference=tmp_path / "dense")
     with pytest.raises(ValueError, match="run with pruner 'random'; it must be none"):

@@ -1,12 +1,11 @@
 """Which pruner runs on which family, in training, forward and generate: found by running them, kept as a table.
 
-The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and the README shows it. After a change
-that is meant, STTS_WRITE_MATRIX=1 writes it anew.
+The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and the README shows it. Every cell that
+runs is compared with its own, so that tests may run in any order and process.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from tests.models import qwen_tiny, test_llava_video, test_molmo2
 README = Path(__file__).parents[2] / "README.md"
 Inputs = Callable[[Any, str], dict[str, Any]]
 """(processor, padding side) -> a batch with videos of two sizes or lengths, and text."""
-_cells: dict[tuple[str, str], str] = {}
 
 
 def _llava(folder: Path) -> tuple[Any, Any]:
@@ -105,17 +103,16 @@ def test_every_pruner_on_every_family(made: Any, family: str, name: str) -> None
             ids = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
             assert ids.shape[1] == inputs["input_ids"].shape[1] + 2
             works.append("generate")
-    _cells[name, family] = "all" if works == ["fit", "forward", "generate"] else ", ".join(works)
+    found = "all" if works == ["fit", "forward", "generate"] else ", ".join(works)
+    assert table_cells()[name, family] == found, f"correct {MATRIX.name} and the README if this change is meant"
 
 
-def test_the_table_is_what_ran() -> None:
-    if len(_cells) < len(PRUNERS) * len(FAMILIES):
-        pytest.skip("only with every cell run before it in the same process")
-    lines = ["| pruner | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(_cells[name, family] for family in FAMILIES) + " |" for name in PRUNERS]
-    table = "\n".join(lines) + "\n"
-    if os.environ.get("STTS_WRITE_MATRIX"):
-        MATRIX.parent.mkdir(exist_ok=True)
-        MATRIX.write_text(table)
-    assert MATRIX.read_text() == table, "run again with STTS_WRITE_MATRIX=1 if this change is meant"
-    assert table in README.read_text(), f"paste {MATRIX.name} into the README"
+def table_cells() -> dict[tuple[str, str], str]:
+    """(pruner, family) -> what the table says works."""
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in MATRIX.read_text().splitlines())
+    return {(name, family): cell for name, *cells in rows for family, cell in zip(head[1:], cells, strict=True)}
+
+
+def test_the_table_has_every_cell_and_stands_in_the_readme() -> None:
+    assert set(table_cells()) == {(name, family) for name in PRUNERS for family in FAMILIES}
+    assert MATRIX.read_text() in README.read_text(), f"paste {MATRIX.name} into the README"

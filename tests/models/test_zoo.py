@@ -12,6 +12,7 @@ import stts
 from stts.models.load import load_vlm
 from stts.models.small import write_small_vlm
 from stts.pruners.registry import PRUNERS
+from stts.tokens import Grid
 from tests.conftest import TINY, make_inputs
 
 ROWS = ["v what colour is the circle ?", "- how many squares ?", "v is there a cross ?", "v what is it ?"]
@@ -72,3 +73,28 @@ def test_every_pruner_answers_a_batch_of_unequal_videos(tiny_zoo: Any, name: str
             alone = make_inputs(processor, [ROWS[row]], num_frames=FRAMES[video])
             one = model.generate(**alone, max_new_tokens=3, min_new_tokens=3, do_sample=False)
             assert torch.equal(one[0, -3:], ids[row, -3:])
+
+
+@pytest.mark.parametrize("name", ["visionzip", "stts", "tango"])
+def test_a_limit_of_tokens_is_each_videos_own(tiny_zoo: Any, name: str) -> None:
+    """64, 112 and 32 tokens, at most 40 of each: what shares the batch does not matter."""
+    model, processor = tiny_zoo
+    inputs = unequal(processor)
+    torch.manual_seed(0)
+    pruned = stts.pruning(model, name, retention_ratio=1.0)
+    pruned.max_tokens = 40
+    with torch.no_grad(), pruned:
+        logits = model(**inputs, use_cache=False).logits[:, -1]
+        assert pruned.last is not None and pruned.last.num_kept == [40, 40, 32]
+        for row, frames in ((0, 4), (2, 7), (3, 2)):
+            alone = make_inputs(processor, [ROWS[row]], num_frames=frames)
+            video = [0, 2, 3].index(row)
+            alone["pixel_values_videos"] = inputs["pixel_values_videos"][video][None]
+            torch.testing.assert_close(model(**alone, use_cache=False).logits[0, -1], logits[row], atol=1e-5, rtol=1e-4)
+            assert pruned.last.num_kept == [min(40, 16 * frames)]
+    for length in range(1, 400):
+        for most in (1, 7, length - 1):
+            if 0 < most < length:
+                grid = Grid(length, 1, 1)
+                pruned.max_tokens = most
+                assert pruned.llm_tokens(grid) <= most
