@@ -33,7 +33,8 @@ def export_checkpoint(
     scorer_only: leave out the model, whose weights must be those of its base. base_model: where the model that the run
     started from lies now (default: where it lay then). Host memory holds the model twice.
 
-    DeepSpeed's files are pickles, which can run code when they are read: only export what you trained.
+    ZeRO-3's files are read by DeepSpeed as pickles, which can run code: of those, only export what you trained. All
+    others are read as tensors alone.
 
     ValueError: `folder` is no checkpoint, `out` is not empty, or names or shapes are not those of the run's model."""
     saved = Saved.read(Path(folder))
@@ -80,7 +81,7 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
     if saved.strategy.endswith("stage 3"):
         return _read_cut(saved)
     [file] = saved.state.glob("*/mp_rank_00_model_states.pt")
-    tensors = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["module"]
     return {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
 
 

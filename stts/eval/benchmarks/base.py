@@ -127,7 +127,8 @@ class Benchmark(ABC):
         if missing and not skip_missing:
             raise ValueError(
                 f"{self.title}: {len(missing)} of {len(missing) + len(questions)} rows have no video, first "
-                f"{missing[0]}; fetch them, or skip_missing=True to leave these rows out and count them"
+                f"{missing[0]}; fetch them, or leave these rows out and count them: --skip_missing true "
+                "(skip_missing=True)"
             )
         if not questions:
             raise ValueError(f"{self.title} ({self.name}): no questions in {', '.join(map(str, files)) or root}")
