@@ -1,14 +1,15 @@
 """The study: does learning the scores pay? One command that resumes, from nothing to docs/results.
 
     python scripts/study.py                         everything, on one GPU; about 20 minutes of it is pretraining
-    python scripts/study.py --scale cpu             less of it, on 2 CPU cores, from the shipped VLM of the quick start
+    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, about an hour, from the shipped VLM of the quick start
     python scripts/study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study.py --scale tiny            every stage in a minute, untrained: shows that it runs
     python scripts/study.py --model FOLDER          from a pretrained small VLM, without the stage pretrain
     python scripts/study.py --list                  the commands, without running them
 
 Every step is one `stts` command, printed before it runs and again beside the table made from it. A step whose output
-exists is not run again, and `stts fit` and `stts compare` go on where they were stopped. Stages:
+exists is not run again, and `stts fit` and `stts compare` go on where they were stopped. With `--jobs` steps that need
+nothing from one another run side by side, each with its share of the cores and a log under RUNS/log. Stages:
 
     data      ShapesQA in its hard form as pictures (no video decoder needed): test, the controls that show one frame or
               nothing, and long clips of 30 s to 5 min with the evidence timed for 64 frames
@@ -27,11 +28,15 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import multiprocessing
+import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,10 +46,11 @@ HARD = {  # form of the clips; the configs say the same
     "families": "[colour,existence,order,count,flash]", "families_per_clip": "5", "questions_per_family": "2",
     "ask_by": "colour", "grid": "4", "num_glares": "2", "active_share": "0.75",
 }  # fmt: skip
-EASY = {  # what the shipped VLM has learned
-    "families": "[colour,order,count,flash]", "families_per_clip": "3", "questions_per_family": "1", "ask_by": "shape",
-    "grid": "3", "num_glares": "0", "active_share": "1.0",
+SMALL = {  # what the shipped VLM has learned; configs/shapes_pretrain_small.yaml says the same
+    "families": "[existence,order,count,flash]", "families_per_clip": "4", "questions_per_family": "2",
+    "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
+LIKEWISE = "dense, fine-tuned likewise"
 ABLATIONS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     "temporal loss off": ["--model.loss_weights.temporal", "0"],
     "answer gradient off": ["--model.pruner_options.answer_gradient", "false"],
@@ -57,6 +63,7 @@ ABLATIONS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     "half the fine-tuning": ["--trainer.limit_train_batches", "0.5"],
     "scorer only": ["--model.llm_lr", "0", "--model.vit_lr", "0", "--model.connector_lr", "0"],
     "novelty, fine-tuned likewise": ["--model.pruner", "novelty", "--model.pruner_options", "null"],
+    LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
 }
 
 
@@ -87,6 +94,7 @@ FROZEN = (
     "holitom+inner", "stop-visionzip", "stop-fastvid", "stop-holitom", "tango", "tango+inner", "adatp", "fastv", "dart",
     "vidcom2",
 )  # fmt: skip
+SCALED = ("uniform", "random", "novelty", "visionzip", "fastvid", "stop-holitom", "tango")  # of the long clips
 SCALES = {
     "full": Scale(
         num_test=400, num_long=200, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
@@ -95,19 +103,20 @@ SCALES = {
               "--llm_width", "192", "--llm_heads", "6", "--llm_mlp", "512"),
     ),
     "cpu": Scale(
-        num_test=120, num_long=40, seeds=(0,), ratios=(0.5, 0.3, 0.2), frames=(8, 16, 32), batch_size=30,
-        pruners=("random", "uniform", "novelty", "visionzip", "fastvid", "holitom", "stop-holitom", "tango", "vidcom2",
-                 "fastv"),
-        ablations=("temporal loss off", "novelty, fine-tuned likewise"),
-        given=Path("stts/assets/shapes_vlm"), form=EASY,
-        fit=(*(word for name, value in EASY.items() for word in (f"--data.shapes.{name}", value)),
-             "--data.phases", "[{num_clips: 1200, questions_per_clip: 3}]", "--data.num_val_clips", "100",
-             "--data.batch_size", "8", "--data.num_workers", "1", "--trainer.val_check_interval", "75",
-             "--trainer.log_every_n_steps", "25", "--progress_every", "25", "--model.warmup_steps", "20"),
+        num_test=150, num_long=60, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
+        pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=30,
+        given=Path("stts/assets/shapes_vlm"), form=SMALL,
+        fit=(*(word for name, value in SMALL.items() if name != "questions_per_family"
+               for word in (f"--data.shapes.{name}", value)),
+             "--data.phases", "[{num_clips: 2800, questions_per_clip: 20}, {num_clips: 320, questions_per_clip: 20, "
+             "num_sampled: 64}, {num_clips: 1200, questions_per_clip: 20}]",
+             "--data.num_val_clips", "100", "--data.batch_size", "8", "--data.num_workers", "1",
+             "--trainer.val_check_interval", "270", "--trainer.log_every_n_steps", "30", "--progress_every", "30",
+             "--model.warmup_steps", "20"),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
-        ablations=("temporal loss off",), batch_size=10,
+        ablations=("temporal loss off", LIKEWISE), batch_size=10,
         fit=("--data.phases", "[{num_clips: 4, questions_per_clip: 8}]", "--data.num_val_clips", "2",
              "--data.batch_size", "2", "--data.num_workers", "0", "--trainer.val_check_interval", "1",
              "--trainer.log_every_n_steps", "1", "--progress_every", "1", "--model.warmup_steps", "1"),
@@ -129,6 +138,11 @@ class Step:
     @property
     def command(self) -> str:
         return shlex.join(("stts", *self.argv))
+
+    def needs(self, other: Step) -> bool:
+        """Whether this step reads what `other` writes: an argument lies in its folder."""
+        written = Path(other.argv[other.argv.index("--out") + 1])
+        return any(Path(word).is_relative_to(written) for word in self.argv if not word.startswith("-"))
 
 
 @dataclass(frozen=True)
@@ -155,6 +169,12 @@ class Study:
         """Name -> the options of `stts fit` that make it."""
         elastic = f"{{low: {min(self.scale.ratios)}, high: {max(self.scale.ratios)}}}"
         return {"stts-0.5": ["0.5"], "stts-0.2": ["0.2"], "stts-elastic": [elastic]}
+
+    @staticmethod
+    def ablated(name: str) -> tuple[str, str]:
+        """The folder of an ablation, and the pruner that its model is compared under: a dense one under any."""
+        pruner = "novelty" if "novelty" in name else "random" if name == LIKEWISE else "stts"
+        return "ablation-" + name.replace(",", "").replace(" ", "-"), pruner
 
     def comparison(self, name: str) -> Path:
         return self.path(f"compare/{name}")
@@ -232,24 +252,26 @@ class Study:
     def _ablation(self) -> list[Step]:
         steps = []
         for name in self.scale.ablations:
-            slug = "ablation-" + name.replace(",", "").replace(" ", "-")
+            slug, pruner = self.ablated(name)
             steps.append(self._fit("ablation", slug, ["--model.retention_ratio", "0.5", *ABLATIONS[name]]))
-            pruner = "novelty" if "novelty" in name else "stts"
             steps.append(self._against("ablation", slug, self.path(slug) / "model", [pruner], [0.5]))
         return steps
 
     def _scaling(self) -> list[Step]:
+        """Frozen pruners on the pretrained model, STTS on its own, and dense fine-tuned on as many clips."""
         steps = []
         budget = 16 if 16 in self.scale.frames else min(self.scale.frames)
+        frozen = [name for name in self.scale.pruners if name in SCALED]
+        models = {"frozen": (self.pretrained, frozen), "stts": (self.path("stts-elastic-s0") / "model", ["stts"])}
+        if LIKEWISE in self.scale.ablations:
+            slug, pruner = self.ablated(LIKEWISE)
+            models["likewise"] = (self.path(slug) / "model", [pruner])
         for frames in self.scale.frames:
             ratio = round(min(1.0, budget / frames), 4)
-            more = ["--num_frames", str(frames)]
-            frozen = [name for name in ("uniform", "visionzip", "fastvid", "tango", "random") if name in FROZEN]
-            frozen = [name for name in frozen if name in self.scale.pruners]
-            model = self.path("stts-elastic-s0") / "model"
-            for name, folder, pruners in (("frozen", self.pretrained, frozen), ("stts", model, ["stts"])):
+            for name, (model, pruners) in models.items():
+                more = ["--num_frames", str(frames)]
                 step = f"long-{name}-{frames}"
-                steps.append(self._against("scaling", step, folder, pruners, [ratio], *more, data="long/long"))
+                steps.append(self._against("scaling", step, model, pruners, [ratio], *more, data="long/long"))
         return steps
 
 
@@ -260,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="a pretrained small VLM, instead of the stage pretrain")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of everything that is run")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of tables and plots")
+    parser.add_argument("--jobs", type=int, default=1, help="steps side by side, each in a process of its own")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
     scale = replace(SCALES[args.scale], given=args.model or SCALES[args.scale].given)
@@ -270,16 +293,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, step in enumerate(wanted, 1):
         state = "there already" if step.done.exists() else "to run"
         print(f"[{number}/{len(wanted)}] {step.stage}, {step.name} ({state})\n    {step.command}", flush=True)
-        if not args.list and not step.done.exists() and (code := _run(step)) != 0:
-            print(
-                f"error: {step.stage}, {step.name} ended with {code}; the same command goes on there", file=sys.stderr
-            )
-            return code
+        if args.jobs == 1 and not args.list and not step.done.exists() and (code := _run(step)) != 0:
+            return _failed(step, code)
+    if args.jobs > 1 and not args.list:
+        for step, code in _side_by_side([step for step in wanted if not step.done.exists()], args.jobs, args.runs):
+            if code != 0:
+                return _failed(step, code)
     if "report" in args.stages and not args.list:
         from study_report import write_report
 
         print(f"wrote {write_report(study, args.out)}")
     return 0
+
+
+def _failed(step: Step, code: int) -> int:
+    print(f"error: {step.stage}, {step.name} ended with {code}; the same command goes on there", file=sys.stderr)
+    return code
+
+
+def _side_by_side(steps: Sequence[Step], jobs: int, runs: Path) -> Iterable[tuple[Step, int]]:
+    """Steps and their exit codes as they end. A step waits for every earlier one whose output it names."""
+    log = runs / "log"
+    log.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(steps), dict[Future[int], tuple[Step, float]]()
+    # worker processes stay, so that Python and its libraries start once; `spawn`: torch does not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(jobs,)) as pool:
+        while waiting or running:
+            for step in [step for step in waiting if len(running) < jobs]:
+                before = [*waiting[: waiting.index(step)], *(other for other, _ in running.values())]
+                if len(running) < jobs and not any(step.needs(other) for other in before):
+                    waiting.remove(step)
+                    running[pool.submit(_run, step, log / f"{step.stage}-{step.name}.txt")] = step, time.monotonic()
+                    print(f"begun: {step.stage}, {step.name}", flush=True)
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                step, begun = running.pop(ended)
+                if ended.result() != 0:
+                    waiting.clear()
+                print(f"ended: {step.stage}, {step.name}, {time.monotonic() - begun:.0f} s", flush=True)
+                yield step, ended.result()
+
+
+def _start(jobs: int) -> None:
+    """A worker process of `_side_by_side`."""
+    _reach()
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 def _accelerate() -> tuple[str, ...]:
@@ -288,9 +348,14 @@ def _accelerate() -> tuple[str, ...]:
     return ("--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed") if torch.cuda.is_available() else ()
 
 
-def _run(step: Step) -> int:
+def _run(step: Step, log: Path | None = None) -> int:
     """In this process: starting Python anew for every step would take longer than some steps."""
     import torch
+
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
 
     from stts.cli import main as stts
 

@@ -217,9 +217,10 @@ def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> 
     base = results[f"stts-0.5-s{study.scale.seeds[0]}"]
     rows = [["STTS at 0.5", _percent(_row(base, "stts", 0.5)), _percent(_row(base, DENSE))]]
     for name in study.scale.ablations:
-        result = results["ablation-" + name.replace(",", "").replace(" ", "-")]
-        method = "novelty" if "novelty" in name else "stts"
-        rows.append([name, _percent(_row(result, method, 0.5)), _percent(_row(result, DENSE))])
+        folder, method = study.ablated(name)
+        result = results[folder]
+        pruned = "-" if name.startswith("dense") else _percent(_row(result, method, 0.5))
+        rows.append([name, pruned, _percent(_row(result, DENSE))])
     text = "One thing changed at a time, one seed; the second column is the same fine-tuned model on every token."
     head = ["fine-tuned", "at 0.5", "dense"]
     return _section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
@@ -230,7 +231,9 @@ def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: 
     pairs = [(results[f"long-frozen-{count}"], results[f"long-stts-{count}"]) for count in frames]
     methods = sorted({row.method for frozen, _ in pairs if frozen for row in frozen.rows if row.kind != "unpruned"})
     lines: dict[str, list[Row | None]] = {"dense (every token)": [_row(frozen, DENSE) for frozen, _ in pairs]}
-    lines["stts (learned)"] = [_only(learned, "stts") for _, learned in pairs]
+    if f"long-likewise-{frames[0]}" in results:
+        lines["dense, fine-tuned likewise"] = [_row(results[f"long-likewise-{count}"], DENSE) for count in frames]
+    lines["stts-elastic (learned)"] = [_only(learned, "stts") for _, learned in pairs]
     lines |= {method: [_only(frozen, method) for frozen, _ in pairs] for method in methods}
     text = (
         "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames. From 16 frames on every "
