@@ -30,7 +30,7 @@ vlm="$ROOT/stts/assets/shapes_vlm" pruner=tango ratio=0.25
 export HF_HOME="$out/cache" # the questions as lmms-eval's `datasets` keeps them; nothing of the user's own cache
 
 step "1/3 drawing ShapesQA into $out/data"
-"$VENV/bin/stts" data shapes --out "$out/data" --train 0 --val 0 --test 6 --families '[colour,order,count,flash]'
+"$VENV/bin/stts" data shapes --out "$out/data" --train 0 --val 0 --test 6 --form.families '[order,count,flash]' --form.ask_by colour
 
 step "2/3 lmms-eval: $pruner at $ratio"
 rm -rf "$out/lmms-eval" "$out/compare"

@@ -17,7 +17,8 @@ out="runs/quickstart"
 
 step "1/4 drawing ShapesQA, MP4 clips with questions, into $out/data"
 "$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 200 \
-  --families '[colour,order,count,flash]'
+  --form.families '[order,count,flash]' --form.families_per_clip 3 --form.questions_per_family 2 \
+  --form.ask_by colour --form.num_glares 1 --form.active_share 0.75
 
 step "2/4 fine-tuning $vlm with STTS into $out/stts"
 "$stts" fit --config configs/shapes_stts.yaml --model.model "$vlm" --out "$out/stts"

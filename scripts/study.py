@@ -47,23 +47,26 @@ HARD = {  # form of the clips; the configs say the same
     "ask_by": "colour", "grid": "4", "num_glares": "2", "active_share": "0.75",
 }  # fmt: skip
 SMALL = {  # what the shipped VLM has learned; configs/shapes_pretrain_small.yaml says the same
-    "families": "[existence,order,count,flash]", "families_per_clip": "4", "questions_per_family": "2",
+    "families": "[order,count,flash]", "families_per_clip": "3", "questions_per_family": "1",
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
 LIKEWISE = "dense, fine-tuned likewise"
-ABLATIONS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
+CONTROLS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
+    LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
+    "novelty, fine-tuned likewise": ["--model.pruner", "novelty", "--model.pruner_options", "null"],
+    "half the fine-tuning": ["--trainer.limit_train_batches", "0.5"],
+}
+ABLATIONS = {
+    **CONTROLS,
     "temporal loss off": ["--model.loss_weights.temporal", "0"],
     "answer gradient off": ["--model.pruner_options.answer_gradient", "false"],
+    "straight-through gate": ["--model.pruner_options.straight_through", "true"],
+    "scorer only": ["--model.llm_lr", "0", "--model.vit_lr", "0", "--model.connector_lr", "0"],
     "prune block 0": ["--model.pruner_options.prune_block", "0"],
     "prune block 2": ["--model.pruner_options.prune_block", "2"],
     "prune block 3": ["--model.pruner_options.prune_block", "3"],
     "rescale over a frame": ["--model.pruner_options.rescale_scope", "frame"],
     "rescale over the video": ["--model.pruner_options.rescale_scope", "video"],
-    "straight-through gate": ["--model.pruner_options.straight_through", "true"],
-    "half the fine-tuning": ["--trainer.limit_train_batches", "0.5"],
-    "scorer only": ["--model.llm_lr", "0", "--model.vit_lr", "0", "--model.connector_lr", "0"],
-    "novelty, fine-tuned likewise": ["--model.pruner", "novelty", "--model.pruner_options", "null"],
-    LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
 }
 
 
@@ -81,6 +84,8 @@ class Scale:
     batch_size: int
     fit: tuple[str, ...] = ()
     """Further options of every `stts fit`."""
+    ablate: tuple[str, ...] = ()
+    """Further options of those of the ablations, controls apart."""
     init: tuple[str, ...] = ()
     """Sizes of the untrained VLM."""
     given: Path | None = None
@@ -103,16 +108,17 @@ SCALES = {
               "--llm_width", "192", "--llm_heads", "6", "--llm_mlp", "512"),
     ),
     "cpu": Scale(
-        num_test=150, num_long=60, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
+        num_test=250, num_long=100, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
         pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=30,
         given=Path("stts/assets/shapes_vlm"), form=SMALL,
         fit=(*(word for name, value in SMALL.items() if name != "questions_per_family"
                for word in (f"--data.shapes.{name}", value)),
-             "--data.phases", "[{num_clips: 2800, questions_per_clip: 20}, {num_clips: 320, questions_per_clip: 20, "
-             "num_sampled: 64}, {num_clips: 1200, questions_per_clip: 20}]",
+             "--data.phases", "[{num_clips: 5600, questions_per_clip: 20}, {num_clips: 320, questions_per_clip: 20, "
+             "num_sampled: 64}, {num_clips: 2400, questions_per_clip: 20}]",
              "--data.num_val_clips", "100", "--data.batch_size", "8", "--data.num_workers", "1",
-             "--trainer.val_check_interval", "270", "--trainer.log_every_n_steps", "30", "--progress_every", "30",
+             "--trainer.val_check_interval", "260", "--trainer.log_every_n_steps", "40", "--progress_every", "40",
              "--model.warmup_steps", "20"),
+        ablate=("--trainer.limit_train_batches", "0.5"),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
@@ -176,13 +182,16 @@ class Study:
         pruner = "novelty" if "novelty" in name else "random" if name == LIKEWISE else "stts"
         return "ablation-" + name.replace(",", "").replace(" ", "-"), pruner
 
+    @staticmethod
+    def scaling_ratio(frames: int) -> float:
+        """That leaves the tokens of 16 frames."""
+        return round(min(1.0, 16 / frames), 4)
+
     def comparison(self, name: str) -> Path:
         return self.path(f"compare/{name}")
 
     def _data(self) -> list[Step]:
-        form = dict(self.scale.form)
-        families = form.pop("families")
-        options = [word for name, value in form.items() for word in (f"--form.{name}", value)]
+        options = [word for name, value in self.scale.form.items() for word in (f"--form.{name}", value)]
         long = ["--num_sampled", str(max(*self.scale.frames, 16))]
         kinds = {
             "test": ["--test", str(self.scale.num_test), "--long", "0"],
@@ -193,7 +202,7 @@ class Study:
             for show in ("clip", "one_frame", "nothing") if kind == "test" else ("clip",):
                 out = self.path("data") / (kind if show == "clip" else f"{kind}-{show}")
                 argv = ["data", "shapes", "--out", str(out), "--train", "0", "--val", "0", *size, "--files", "png"]
-                argv += ["--families", families, *options, "--form.show", show]
+                argv += [*options, "--form.show", show]
                 steps.append(Step("data", f"{kind}, {show}", tuple(argv), out / f"{kind}.jsonl"))
         return steps
 
@@ -253,21 +262,21 @@ class Study:
         steps = []
         for name in self.scale.ablations:
             slug, pruner = self.ablated(name)
-            steps.append(self._fit("ablation", slug, ["--model.retention_ratio", "0.5", *ABLATIONS[name]]))
+            shorter = () if name in CONTROLS else self.scale.ablate
+            steps.append(self._fit("ablation", slug, ["--model.retention_ratio", "0.5", *shorter, *ABLATIONS[name]]))
             steps.append(self._against("ablation", slug, self.path(slug) / "model", [pruner], [0.5]))
         return steps
 
     def _scaling(self) -> list[Step]:
         """Frozen pruners on the pretrained model, STTS on its own, and dense fine-tuned on as many clips."""
         steps = []
-        budget = 16 if 16 in self.scale.frames else min(self.scale.frames)
         frozen = [name for name in self.scale.pruners if name in SCALED]
         models = {"frozen": (self.pretrained, frozen), "stts": (self.path("stts-elastic-s0") / "model", ["stts"])}
         if LIKEWISE in self.scale.ablations:
             slug, pruner = self.ablated(LIKEWISE)
             models["likewise"] = (self.path(slug) / "model", [pruner])
         for frames in self.scale.frames:
-            ratio = round(min(1.0, budget / frames), 4)
+            ratio = self.scaling_ratio(frames)
             for name, (model, pruners) in models.items():
                 more = ["--num_frames", str(frames)]
                 step = f"long-{name}-{frames}"

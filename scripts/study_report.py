@@ -139,19 +139,21 @@ def _learned(study: Study, results: Mapping[str, ComparisonResult | None], name:
 def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
     ratios, frozen = study.scale.ratios, results["frozen"]
     rows = [["dense", *[_percent(_row(frozen, DENSE))] * len(ratios)]]
+    behind = []
     for name in study.learned():
         values = [_learned(study, results, name, ratio) for ratio in ratios]
-        trained_for = name.split("-")[1]
-        cells = [
-            _spread(found) if trained_for in ("elastic", str(ratio)) else "-"
-            for found, ratio in zip(values, ratios, strict=True)
-        ]
+        trained = [name.split("-")[1] in ("elastic", str(ratio)) for ratio in ratios]
+        cells = [_spread(found) if asked else "-" for found, asked in zip(values, trained, strict=True)]
         rows.append([f"{name} (learned)", *cells])
+        runs = [results[f"{name}-s{seed}"] for seed in study.scale.seeds]
+        paired = [_paired(runs, f"stts@{ratio:g}", frozen, DENSE) if asked else "-"
+                  for ratio, asked in zip(ratios, trained, strict=True)]  # fmt: skip
+        behind.append([f"{name} minus dense", *paired])
     rows += [[name, *(_percent(_row(frozen, name, ratio)) for ratio in ratios)] for name in study.scale.pruners]
-    rows.append(["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)])
+    rows += [*behind, ["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
     text = (
-        "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last row is paired by "
-        "question, in points, and pools the seeds: the best frozen method is picked on these questions, in its favour."
+        "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last rows are paired by "
+        "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour."
     )
     if frozen is not None:
         _write(out / "retention.png", _plot_retention(study, results))
@@ -167,19 +169,25 @@ def _lead(study: Study, results: Mapping[str, ComparisonResult | None], ratio: f
     if frozen is None or not reached:
         return NOT_RUN
     best = max(reached, key=lambda row: row.accuracy or 0.0).method.split(" (")[0]
-    theirs = {record.uid: record.outcomes[f"{best}@{ratio:g}"].correct for record in frozen.records}
+    runs = [results[f"stts-elastic-s{seed}"] for seed in study.scale.seeds]
+    return f"{_paired(runs, f'stts@{ratio:g}', frozen, f'{best}@{ratio:g}')} ({best})"
+
+
+def _paired(runs: Sequence[ComparisonResult | None], cell: str, other: ComparisonResult | None, their_cell: str) -> str:
+    """In points, on the same questions: a run's `cell` minus `their_cell` of `other`. Mean over the runs, with the
+    outermost ends of their intervals."""
+    theirs = {record.uid: record.outcomes[their_cell].correct for record in other.records} if other else {}
     found = []
-    for seed in study.scale.seeds:
-        result = results[f"stts-elastic-s{seed}"]
-        if result is not None:
-            records = [record for record in result.records if record.uid in theirs]
-            ours = [record.outcomes[f"stts@{ratio:g}"].correct for record in records]
+    for run in runs:
+        records = [record for record in run.records if record.uid in theirs] if run else []
+        if records:
+            ours = [record.outcomes[cell].correct for record in records]
             rival = [theirs[record.uid] for record in records]
             found.append(paired_difference(ours, rival, [record.video for record in records]))
     if not found:
         return NOT_RUN
     low, high = min(one.low for one in found), max(one.high for one in found)
-    return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({best})"
+    return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
@@ -222,6 +230,8 @@ def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> 
         pruned = "-" if name.startswith("dense") else _percent(_row(result, method, 0.5))
         rows.append([name, pruned, _percent(_row(result, DENSE))])
     text = "One thing changed at a time, one seed; the second column is the same fine-tuned model on every token."
+    if study.scale.ablate:
+        text += " Rows below `half the fine-tuning` are as long as that, and compare with it."
     head = ["fine-tuned", "at 0.5", "dense"]
     return _section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
 
@@ -237,12 +247,21 @@ def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: 
     lines |= {method: [_only(frozen, method) for frozen, _ in pairs] for method in methods}
     text = (
         "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames. From 16 frames on every "
-        "pruned row has the tokens of 16 dense frames; the dense row pays for all of its own."
+        "pruned row has the tokens of 16 dense frames; the dense row pays for all of its own. The last rows are paired "
+        "by question, in points: STTS at so many frames against dense at 16, which is the same number of tokens."
     )
     if any(frozen for frozen, _ in pairs):
         _write(out / "scaling.png", _plot_scaling(frames, lines))
         text += "\n\n![accuracy over frames](scaling.png)"
     rows = [[name, *map(_percent, found)] for name, found in lines.items()]
+    for title, rival in (("dense", "frozen"), ("dense, fine-tuned likewise", "likewise")):
+        reference = results.get(f"long-{rival}-16")
+        if f"long-{rival}-16" in results:
+            cells = [
+                _paired([result], f"stts@{study.scaling_ratio(count):g}", reference, DENSE) if count > 16 else "-"
+                for count, result in zip(frames, [learned for _, learned in pairs], strict=True)
+            ]
+            rows.append([f"stts-elastic minus {title} at 16 frames", *cells])
     steps = [*_steps(study, "data", lambda name: name.startswith("long")), *_steps(study, "scaling")]
     head = ["method", *(f"{count} frames" for count in frames)]
     return _section("More frames at the same tokens", text, _table(head, rows), steps)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
-from stts.data.shapes_scene import FAMILIES
 
 Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"
@@ -40,7 +39,6 @@ def shapes(
     long: int = 0,
     seed: int = 0,
     num_sampled: int = 16,
-    families: tuple[str, ...] = FAMILIES,
     form: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
     files: Files = "mp4",
 ) -> Path:
@@ -54,14 +52,12 @@ def shapes(
         long: clips of 30 s to 5 min for test-time scaling.
         seed: of clips and questions.
         num_sampled: frames a uniform sampler must take to see all evidence; fewer miss some of it.
-        families: kinds of questions.
-        form: everything else about the clips, as in `--form.grid 4 --form.ask_by colour`; its `num_sampled`
-            and `families` are not read.
+        form: everything else about the clips, as in `--form.families '[order,flash]' --form.grid 4`; its `num_sampled`
+            is not read.
         files: mp4, or png for folders with the sampled frames alone, which need no video decoder to write or read.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
-    config = replace(form, families=families).sampled(num_sampled)
-    return write_shapes(out, sizes=sizes, seed=seed, config=config, files=files)
+    return write_shapes(out, sizes=sizes, seed=seed, config=form.sampled(num_sampled), files=files)
 
 
 def write_shapes(

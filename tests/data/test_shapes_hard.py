@@ -160,7 +160,7 @@ def test_the_command_line_explains_every_form(tmp_path, capsys):
 
 
 def test_files_name_each_question_once(tmp_path):
-    out = shapes(tmp_path / "data", train=0, val=2, test=0, families=FAMILIES, form=HARD)
+    out = shapes(tmp_path / "data", train=0, val=2, test=0, form=HARD)
     rows = [json.loads(line) for line in (out / "val.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["id"] for row in rows}) == 16
     assert json.loads((out / "shapes.json").read_text())["config"] == json.loads(json.dumps(asdict(HARD)))
