@@ -54,6 +54,7 @@ LIKEWISE = "dense, fine-tuned likewise"
 CONTROLS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
     "novelty, fine-tuned likewise": ["--model.pruner", "novelty", "--model.pruner_options", "null"],
+    "twice the fine-tuning": ["--trainer.max_epochs", "2"],
     "half the fine-tuning": ["--trainer.limit_train_batches", "0.5"],
 }
 ABLATIONS = {

@@ -276,19 +276,21 @@ def _only(result: ComparisonResult | None, method: str) -> Row | None:
 
 def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]) -> bytes:
     figure, axes = _axes("share of visual tokens kept")
-    for number, name in enumerate(study.scale.pruners):
-        colour = colormaps["tab20"](number % 20)
-        rows = [_row(results["frozen"], name, ratio) for ratio in study.scale.ratios]
-        points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.3, color=colour, label=name)
     ratios = [ratio for ratio in study.scale.ratios if _learned(study, results, "stts-elastic", ratio)]
     found = [[100 * (r.accuracy or 0) for r in _learned(study, results, "stts-elastic", ratio)] for ratio in ratios]
     if found:
         middle = [fmean(values) for values in found]
         ends = [[m - min(v) for m, v in zip(middle, found, strict=True)],
                 [max(v) - m for m, v in zip(middle, found, strict=True)]]  # fmt: skip
-        axes.errorbar(ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic")
+        axes.errorbar(
+            ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
+        )
+    for number, name in enumerate(study.scale.pruners):
+        colour = colormaps["tab20"](number % 20)
+        rows = [_row(results["frozen"], name, ratio) for ratio in study.scale.ratios]
+        points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.3, color=colour, label=name)
     return _finish(figure, axes, results["frozen"])
 
 

@@ -88,6 +88,35 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
     assert (tmp_path / "results" / "README.md").read_text() == page
 
 
+def test_a_step_needs_those_whose_output_it_reads() -> None:
+    study = load_script("study")
+    steps = study.Study(Path("runs"), study.SCALES["tiny"]).steps()
+    by_name = {step.name: step for step in steps}
+    needed = {name: {other.name for other in steps if other is not step and step.needs(other)}
+              for name, step in by_name.items()}  # fmt: skip
+    assert needed["dense"] == {"untrained folder"} and needed["stts-0.5-s1"] == {"dense"}
+    assert needed["stts-0.5-s0"] == {"dense"}, "its own comparison comes later and has a folder of its own"
+    assert needed["long-likewise-8"] == {"long, clip", "ablation-dense-fine-tuned-likewise"}
+    assert not needed["test, clip"]
+
+
+@pytest.mark.slow
+def test_steps_run_side_by_side(tmp_path: Path) -> None:
+    argv = ["scripts/study.py", "--scale", "tiny", "--jobs", "2", "--runs", str(tmp_path)]
+    command = [sys.executable, *argv, "--stages", "data", "pretrain", "finetune"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("begun", "ended"))]
+    ended = next(place for place, line in enumerate(said) if line.startswith("ended: pretrain, dense"))
+    assert ended < said.index("begun: finetune, stts-0.5-s0"), "a model is fine-tuned once it is there"
+    assert said[1].startswith("begun"), "the second step begins beside the first"
+    assert (tmp_path / "stts-elastic-s1" / "model" / "config.json").exists()
+    assert "answer_loss" in (tmp_path / "log" / "finetune-stts-0.5-s0.txt").read_text(), "each step has its own log"
+    failing = subprocess.run([*command, "--model", str(tmp_path / "none"), "--runs", str(tmp_path / "again")], cwd=ROOT,
+                             capture_output=True, text=True, check=False)  # fmt: skip
+    assert failing.returncode != 0 and "the same command goes on there" in failing.stderr
+
+
 def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
     report = load_script("study_report")
     rows = [Row(name, "unpruned", 1.0, accuracy=share) for name, share in ((BEFORE, 0.9), (DENSE, 0.8))]
