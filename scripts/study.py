@@ -14,7 +14,8 @@ nothing from one another run side by side, each with its share of the cores and 
     data      ShapesQA in its hard form as pictures (no video decoder needed): test, the controls that show one frame or
               nothing, and long clips of 30 s to 5 min with the evidence timed for 64 frames
     pretrain  the dense VLM, configs/shapes_pretrain.yaml
-    finetune  STTS at 0.5, at 0.2 and elastic (0.1 to 0.7), three seeds each, configs/shapes_study_stts.yaml
+    finetune  STTS at 0.5, at 0.2 and elastic (0.1 to 0.7), three seeds each, configs/shapes_study_stts.yaml; and
+              `novelty`, a fixed rule, elastic and fine-tuned likewise, one seed
     compare   dense and every training-free pruner at 0.7, 0.5, 0.3, 0.2, 0.1; the learned ones likewise; the controls
     ablation  STTS at 0.5 with one thing changed
     scaling   8 to 64 frames of the long clips at the tokens of 16 frames: dense, STTS, training-free
@@ -32,13 +33,16 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("data", "pretrain", "finetune", "compare", "ablation", "scaling", "report")
@@ -50,6 +54,7 @@ SMALL = {  # what the shipped VLM has learned; configs/shapes_pretrain_small.yam
     "families": "[order,count,flash]", "families_per_clip": "3", "questions_per_family": "1",
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
+RIVAL = "novelty-elastic"
 LIKEWISE = "dense, fine-tuned likewise"
 CONTROLS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
@@ -59,6 +64,8 @@ CONTROLS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
 }
 ABLATIONS = {
     **CONTROLS,
+    "random, fine-tuned likewise": ["--model.pruner", "random", "--model.pruner_options", "null"],
+    "tango, fine-tuned likewise": ["--model.pruner", "tango", "--model.pruner_options", "null"],
     "temporal loss off": ["--model.loss_weights.temporal", "0"],
     "answer gradient off": ["--model.pruner_options.answer_gradient", "false"],
     "straight-through gate": ["--model.pruner_options.straight_through", "true"],
@@ -159,6 +166,7 @@ class Study:
     runs: Path
     scale: Scale
     accelerate: tuple[str, ...] = ()
+    rival: ClassVar[str] = RIVAL
     command: str = "python scripts/study.py"
 
     @property
@@ -172,15 +180,19 @@ class Study:
         return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._ablation(),
                 *self._scaling()]  # fmt: skip
 
-    def learned(self) -> dict[str, list[str]]:
-        """Name -> the options of `stts fit` that make it."""
-        elastic = f"{{low: {min(self.scale.ratios)}, high: {max(self.scale.ratios)}}}"
-        return {"stts-0.5": ["0.5"], "stts-0.2": ["0.2"], "stts-elastic": [elastic]}
+    def learned(self) -> dict[str, str]:
+        """Name -> the retention ratio that it is trained at."""
+        return {"stts-0.5": "0.5", "stts-0.2": "0.2", "stts-elastic": self.elastic}
+
+    @property
+    def elastic(self) -> str:
+        return f"{{low: {min(self.scale.ratios)}, high: {max(self.scale.ratios)}}}"
 
     @staticmethod
     def ablated(name: str) -> tuple[str, str]:
-        """The folder of an ablation, and the pruner that its model is compared under: a dense one under any."""
-        pruner = "novelty" if "novelty" in name else "random" if name == LIKEWISE else "stts"
+        """The folder of an ablation, and the pruner that its model is compared under; a dense one under any."""
+        rule = name.partition(",")[0] if name.endswith("likewise") else "stts"
+        pruner = "random" if name == LIKEWISE else rule
         return "ablation-" + name.replace(",", "").replace(" ", "-"), pruner
 
     @staticmethod
@@ -226,12 +238,17 @@ class Study:
         return Step(stage, name, tuple(argv), out / "model")
 
     def _finetune(self) -> list[Step]:
-        return [
-            self._fit("finetune", f"{name}-s{seed}", ["--model.retention_ratio", *ratio, "--seed_everything", str(seed),
-                                                      "--data.seed", str(100 + seed)])
+        def begin(ratio: str, seed: int) -> list[str]:
+            seeds = ["--seed_everything", str(seed), "--data.seed", str(100 + seed)]
+            return ["--model.retention_ratio", ratio, *seeds]
+
+        steps = [
+            self._fit("finetune", f"{name}-s{seed}", begin(ratio, seed))
             for name, ratio in self.learned().items()
             for seed in self.scale.seeds
-        ]  # fmt: skip
+        ]
+        rule = ["--model.pruner", "novelty", "--model.pruner_options", "null"]
+        return [*steps, self._fit("finetune", RIVAL, [*begin(self.elastic, self.scale.seeds[0]), *rule])]
 
     def _against(
         self, stage: str, name: str, model: Path, pruners: Sequence[str], ratios: Sequence[float], *options: str,
@@ -257,7 +274,8 @@ class Study:
             for seed in scale.seeds:
                 model = self.path(f"{name}-s{seed}") / "model"
                 steps.append(self._against("compare", f"{name}-s{seed}", model, ["stts"], ratios, *before))
-        return steps
+        rival = self.path(RIVAL) / "model"
+        return [*steps, self._against("compare", RIVAL, rival, ["novelty"], scale.ratios, *before)]
 
     def _ablation(self) -> list[Step]:
         steps = []
@@ -345,11 +363,19 @@ def _side_by_side(steps: Sequence[Step], jobs: int, runs: Path) -> Iterable[tupl
 
 
 def _start(jobs: int) -> None:
-    """A worker process of `_side_by_side`."""
+    """A worker process of `_side_by_side`, which ends with the one that it works for: `stts fit` saves first."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _reach()
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _accelerate() -> tuple[str, ...]:

@@ -149,8 +149,12 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
         paired = [_paired(runs, f"stts@{ratio:g}", frozen, DENSE) if asked else "-"
                   for ratio, asked in zip(ratios, trained, strict=True)]  # fmt: skip
         behind.append([f"{name} minus dense", *paired])
+    rival, elastic = results[study.rival], [results[f"stts-elastic-s{seed}"] for seed in study.scale.seeds]
+    rows.append([f"{study.rival} (a rule, likewise)", *(_percent(_row(rival, "novelty", ratio)) for ratio in ratios)])
     rows += [[name, *(_percent(_row(frozen, name, ratio)) for ratio in ratios)] for name in study.scale.pruners]
-    rows += [*behind, ["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
+    over = [_paired(elastic, f"stts@{ratio:g}", rival, f"novelty@{ratio:g}") for ratio in ratios]
+    rows += [*behind, [f"stts-elastic minus {study.rival}", *over]]
+    rows += [["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
     text = (
         "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last rows are paired by "
         "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour."
@@ -200,6 +204,8 @@ def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -
     if seeds:
         mean = [(fmean(p[0] for p in points), fmean(p[1] for p in points)) for points in zip(*seeds, strict=True)]
         rows.append(["stts-elastic (learned)", *(_at(mean, share) for share in shares)])
+    rival = _curve(results[study.rival], "novelty", study.scale.ratios)
+    rows.append([f"{study.rival} (a rule, likewise)", *(_at(rival, share) for share in shares)])
     rows += [[name, *(_at(curve, share) for share in shares)] for name, curve in curves.items()]
     text = (
         "Share of the dense model's FLOPs (ViT, pruner, connector and LLM), by linear interpolation between the ratios "
@@ -285,12 +291,13 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
         axes.errorbar(
             ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
         )
-    for number, name in enumerate(study.scale.pruners):
-        colour = colormaps["tab20"](number % 20)
-        rows = [_row(results["frozen"], name, ratio) for ratio in study.scale.ratios]
+    lines = [(study.rival, "novelty", "black", 2.0)]
+    lines += [(name, name, colormaps["tab20"](place % 20), 1.3) for place, name in enumerate(study.scale.pruners)]
+    for name, method, colour, width in lines:
+        rows = [_row(results["frozen" if name == method else name], method, ratio) for ratio in study.scale.ratios]
         points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
         if points:
-            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.3, color=colour, label=name)
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=width, color=colour, label=name)
     return _finish(figure, axes, results["frozen"])
 
 
