@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -291,7 +291,7 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
         axes.errorbar(
             ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
         )
-    lines = [(study.rival, "novelty", "black", 2.0)]
+    lines: list[tuple[str, str, Any, float]] = [(study.rival, "novelty", "black", 2.0)]
     lines += [(name, name, colormaps["tab20"](place % 20), 1.3) for place, name in enumerate(study.scale.pruners)]
     for name, method, colour, width in lines:
         rows = [_row(results["frozen" if name == method else name], method, ratio) for ratio in study.scale.ratios]
