@@ -55,6 +55,7 @@ SMALL = {  # what the shipped VLM has learned; configs/shapes_pretrain_small.yam
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
 RIVAL = "novelty-elastic"
+LONG = "stts-long"
 LIKEWISE = "dense, fine-tuned likewise"
 CONTROLS = {  # name -> options of `stts fit`; the base is STTS at 0.5, seed 0
     LIKEWISE: ["--model.pruner", "none", "--model.pruner_options", "null", "--model.retention_ratio", "1.0"],
@@ -90,6 +91,8 @@ class Scale:
     pruners: tuple[str, ...]
     ablations: tuple[str, ...]
     batch_size: int
+    num_longer: int = 32000
+    """Clips that `LONG` is trained on."""
     fit: tuple[str, ...] = ()
     """Further options of every `stts fit`."""
     ablate: tuple[str, ...] = ()
@@ -118,7 +121,7 @@ SCALES = {
     "cpu": Scale(
         num_test=250, num_long=100, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
         pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=30,
-        given=Path("stts/assets/shapes_vlm"), form=SMALL,
+        given=Path("stts/assets/shapes_vlm"), form=SMALL, num_longer=2080,
         fit=(*(word for name, value in SMALL.items() if name != "questions_per_family"
                for word in (f"--data.shapes.{name}", value)),
              "--data.phases", "[{num_clips: 5600, questions_per_clip: 20}, {num_clips: 320, questions_per_clip: 20, "
@@ -130,7 +133,7 @@ SCALES = {
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
-        ablations=("temporal loss off", LIKEWISE), batch_size=10,
+        ablations=("temporal loss off", LIKEWISE), batch_size=10, num_longer=4,
         fit=("--data.phases", "[{num_clips: 4, questions_per_clip: 8}]", "--data.num_val_clips", "2",
              "--data.batch_size", "2", "--data.num_workers", "0", "--trainer.val_check_interval", "1",
              "--trainer.log_every_n_steps", "1", "--progress_every", "1", "--model.warmup_steps", "1"),
@@ -167,6 +170,7 @@ class Study:
     scale: Scale
     accelerate: tuple[str, ...] = ()
     rival: ClassVar[str] = RIVAL
+    long: ClassVar[str] = LONG
     command: str = "python scripts/study.py"
 
     @property
@@ -231,9 +235,9 @@ class Study:
             Step("pretrain", "dense", tuple(fit), out / "model"),
         ]
 
-    def _fit(self, stage: str, name: str, options: Sequence[str]) -> Step:
+    def _fit(self, stage: str, name: str, options: Sequence[str], start: Path | None = None) -> Step:
         out = self.path(name)
-        argv = ["fit", "--config", "configs/shapes_study_stts.yaml", "--model.model", str(self.pretrained)]
+        argv = ["fit", "--config", "configs/shapes_study_stts.yaml", "--model.model", str(start or self.pretrained)]
         argv += ["--out", str(out), *self.accelerate, *self.scale.fit, *options]
         return Step(stage, name, tuple(argv), out / "model")
 
@@ -287,10 +291,17 @@ class Study:
         return steps
 
     def _scaling(self) -> list[Step]:
-        """Frozen pruners on the pretrained model, STTS on its own, and dense fine-tuned on as many clips."""
-        steps = []
+        """Frozen pruners on the pretrained model, STTS on its own ones, and dense fine-tuned on as many clips.
+
+        `LONG` goes on from the elastic model, on clips of as many frames as the longest row has."""
+        elastic, most = self.path(f"stts-elastic-s{self.scale.seeds[0]}") / "model", max(self.scale.frames)
+        phase = f"[{{num_clips: {self.scale.num_longer}, questions_per_clip: 20, num_sampled: {most}}}]"
+        options = ["--model.retention_ratio", str(self.scaling_ratio(most)), "--data.phases", phase]
+        steps = [self._fit("scaling", LONG, options, elastic)]
         frozen = [name for name in self.scale.pruners if name in SCALED]
-        models = {"frozen": (self.pretrained, frozen), "stts": (self.path("stts-elastic-s0") / "model", ["stts"])}
+        models = {"frozen": (self.pretrained, frozen)}
+        models |= {name: (self.path(f"{name}-s{self.scale.seeds[0]}") / "model", ["stts"]) for name in self.learned()}
+        models[LONG] = (self.path(LONG) / "model", ["stts"])
         if LIKEWISE in self.scale.ablations:
             slug, pruner = self.ablated(LIKEWISE)
             models["likewise"] = (self.path(slug) / "model", [pruner])

@@ -244,30 +244,36 @@ def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> 
 
 def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
     frames = study.scale.frames
-    pairs = [(results[f"long-frozen-{count}"], results[f"long-stts-{count}"]) for count in frames]
-    methods = sorted({row.method for frozen, _ in pairs if frozen for row in frozen.rows if row.kind != "unpruned"})
-    lines: dict[str, list[Row | None]] = {"dense (every token)": [_row(frozen, DENSE) for frozen, _ in pairs]}
+    frozen = [results[f"long-frozen-{count}"] for count in frames]
+    lines: dict[str, list[Row | None]] = {"dense (every token)": [_row(result, DENSE) for result in frozen]}
     if f"long-likewise-{frames[0]}" in results:
         lines["dense, fine-tuned likewise"] = [_row(results[f"long-likewise-{count}"], DENSE) for count in frames]
-    lines["stts-elastic (learned)"] = [_only(learned, "stts") for _, learned in pairs]
-    lines |= {method: [_only(frozen, method) for frozen, _ in pairs] for method in methods}
+    learned = [*study.learned(), study.long]
+    for name in learned:
+        lines[f"{name} (learned)"] = [_only(results[f"long-{name}-{count}"], "stts") for count in frames]
+    methods = sorted({row.method for result in frozen if result for row in result.rows if row.kind != "unpruned"})
+    lines |= {method: [_only(result, method) for result in frozen] for method in methods}
     text = (
         "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames. From 16 frames on every "
         "pruned row has the tokens of 16 dense frames; the dense row pays for all of its own. The last rows are paired "
-        "by question, in points: STTS at so many frames against dense at 16, which is the same number of tokens."
+        "by question, in points: STTS at so many frames against dense at 16, which is the same number of tokens. "
+        f"`{study.long}` goes on from the elastic model, on clips of {max(frames)} frames at the tokens of 16."
     )
-    if any(frozen for frozen, _ in pairs):
+    if any(frozen):
         _write(out / "scaling.png", _plot_scaling(frames, lines))
         text += "\n\n![accuracy over frames](scaling.png)"
     rows = [[name, *map(_percent, found)] for name, found in lines.items()]
-    for title, rival in (("dense", "frozen"), ("dense, fine-tuned likewise", "likewise")):
-        reference = results.get(f"long-{rival}-16")
-        if f"long-{rival}-16" in results:
+    for title, rival in (("dense", "frozen"), ("dense, fine-tuned likewise,", "likewise")):
+        if f"long-{rival}-16" not in results:
+            continue
+        for name in learned:
             cells = [
-                _paired([result], f"stts@{study.scaling_ratio(count):g}", reference, DENSE) if count > 16 else "-"
-                for count, result in zip(frames, [learned for _, learned in pairs], strict=True)
-            ]
-            rows.append([f"stts-elastic minus {title} at 16 frames", *cells])
+                _paired([results[f"long-{name}-{count}"]], f"stts@{study.scaling_ratio(count):g}",
+                        results[f"long-{rival}-16"], DENSE)
+                if count > 16 else "-"
+                for count in frames
+            ]  # fmt: skip
+            rows.append([f"{name} minus {title} at 16 frames", *cells])
     steps = [*_steps(study, "data", lambda name: name.startswith("long")), *_steps(study, "scaling")]
     head = ["method", *(f"{count} frames" for count in frames)]
     return _section("More frames at the same tokens", text, _table(head, rows), steps)
