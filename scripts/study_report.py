@@ -157,7 +157,9 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
     rows += [["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
     text = (
         "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last rows are paired by "
-        "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour."
+        "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour. "
+        "Where a ratio does not come out even, methods round differently, by about a token; at the smallest ratio that "
+        "tells ([reading](reading.md))."
     )
     if frozen is not None:
         _write(out / "retention.png", _plot_retention(study, results))
