@@ -311,11 +311,15 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
 
 def _plot_scaling(frames: Sequence[int], lines: Mapping[str, Sequence[Row | None]]) -> bytes:
     figure, axes = _axes("frames")
+    learned = iter((("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")))
     for name, rows in lines.items():
         points = [(n, 100 * r.accuracy) for n, r in zip(frames, rows, strict=True) if r and r.accuracy is not None]
-        style = {"color": "crimson", "linewidth": 2.5} if "learned" in name else {"linewidth": 1.2}
+        style: dict[str, Any] = {"linewidth": 1.2, "marker": "."}
+        if "learned" in name:
+            dashes, marker = next(learned)
+            style = {"color": "crimson", "linewidth": 2.2, "linestyle": dashes, "marker": marker}
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+            axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(frames, [str(count) for count in frames])
     return _finish(figure, axes, None)
