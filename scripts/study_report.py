@@ -296,8 +296,9 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
         middle = [fmean(values) for values in found]
         ends = [[m - min(v) for m, v in zip(middle, found, strict=True)],
                 [max(v) - m for m, v in zip(middle, found, strict=True)]]  # fmt: skip
+        kept = [_learned(study, results, "stts-elastic", ratio)[0].retention_measured for ratio in ratios]
         axes.errorbar(
-            ratios, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
+            kept, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
         )
     lines: list[tuple[str, str, Any, float]] = [(study.rival, "novelty", "black", 2.0)]
     lines += [(name, name, colormaps["tab20"](place % 20), 1.3) for place, name in enumerate(study.scale.pruners)]
