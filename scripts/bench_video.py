@@ -1,6 +1,6 @@
 """Does video input keep up with training: decoded frames per second of a core, and what a training step waits for data.
 
-    python scripts/bench_video.py --json docs/results/cost/video.json   5 minutes on 2 CPU cores
+    python scripts/bench_video.py --json docs/results/cost/video.json   minutes on 2 CPU cores
     python scripts/bench_video.py --quick                               seconds
     python scripts/bench_video.py --videos DIR/*.mp4                    your own files
     python scripts/bench_video.py --gpu gpu.json                        beside step times of bench_gpu.py

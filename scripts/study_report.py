@@ -296,7 +296,7 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
         middle = [fmean(values) for values in found]
         ends = [[m - min(v) for m, v in zip(middle, found, strict=True)],
                 [max(v) - m for m, v in zip(middle, found, strict=True)]]  # fmt: skip
-        kept = [_learned(study, results, "stts-elastic", ratio)[0].retention_measured for ratio in ratios]
+        kept = [_learned(study, results, "stts-elastic", ratio)[0].retention_measured or ratio for ratio in ratios]
         axes.errorbar(
             kept, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
         )
