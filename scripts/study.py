@@ -1,7 +1,7 @@
 """The study: does learning the scores pay? One command that resumes, from nothing to docs/results.
 
     python scripts/study.py                         everything, on one GPU; about 20 minutes of it is pretraining
-    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, about an hour, from the shipped VLM of the quick start
+    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, 90 minutes, from the shipped VLM of the quick start
     python scripts/study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study.py --scale tiny            every stage in a minute, untrained: shows that it runs
     python scripts/study.py --model FOLDER          from a pretrained small VLM, without the stage pretrain
