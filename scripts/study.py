@@ -8,8 +8,9 @@
     python scripts/study.py --list                  the commands, without running them
 
 Every step is one `stts` command, printed before it runs and again beside the table made from it. A step whose output
-exists is not run again, and `stts fit` and `stts compare` go on where they were stopped. With `--jobs` steps that need
-nothing from one another run side by side, each with its share of the cores and a log under RUNS/log. Stages:
+exists, or that nothing needs any more, is not run again, and `stts fit` and `stts compare` go on where they were
+stopped. With `--jobs` steps that need nothing from one another run side by side, each with its share of the cores and a
+log under RUNS/log. Stages:
 
     data      ShapesQA in its hard form as pictures (no video decoder needed): test, the controls that show one frame or
               nothing, and long clips of 30 s to 5 min with the evidence timed for 64 frames
@@ -199,6 +200,11 @@ class Study:
         pruner = "random" if name == LIKEWISE else rule
         return "ablation-" + name.replace(",", "").replace(" ", "-"), pruner
 
+    def is_there(self, step: Step) -> bool:
+        """Whether a step has been run, or everything that reads what it writes."""
+        readers = [other for other in self.steps() if other != step and other.needs(step)]
+        return step.done.exists() or (bool(readers) and all(map(self.is_there, readers)))
+
     @staticmethod
     def scaling_ratio(frames: int) -> float:
         """That leaves the tokens of 16 frames."""
@@ -329,13 +335,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["python scripts/study.py --scale", args.scale, *more, f"--runs {args.runs}"])
     study = Study(args.runs, scale, _accelerate(), command)
     wanted = [step for step in study.steps() if step.stage in args.stages]
+    missing = [step for step in wanted if not study.is_there(step)]
     for number, step in enumerate(wanted, 1):
-        state = "there already" if step.done.exists() else "to run"
+        state = "to run" if step in missing else "there already"
         print(f"[{number}/{len(wanted)}] {step.stage}, {step.name} ({state})\n    {step.command}", flush=True)
-        if args.jobs == 1 and not args.list and not step.done.exists() and (code := _run(step)) != 0:
+        if args.jobs == 1 and not args.list and step in missing and (code := _run(step)) != 0:
             return _failed(step, code)
     if args.jobs > 1 and not args.list:
-        for step, code in _side_by_side([step for step in wanted if not step.done.exists()], args.jobs, args.runs):
+        for step, code in _side_by_side(missing, args.jobs, args.runs):
             if code != 0:
                 return _failed(step, code)
     if "report" in args.stages and not args.list:

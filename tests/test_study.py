@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,23 @@ def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
     rows.append(Row("adatp (our reconstruction)", "inside the LLM", 0.5, accuracy=0.7))
     result = SimpleNamespace(rows=rows)
     assert report._row(result, DENSE).accuracy == 0.8 and report._row(result, "adatp", 0.5).accuracy == 0.7
+
+
+def test_the_committed_page_is_made_of_the_committed_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, report = load_script("study"), load_script("study_report")
+    results = ROOT / "docs" / "results"
+    with tarfile.open(results / "comparisons.tar.xz") as archive:
+        archive.extractall(tmp_path / "runs", filter="data")
+    for other in results.glob("*.md"):
+        (tmp_path / other.name).write_bytes(other.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs/study_cpu")
+    made = study.Study(runs, study.SCALES["cpu"], (), f"python scripts/study.py --scale cpu --runs {runs}")
+    assert report.write_report(made, tmp_path).read_text() == (results / "README.md").read_text()
+    missing = {step.name for step in made.steps() if not made.is_there(step)}
+    assert "stts-0.5-s0" not in missing, "no fine-tuned model is made again whose answers are there"
+    cut = {made.ablated(name)[0] for name in ("answer gradient off", "scorer only", "prune block 0")}
+    assert cut <= missing and "test, clip" in missing, "what was cut is still to run, and needs the clips"
 
 
 @pytest.mark.slow
