@@ -1,7 +1,7 @@
 """The study: does learning the scores pay? One command that resumes, from nothing to docs/results.
 
     python scripts/study.py                         everything, on one GPU; about 20 minutes of it is pretraining
-    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, 90 minutes, from the shipped VLM of the quick start
+    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, some 90 minutes, from the shipped VLM
     python scripts/study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study.py --scale tiny            every stage in a minute, untrained: shows that it runs
     python scripts/study.py --model FOLDER          from a pretrained small VLM, without the stage pretrain
@@ -330,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="steps side by side, each in a process of its own")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be at least 1")
     scale = replace(SCALES[args.scale], given=args.model or SCALES[args.scale].given)
     more = [f"--model {args.model}"] if args.model else []
     command = " ".join(["python scripts/study.py --scale", args.scale, *more, f"--runs {args.runs}"])

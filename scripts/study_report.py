@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -312,7 +313,7 @@ def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]
 
 def _plot_scaling(frames: Sequence[int], lines: Mapping[str, Sequence[Row | None]]) -> bytes:
     figure, axes = _axes("frames")
-    learned = iter((("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")))
+    learned = cycle((("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")))
     for name, rows in lines.items():
         points = [(n, 100 * r.accuracy) for n, r in zip(frames, rows, strict=True) if r and r.accuracy is not None]
         style: dict[str, Any] = {"linewidth": 1.2, "marker": "."}
