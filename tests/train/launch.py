@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,13 @@ def _start(module: Sequence[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={"TORCH_EXTENSIONS_DIR": str(built), **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={
+            "TORCH_EXTENSIONS_DIR": str(built),
+            **os.environ,
+            "PYTHONPATH": paths,
+            "PYTHONFAULTHANDLER": "1",
+            "OMP_NUM_THREADS": "1",
+        },
         start_new_session=True,
     )
 
@@ -80,9 +88,17 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int,
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"still running after {timeout_s} s:\n{process.communicate()[0][-3000:]}")
+        _abort(process)
+        pytest.fail(f"still running after {timeout_s} s:\n{process.communicate()[0][-20000:]}")
     return process.returncode, output
+
+
+def _abort(process: subprocess.Popen[str]) -> None:
+    """End every process of a run that hangs; each first writes where its threads are into the run's output."""
+    os.killpg(process.pid, signal.SIGABRT)
+    time.sleep(5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(argv: Sequence[str | Path]) -> str:
@@ -95,7 +111,7 @@ def wait_for(process: subprocess.Popen[str], marker: str, timeout_s: float = 300
     """Read output up to a line with `marker`. What takes longer is ended, and fails the test."""
     assert process.stdout is not None
     seen = ""
-    timer = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
+    timer = threading.Timer(timeout_s, _abort, (process,))
     timer.start()
     for text in process.stdout:
         seen += text
@@ -103,7 +119,7 @@ def wait_for(process: subprocess.Popen[str], marker: str, timeout_s: float = 300
             timer.cancel()
             return seen
     timer.cancel()
-    pytest.fail(f"ended without {marker!r}:\n{seen[-3000:]}")
+    pytest.fail(f"ended without {marker!r}, exit code {process.wait()}:\n{seen[-20000:]}")
 
 
 def shown(output: str) -> dict[int, str]:
