@@ -60,7 +60,8 @@ def _data(argv: list[str]) -> int:
     from stts.data.shapes_files import shapes
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    print(f"wrote {auto_cli({'shapes': shapes}, args=argv, as_positional=False)}")
+    out = auto_cli({"shapes": shapes}, args=argv, as_positional=False, prog="stts data")
+    print(f"wrote {out}")
     return 0
 
 
@@ -69,7 +70,8 @@ def _init(argv: list[str]) -> int:
 
     from stts.models.small import write_small_vlm
 
-    print(f"wrote {auto_cli(write_small_vlm, args=argv, as_positional=False)}")
+    out = auto_cli(write_small_vlm, args=argv, as_positional=False, prog="stts init")
+    print(f"wrote {out}")
     return 0
 
 
