@@ -1,10 +1,10 @@
 """The study: does learning the scores pay? One command that resumes, from nothing to docs/results.
 
-    python scripts/study.py                         everything, on one GPU; about 20 minutes of it is pretraining
-    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, some 90 minutes, from the shipped VLM
+    python scripts/study.py --scale cpu --jobs 2    2 CPU cores, two hours: the shipped VLM with 9 tokens a frame
+    python scripts/study.py --scale wide --jobs 2   about an hour: the shipped VLM with 36 tokens a frame
     python scripts/study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study.py --scale tiny            every stage in a minute, untrained: shows that it runs
-    python scripts/study.py --model FOLDER          from a pretrained small VLM, without the stage pretrain
+    python scripts/study.py --model FOLDER          from another pretrained small VLM
     python scripts/study.py --list                  the commands, without running them
 
 Every step is one `stts` command, printed before it runs and again beside the table made from it. A step whose output
@@ -12,9 +12,9 @@ exists, or that nothing needs any more, is not run again, and `stts fit` and `st
 stopped. With `--jobs` steps that need nothing from one another run side by side, each with its share of the cores and a
 log under RUNS/log. Stages:
 
-    data      ShapesQA in its hard form as pictures (no video decoder needed): test, the controls that show one frame or
-              nothing, and long clips of 30 s to 5 min with the evidence timed for 64 frames
-    pretrain  the dense VLM, configs/shapes_pretrain.yaml
+    data      ShapesQA as pictures (no video decoder needed): test, the controls that show one frame or nothing, and long
+              ones of 30 s to 5 min with the evidence timed for the largest number of frames
+    pretrain  a dense VLM from nothing, where none is given
     finetune  STTS at 0.5, at 0.2 and elastic (0.1 to 0.7), three seeds each, configs/shapes_study_stts.yaml; and
               `novelty`, a fixed rule, elastic and fine-tuned likewise, one seed
     compare   dense and every training-free pruner at 0.7, 0.5, 0.3, 0.2, 0.1; the learned ones likewise; the controls
@@ -47,14 +47,11 @@ from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("data", "pretrain", "finetune", "compare", "ablation", "scaling", "report")
-HARD = {  # form of the clips; the configs say the same
-    "families": "[colour,existence,order,count,flash]", "families_per_clip": "5", "questions_per_family": "2",
-    "ask_by": "colour", "grid": "4", "num_glares": "2", "active_share": "0.75",
-}  # fmt: skip
-SMALL = {  # what the shipped VLM has learned; configs/shapes_pretrain_small.yaml says the same
-    "families": "[order,count,flash]", "families_per_clip": "3", "questions_per_family": "1",
+SMALL = {  # form of the clips; configs/shapes_pretrain_small.yaml says the same
+    "frame_size": "48", "families": "[order,count,flash]", "families_per_clip": "3", "questions_per_family": "1",
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
+WIDE = SMALL | {"frame_size": "96", "grid": "6", "num_glares": "4"}  # configs/shapes_pretrain.yaml says the same
 RIVAL = "novelty-elastic"
 LONG = "stts-long"
 LIKEWISE = "dense, fine-tuned likewise"
@@ -89,6 +86,7 @@ class Scale:
     seeds: tuple[int, ...]
     ratios: tuple[float, ...]
     frames: tuple[int, ...]
+    """Of long clips; none: no scaling."""
     pruners: tuple[str, ...]
     ablations: tuple[str, ...]
     batch_size: int
@@ -102,7 +100,7 @@ class Scale:
     """Sizes of the untrained VLM."""
     given: Path | None = None
     """A pretrained VLM to begin with; None: the stage `pretrain` makes one."""
-    form: Mapping[str, str] = field(default_factory=HARD.copy)
+    form: Mapping[str, str] = field(default_factory=SMALL.copy)
     """Of the clips that are tested."""
 
 
@@ -113,12 +111,6 @@ FROZEN = (
 )  # fmt: skip
 SCALED = ("uniform", "random", "novelty", "visionzip", "fastvid", "stop-holitom", "tango")  # of the long clips
 SCALES = {
-    "full": Scale(
-        num_test=400, num_long=200, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
-        pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=50,
-        init=("--patch_size", "4", "--vit_width", "128", "--vit_mlp", "256",
-              "--llm_width", "192", "--llm_heads", "6", "--llm_mlp", "512"),
-    ),
     "cpu": Scale(
         num_test=250, num_long=100, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
         pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=30,
@@ -131,6 +123,10 @@ SCALES = {
              "--trainer.val_check_interval", "260", "--trainer.log_every_n_steps", "40", "--progress_every", "40",
              "--model.warmup_steps", "20"),
         ablate=("--trainer.limit_train_batches", "0.5"),
+    ),
+    "wide": Scale(
+        num_test=100, num_long=0, seeds=(0,), ratios=(0.5, 0.2, 0.1), frames=(), pruners=FROZEN, ablations=(),
+        batch_size=15, given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
@@ -215,11 +211,10 @@ class Study:
 
     def _data(self) -> list[Step]:
         options = [word for name, value in self.scale.form.items() for word in (f"--form.{name}", value)]
-        long = ["--num_sampled", str(max(*self.scale.frames, 16))]
-        kinds = {
-            "test": ["--test", str(self.scale.num_test), "--long", "0"],
-            "long": ["--test", "0", "--long", str(self.scale.num_long), *long],
-        }
+        kinds = {"test": ["--test", str(self.scale.num_test), "--long", "0"]}
+        if self.scale.frames:
+            frames = str(max(*self.scale.frames, 16))
+            kinds["long"] = ["--test", "0", "--long", str(self.scale.num_long), "--num_sampled", frames]
         steps = []
         for kind, size in kinds.items():
             for show in ("clip", "one_frame", "nothing") if kind == "test" else ("clip",):
@@ -300,6 +295,8 @@ class Study:
         """Frozen pruners on the pretrained model, STTS on its own ones, and dense fine-tuned on as many clips.
 
         `LONG` goes on from the elastic model, on clips of as many frames as the longest row has."""
+        if not self.scale.frames:
+            return []
         elastic, most = self.path(f"stts-elastic-s{self.scale.seeds[0]}") / "model", max(self.scale.frames)
         phase = f"[{{num_clips: {self.scale.num_longer}, questions_per_clip: 20, num_sampled: {most}}}]"
         options = ["--model.retention_ratio", str(self.scaling_ratio(most)), "--data.phases", phase]
@@ -323,15 +320,17 @@ class Study:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--scale", choices=list(SCALES), default="full")
+    parser.add_argument("--scale", choices=list(SCALES), default="cpu")
     parser.add_argument("--model", type=Path, help="a pretrained small VLM, instead of the stage pretrain")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of everything that is run")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of tables and plots")
+    parser.add_argument("--runs", type=Path, help="folder of everything that is run (default: runs/study_SCALE)")
+    parser.add_argument("--out", type=Path, help="folder of tables and plots (default: docs/results, or SCALE in it)")
     parser.add_argument("--jobs", type=int, default=1, help="steps side by side, each in a process of its own")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
+    args.runs = args.runs or Path(f"runs/study_{args.scale}")
+    args.out = args.out or Path("docs/results") / ("" if args.scale == "cpu" else args.scale)
     scale = replace(SCALES[args.scale], given=args.model or SCALES[args.scale].given)
     more = [f"--model {args.model}"] if args.model else []
     command = " ".join(["python scripts/study.py --scale", args.scale, *more, f"--runs {args.runs}"])

@@ -30,11 +30,16 @@ def write_report(study: Study, out: Path) -> Path:
     """README.md and its plots in `out`, each section with the commands it was made by."""
     results = {step.name: _read(step.done) for step in study.steps() if step.done.name == "comparison.json"}
     parts = [_HEAD.format(command=study.command, runs=study.runs), _pretrained(study, results),
-             _equal_tokens(study, results, out), _equal_flops(study, results), _ablations(study, results),
-             _scaling(study, results, out)]  # fmt: skip
-    others = sorted(path.name for path in out.glob("*.md") if path.name != "README.md")
+             _equal_tokens(study, results, out), _equal_flops(study, results)]  # fmt: skip
+    if study.scale.ablations:
+        parts.append(_ablations(study, results))
+    if study.scale.frames:
+        parts.append(_scaling(study, results, out))
+    others = sorted({*out.glob("*.md"), *out.glob("*/README.md")} - {out / "README.md"})
     if others:
-        parts.append("## Also here\n\n" + "\n".join(f"* [{name.removesuffix('.md')}]({name})" for name in others))
+        links = (path.relative_to(out) for path in others)
+        shown = [f"* [{link.stem if link.stem != 'README' else link.parent}]({link})" for link in links]
+        parts.append("## Also here\n\n" + "\n".join(shown))
     _write(out / "README.md", ("\n\n".join(parts) + "\n").encode())
     return out / "README.md"
 
@@ -156,11 +161,15 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
     over = [_paired(elastic, f"stts@{ratio:g}", rival, f"novelty@{ratio:g}") for ratio in ratios]
     rows += [*behind, [f"stts-elastic minus {study.rival}", *over]]
     rows += [["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
+    for name, result, method in (("stts-elastic", elastic[0], "stts"), (study.rival, rival, "novelty")):
+        found = [_row(result, method, ratio) for ratio in ratios]
+        rows.append([f"% kept, {name}", *(f"{100 * (row.retention_measured or 0):.1f}" if row else NOT_RUN
+                                          for row in found)])  # fmt: skip
     text = (
         "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last rows are paired by "
         "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour. "
-        "Where a ratio does not come out even, methods round differently, by about a token; at the smallest ratio that "
-        "tells ([reading](reading.md))."
+        "Where a ratio does not come out even, methods round differently, by about a token (`% kept`); of few tokens that "
+        "matters ([reading](reading.md))."
     )
     if frozen is not None:
         _write(out / "retention.png", _plot_retention(study, results))

@@ -45,9 +45,7 @@ def test_every_config_can_be_rehearsed(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stts").symlink_to(ROOT / "stts")
     write_small_vlm(tmp_path / "models" / "small")
-    for name in ("untrained", "pretrain/best"):  # as scripts/study.py makes them
-        (tmp_path / "runs" / "study" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "runs" / "study" / name).symlink_to(tmp_path / "models" / "small")
+    write_small_vlm(tmp_path / "models" / "wide", image_size=96)
     before = sorted(tmp_path.rglob("*"))
     assert fit(["--config", str(config), "--dry-run"]) == 0
     shown = capsys.readouterr().out
