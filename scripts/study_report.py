@@ -168,8 +168,8 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
     text = (
         "Frozen pruners run on the dense model, `stts` on the models fine-tuned with it. The last rows are paired by "
         "question, in points, and pool the seeds: the best frozen method is picked on these questions, in its favour. "
-        "Where a ratio does not come out even, methods round differently, by about a token (`% kept`); of few tokens that "
-        "matters ([reading](reading.md))."
+        "Where a ratio does not come out even, methods round differently, by about a token (`% kept`), which "
+        "matters where tokens are few ([reading](reading.md))."
     )
     if frozen is not None:
         _write(out / "retention.png", _plot_retention(study, results))
