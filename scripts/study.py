@@ -12,8 +12,8 @@ exists, or that nothing needs any more, is not run again, and `stts fit` and `st
 stopped. With `--jobs` steps that need nothing from one another run side by side, each with its share of the cores and a
 log under RUNS/log. Stages:
 
-    data      ShapesQA as pictures (no video decoder needed): test, controls that show one frame or nothing, and long ones
-              of 30 s to 5 min with the evidence timed for the largest number of frames
+    data      ShapesQA as pictures (no video decoder needed): test, controls that show one frame or nothing, and long
+              clips of 30 s to 5 min with the evidence timed for the largest number of frames
     pretrain  a dense VLM from nothing, where none is given
     finetune  STTS at 0.5, at 0.2 and elastic (0.1 to 0.7), three seeds each, configs/shapes_study_stts.yaml; and
               `novelty`, a fixed rule, elastic and fine-tuned likewise, one seed
