@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stts.data.collate import Collator
 from stts.data.datasets import Example, Message, Sample
-from stts.data.video import sample_frames
+from stts.data.media import read_video
 from stts.eval.runner import make_runners
 from stts.eval.table import DENSE, Cell
 from stts.models.load import load_vlm, pruner_settings, recorded_pruner
@@ -75,12 +75,19 @@ def look(
     num_frames: int = 16,
     sampler: str = "uniform_inclusive",
     clip: tuple[float, float] | None = None,
+    folder_fps: float = 1.0,
     max_new_tokens: int = 32,
 ) -> View:
     """Ask once densely and once pruned; pruner and ratio are those of a folder of ours unless given.
 
-    clip: seconds (start, end) to look at. ValueError: the video is broken, the pruner unknown or out of reach."""
-    shown = sample_frames(video, sampler=sampler, num_frames=num_frames, clip=clip)
+    video: a file, or a folder with its frames as pictures, `folder_fps` of them a second. clip: seconds (start, end) to
+    look at. ValueError: the video is broken, the pruner unknown or out of reach."""
+    if not folder_fps > 0:
+        raise ValueError(f"--folder_fps {folder_fps} must be a positive number of pictures a second")
+    shown = read_video(
+        Path(video), sampler=sampler, num_frames=num_frames, clip=clip, max_fps=None, timeout_s=None,
+        folder_fps=folder_fps,
+    )  # fmt: skip
     own = pruner_settings(model) or {}
     if pruner is None and not own:
         raise ValueError(f"--model {model} was not written by `stts fit` or `stts export`, so name a --pruner")
@@ -243,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="stts visualize", description="Show which tokens of one video a pruner keeps for one question."
     )
-    parser.add_argument("video", type=Path, help="video file")
+    parser.add_argument("video", type=Path, help="video file, or a folder with its frames as pictures")
     parser.add_argument("--question", required=True, help="what to ask about it")
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--pruner", help="name (see `stts pruners`) or module:Class (default: the model's own)")
@@ -251,6 +258,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--num_frames", type=int, default=16, help="frames, at most (default: 16)")
     parser.add_argument("--sampler", default="uniform_inclusive", help="how frames are chosen (uniform_inclusive)")
     parser.add_argument("--clip", type=float, nargs=2, metavar=("START", "END"), help="seconds of the video to look at")
+    parser.add_argument("--folder_fps", type=float, default=1.0, help="pictures of a folder per second (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
     parser.add_argument(
         "--out", type=Path, help="file ending in .png, .mp4 or .html (default: .png named as the video)"

@@ -37,6 +37,17 @@ def test_it_shows_what_the_pruner_keeps(view: View, clip: Path) -> None:
     assert view.mask_THW.reshape(-1).nonzero()[0].tolist() == view.index_K.tolist()
 
 
+def test_a_folder_of_frames_is_a_video(tiny_folder: Path, view: View, tmp_path: Path) -> None:
+    for number, frame in enumerate(view.frames_THWC):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    asked = {"question": "which colour flashed ?", "model": tiny_folder, "pruner": "uniform", "max_new_tokens": 2}
+    shown = look(tmp_path, num_frames=5, folder_fps=2.0, **asked)
+    assert np.array_equal(shown.frames_THWC, view.frames_THWC) and np.array_equal(shown.mask_THW, view.mask_THW)
+    assert shown.times_s == [0.0, 0.5, 1.0, 1.5, 2.0] and shown.said == view.said
+    with pytest.raises(ValueError, match="--folder_fps 0 must be a positive number"):
+        look(tmp_path, folder_fps=0, **asked)
+
+
 def test_a_folder_of_ours_brings_its_pruner_and_ratio_and_a_clip_bounds_the_frames(
     tiny_folder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
