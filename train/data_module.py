@@ -346,6 +346,7 @@ class VideoData(pl.LightningDataModule):
             batch_sampler=order.batches(0),
             collate_fn=Collate(self._collator()),
             num_workers=self.num_workers,
+            worker_init_fn=_outlive_sigterm,
         )
 
     def _order(self, num_samples: int, **settings: Any) -> Order:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -156,6 +159,28 @@ def test_a_killed_run_resumes_to_the_same_losses(
     if kind == "shapes":
         families = [{uid.rsplit("-", 1)[1] for uid in straight.seen[step][1]} for step in (3, 4, 5)]
         assert families == [{"direction"}] * 3, "phases follow each other"
+
+
+class Tell(pl.Callback):
+    """SIGTERM to every loader worker once it has read something: as schedulers tell all processes of a job."""
+
+    told = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGTERM)
+            self.told += 1
+
+    on_validation_batch_start = on_train_batch_end
+
+
+def test_loader_workers_outlive_the_signal_that_stops_a_run(tiny_folder: Path, tmp_path: Path) -> None:
+    """It has yet to finish its step, or its validation, before it saves."""
+    data = {"kind": "shapes", "shapes": SHAPES, "phases": [Phase(8)], "num_val_clips": 6, "val_batch_size": 1}
+    seen, tell = Losses(), Tell()
+    run(tiny_folder, tmp_path, {**data, "batch_size": 2, "num_workers": 1}, seen, None, tell)
+    assert list(seen.seen) == list(range(1, 8)) and tell.told > 14, "also those of validation"
 
 
 @pytest.mark.parametrize(
