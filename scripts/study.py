@@ -51,7 +51,7 @@ SMALL = {  # form of the clips; configs/shapes_pretrain_small.yaml says the same
     "frame_size": "48", "families": "[order,count,flash]", "families_per_clip": "3", "questions_per_family": "1",
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
-WIDE = SMALL | {"frame_size": "96", "grid": "6", "num_glares": "4"}  # configs/shapes_pretrain.yaml says the same
+WIDE = SMALL | {"frame_size": "96"}  # configs/shapes_pretrain.yaml says the same
 RIVAL = "novelty-elastic"
 LONG = "stts-long"
 LIKEWISE = "dense, fine-tuned likewise"

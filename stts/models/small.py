@@ -1,8 +1,8 @@
 """A small stock LLaVA-OneVision for ShapesQA, written as an ordinary Hugging Face folder.
 
 Nothing here is a model of ours: the class, the processor and the file format are transformers' own; only the sizes are
-small and the vocabulary is that of ShapesQA. `configs/shapes_pretrain_small.yaml` trains it (`shapes_pretrain.yaml` a
-larger one), and a real checkpoint takes its place by changing one line.
+small and the vocabulary is that of ShapesQA. `configs/shapes_pretrain_small.yaml` trains it (`shapes_pretrain.yaml` on
+larger frames), and a real checkpoint takes its place by changing one line.
 """
 
 from __future__ import annotations
