@@ -125,8 +125,10 @@ SCALES = {
         ablate=("--trainer.limit_train_batches", "0.5"),
     ),
     "wide": Scale(
-        num_test=100, num_long=0, seeds=(0,), ratios=(0.5, 0.2, 0.1), frames=(), pruners=FROZEN, ablations=(),
-        batch_size=15, given=Path("stts/assets/shapes_vlm36"), form=WIDE,
+        num_test=100, num_long=0, seeds=(0,), ratios=(0.5, 0.2, 0.1), frames=(), ablations=(), batch_size=15,
+        pruners=("random", "uniform", "novelty", "visionzip", "fastvid", "holitom", "stop-holitom", "tango", "adatp",
+                 "fastv", "dart", "vidcom2"),
+        given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
@@ -394,7 +396,9 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    while True:  # `stts fit` takes the first as a word to save itself; the next one then ends this process
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 def _accelerate() -> tuple[str, ...]:
