@@ -125,12 +125,15 @@ def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
     assert report._row(result, DENSE).accuracy == 0.8 and report._row(result, "adatp", 0.5).accuracy == 0.7
 
 
-@pytest.mark.parametrize("scale", ["cpu"])
+RESULTS = {"cpu": ROOT / "docs" / "results", "wide": ROOT / "docs" / "results" / "wide"}
+
+
+@pytest.mark.parametrize("scale", RESULTS)
 def test_the_committed_page_is_made_of_the_committed_answers(
     scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, report = load_script("study"), load_script("study_report")
-    results = ROOT / "docs" / "results" / ("" if scale == "cpu" else scale)
+    results = RESULTS[scale]
     with tarfile.open(results / "comparisons.tar.xz") as archive:
         archive.extractall(tmp_path / "runs", filter="data")
     for other in [*results.glob("*.md"), *results.glob("*/README.md")]:
@@ -145,22 +148,25 @@ def test_the_committed_page_is_made_of_the_committed_answers(
 
 
 @pytest.mark.slow
-def test_two_committed_rows_come_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of the committed page, with two of its methods at one ratio."""
+@pytest.mark.parametrize(("scale", "methods"), [("cpu", "novelty,visionzip"), ("wide", "novelty")])
+def test_committed_rows_come_out_again(
+    scale: str, methods: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the committed page, with one or two of its methods at one ratio."""
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    page = (RESULTS[scale] / "README.md").read_text()
     data = next(line for line in page.splitlines() if line.startswith("stts data shapes") and "/data/test " in line)
     compare = next(line for line in page.splitlines() if line.startswith("stts compare") and "/frozen " in line)
     runs = re.findall(r"--out (\S+)/data/test ", data)[0]
     argv = shlex.split(data.replace(runs, str(tmp_path)))[1:]
     assert cli.main(argv) == 0
     argv = shlex.split(compare.replace(runs, str(tmp_path)))[1:]
-    argv += ["--pruners", "[novelty,visionzip]", "--retention_ratios", "[0.5]"]  # the last of two counts
+    argv += ["--pruners", f"[{methods}]", "--retention_ratios", "[0.5]"]  # the last of two counts
     assert cli.main(argv) == 0
     rows = json.loads((tmp_path / "compare" / "frozen" / "comparison.json").read_text())["rows"]
     table = page.split("## Accuracy at equal tokens")[1].split("## ")[0]
     place = re.search(r"\| method \| (.*) \|", table)[1].split(" | ").index("0.5")  # type: ignore[index]
-    assert len(rows) == 3
+    assert len(rows) == 1 + len(methods.split(","))
     for row in rows:
         cells = re.search(rf"^\| {row['method']} \| (.*) \|$", table, re.MULTILINE)[1].split(" | ")  # type: ignore[index]
         assert float(cells[place].split()[0]) == pytest.approx(100 * row["accuracy"], abs=1.0), row["method"]
