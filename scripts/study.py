@@ -232,6 +232,7 @@ class Study:
         empty, out = self.path("untrained"), self.path("pretrain")
         argv = ["init", "--out", str(empty), *(self.scale.init or ())]
         fit = ["fit", "--config", "configs/shapes_pretrain.yaml", "--model.model", str(empty), "--out", str(out)]
+        fit += ["--trainer.strategy", "auto", "--trainer.devices", "1"]  # a step is one process: this one
         fit += [*self.accelerate, *self.scale.fit]
         return [
             Step("pretrain", "untrained folder", tuple(argv), empty / "config.json"),
