@@ -30,7 +30,7 @@ def write_report(study: Study, out: Path) -> Path:
     """README.md and its plots in `out`, each section with the commands it was made by."""
     results = {step.name: _read(step.done) for step in study.steps() if step.done.name == "comparison.json"}
     parts = [_HEAD.format(command=study.command, runs=study.runs), _pretrained(study, results),
-             _equal_tokens(study, results, out), _equal_flops(study, results)]  # fmt: skip
+             _equal_tokens(study, results, out), _by_family(study, results), _equal_flops(study, results)]  # fmt: skip
     if study.scale.ablations:
         parts.append(_ablations(study, results))
     if study.scale.frames:
@@ -206,6 +206,35 @@ def _paired(runs: Sequence[ComparisonResult | None], cell: str, other: Compariso
     return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def _by_family(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+    """Where the points of the table above are lost."""
+    ratios, frozen = study.scale.ratios, results["frozen"]
+    lines = [("dense", [frozen], DENSE)]
+    for name in study.learned():
+        lines.append((f"{name} (learned)", [results[f"{name}-s{seed}"] for seed in study.scale.seeds], "stts"))
+    lines.append((f"{study.rival} (a rule, likewise)", [results[study.rival]], "novelty"))
+    lines += [(name, [frozen], name) for name in study.scale.pruners]
+    rows = [
+        [title, *(_families(runs, DENSE if method == DENSE else f"{method}@{ratio:g}") for ratio in ratios)]
+        for title, runs, method in lines
+    ]
+    names = " / ".join(sorted({record.family for record in frozen.records})) if frozen else NOT_RUN
+    text = f"Percent right in {names}; mean over seeds where there are several. From the comparisons above."
+    return f"## By family\n\n{text}\n\n{_table(['method', *map(str, ratios)], rows)}"
+
+
+def _families(runs: Sequence[ComparisonResult | None], cell: str) -> str:
+    """Percent right of every family, in the order of their names; mean over the runs."""
+    right: dict[str, list[bool]] = {}
+    for record in (record for run in runs if run for record in run.records):
+        outcome = record.outcomes.get(cell)
+        if outcome is not None:
+            right.setdefault(record.family, []).append(outcome.correct)
+    if not right:
+        return "-" if any(runs) else NOT_RUN
+    return " / ".join(f"{100 * fmean(answers):.0f}" for _, answers in sorted(right.items()))
+
+
 def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
     """Accuracy interpolated between measured ratios at given shares of the dense FLOPs."""
     curves = {name: _curve(results["frozen"], name, study.scale.ratios) for name in study.scale.pruners}
@@ -240,17 +269,25 @@ def _at(curve: Sequence[tuple[float, float]], share: float) -> str:
 
 
 def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
-    base = results[f"stts-0.5-s{study.scale.seeds[0]}"]
-    rows = [["STTS at 0.5", _percent(_row(base, "stts", 0.5)), _percent(_row(base, DENSE))]]
+    whole = results[f"stts-0.5-s{study.scale.seeds[0]}"]
+    half = results.get(study.ablated(study.shorter)[0]) if study.scale.ablate else whole
+    rows = [["STTS at 0.5", _percent(_row(whole, "stts", 0.5)), _families([whole], "stts@0.5"), "-",
+             _percent(_row(whole, DENSE))]]  # fmt: skip
     for name in study.scale.ablations:
         folder, method = study.ablated(name)
-        result = results[folder]
-        pruned = "-" if name.startswith("dense") else _percent(_row(result, method, 0.5))
-        rows.append([name, pruned, _percent(_row(result, DENSE))])
-    text = "One thing changed at a time, one seed; the second column is the same fine-tuned model on every token."
+        result, base = results[folder], whole if name in study.controls else half
+        cell = DENSE if name.startswith("dense") else f"{method}@0.5"
+        pruned = "-" if cell == DENSE else _percent(_row(result, method, 0.5))
+        rows.append([name, pruned, _families([result], cell), _paired([result], cell, base, "stts@0.5"),
+                     _percent(_row(result, DENSE))])  # fmt: skip
+    families = "/".join(sorted({record.family for record in whole.records})) if whole else "by family"
+    text = (
+        "One thing changed at a time, one seed; `minus` is paired with STTS at 0.5 by question, in points; the last "
+        "column is the same fine-tuned model on every token."
+    )
     if study.scale.ablate:
-        text += " Rows below `half the fine-tuning` are as long as that, and compare with it."
-    head = ["fine-tuned", "at 0.5", "dense"]
+        text += f" Rows below `{study.shorter}` are as long as that, and paired with it."
+    head = ["fine-tuned", "at 0.5", families, "minus", "dense"]
     return _section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
 
 

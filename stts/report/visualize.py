@@ -82,7 +82,7 @@ def look(
 
     video: a file, or a folder with its frames as pictures, `folder_fps` of them a second. clip: seconds (start, end) to
     look at. ValueError: the video is broken, the pruner unknown or out of reach."""
-    if not folder_fps > 0:
+    if not 0 < folder_fps < math.inf:
         raise ValueError(f"--folder_fps {folder_fps} must be a positive number of pictures a second")
     shown = read_video(
         Path(video), sampler=sampler, num_frames=num_frames, clip=clip, max_fps=None, timeout_s=None,
