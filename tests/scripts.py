@@ -1,4 +1,4 @@
-"""Benchmarks as modules."""
+"""Benchmarks and the study as modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ FOLDER = Path(__file__).parents[1] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """`scripts/<name>.py`, imported as it would be when run: what the scripts share lies beside it."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
-    return importlib.import_module(name)
+    """`scripts/<name>.py`, imported as it would be when run: what scripts of one folder share lies beside them."""
+    file = FOLDER / name
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    return importlib.import_module(file.name)

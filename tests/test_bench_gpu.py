@@ -41,7 +41,7 @@ SITE = Site("vit", 3, 4)
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Any:
     """The small model of a family, by name."""
-    script = load_script("bench_gpu")
+    script = load_script("benchmarks/gpu")
     return script.Bench(request.param, replace(script.PLANS["tiny"], dtype="float32"), CPU)
 
 
@@ -50,7 +50,7 @@ def bench(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("name", [MOLMO2, QWEN3, ONEVISION])
 def test_inputs_are_laid_out_as_the_processor_lays_them_out(name: str, tmp_path: Path) -> None:
-    models = load_script("gpu_models")
+    models = load_script("benchmarks/gpu_models")
     model, processor = load_vlm(write_shrunk(tmp_path / "model", config_of(name)))
     side = 7 * 14 if name != QWEN3 else 6 * 16
     num_frames = 8
@@ -117,7 +117,7 @@ def test_the_rival_gives_our_logits_where_no_frame_is_alone_in_its_row(bench: An
     frames = FRAMES if bench.config.model_type == "molmo2" else 2 * FRAMES
     inputs = bench.inputs(frames, training=False)
     pruned = stts.Pruning(bench.model, Fixed(places), retention_ratio=len(places) / 9)
-    rows = load_script("rival_tower")
+    rows = load_script("benchmarks/rival_tower")
     with torch.no_grad():
         with pruned:
             ours = bench.model(**inputs).logits
@@ -136,7 +136,7 @@ def test_the_rival_leaves_nothing_behind(bench: Any) -> None:
     from stts.models import pruning as room
 
     before = room.run_tower, dict(vars(pruned.adapter))
-    with pytest.raises(RuntimeError, match="inside"), load_script("rival_tower").rival(pruned):
+    with pytest.raises(RuntimeError, match="inside"), load_script("benchmarks/rival_tower").rival(pruned):
         raise RuntimeError("inside")
     assert before == (room.run_tower, dict(vars(pruned.adapter)))
 
@@ -163,7 +163,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("bench", [MOLMO2, QWEN3, ONEVISION], indirect=True)
 def test_the_tower_never_waits_for_the_device(bench: Any, kernel: None) -> None:
-    checks, cell = load_script("gpu_checks"), load_script("bench_gpu").Cell("inference", FRAMES, 0.5, "stts")
+    checks, cell = (
+        load_script("benchmarks/gpu_checks"),
+        load_script("benchmarks/gpu").Cell("inference", FRAMES, 0.5, "stts"),
+    )
     pruned = bench.pruning(cell)
     with checks.no_syncs(pruned):
         bench.generate(cell, pruned)
@@ -183,7 +186,7 @@ def test_the_tower_never_waits_for_the_device(bench: Any, kernel: None) -> None:
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = load_script("gpu_checks")
+    checks = load_script("benchmarks/gpu_checks")
     assert all(row["ok"] for row in checks.check_kernel(CPU, tiny=True))
 
     def without_bias(q: Tensor, k: Tensor, v: Tensor, segments: Segments, **options: Any) -> Tensor:
@@ -196,7 +199,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bench", [MOLMO2], indirect=True)
 def test_a_cell_that_fails_says_why_and_ends_nothing(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_script("bench_gpu")
+    script = load_script("benchmarks/gpu")
     [unreachable] = [script.run_cell(bench, script.Cell("pruners", 4, 0.01, "fastv"))]
     assert unreachable["failed"] == "ValueError" and "0.01" in unreachable["message"]
 
@@ -207,8 +210,8 @@ def test_a_cell_that_fails_says_why_and_ends_nothing(bench: Any, monkeypatch: py
     row = script.run_cell(bench, script.Cell("inference", 4, 0.5, "stts"))
     assert row == {"failed": "out of memory", "message": "tried to allocate 80 GiB"}
     key = dict(part="inference", frames=4, retention_ratio=0.5, way="stts")
-    text = load_script("gpu_table").report(
-        load_script("gpu_table").derive({"x": key | row}),
+    text = load_script("benchmarks/gpu_table").report(
+        load_script("benchmarks/gpu_table").derive({"x": key | row}),
         {"device": "a GPU", "dtype": "bfloat16", "attention": "sdpa", "packed_kernel": "SDPA", "torch": "2",
          "transformers": "5", "repeats": 1, "tiny": False, "new_tokens": 3, "model": "m"}, "",
     )  # fmt: skip
@@ -217,7 +220,7 @@ def test_a_cell_that_fails_says_why_and_ends_nothing(bench: Any, monkeypatch: py
 
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        load_script("bench_gpu").main(["--device", "cpu"])
+        load_script("benchmarks/gpu").main(["--device", "cpu"])
     assert "add --tiny" in capsys.readouterr().err
 
 
@@ -230,7 +233,15 @@ def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--device", "cpu", "--tiny", "--json", str(file)]
+        command = [
+            sys.executable,
+            str(FOLDER / "benchmarks" / "gpu.py"),
+            "--device",
+            "cpu",
+            "--tiny",
+            "--json",
+            str(file),
+        ]
         return subprocess.run([*command, *options], capture_output=True, text=True, check=True, env=environment)
 
     looked = run("--check", "--profile").stdout

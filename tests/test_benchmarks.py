@@ -27,11 +27,11 @@ def test_extra_memory_is_the_peak_beyond_what_was_there() -> None:
         del doubled
         return once_more * 3  # the place of `doubled` again
 
-    assert load_script("measure").extra_mib(call, held.device) == pytest.approx(2, abs=0.01)
+    assert load_script("benchmarks/measure").extra_mib(call, held.device) == pytest.approx(2, abs=0.01)
 
 
 def test_a_round_in_which_everything_is_slow_changes_no_ratio() -> None:
-    measure = load_script("measure")
+    measure = load_script("benchmarks/measure")
     found = measure.compared([10.0, 30.0, 10.0], [5.0, 15.0, 5.0])
     assert (found.ms, found.ratio, found.ratio_spread) == (5.0, 2.0, 0.0)
     assert found.spread == pytest.approx(1.0)  # quartiles 5 and 10
@@ -40,7 +40,7 @@ def test_a_round_in_which_everything_is_slow_changes_no_ratio() -> None:
 def test_ways_take_turns() -> None:
     order: list[str] = []
     ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    found = load_script("measure").in_turns(ways, torch.device("cpu"), 2)
+    found = load_script("benchmarks/measure").in_turns(ways, torch.device("cpu"), 2)
     assert "".join(order) == "ab" + "abab" and list(found) == ["a", "b"]
 
 
@@ -50,7 +50,7 @@ def test_ways_take_turns() -> None:
 @pytest.mark.parametrize("group", ["random_groups", "all_full", "lone_frame", "several_empty", "many_small"])
 def test_the_rival_packs_like_the_release(group: str) -> None:
     case = {name.removeprefix(f"{group}."): x for name, x in load_file(CASE7).items() if name.startswith(f"{group}.")}
-    rows = load_script("bench_packing").rival_layout(case["keep"])
+    rows = load_script("benchmarks/packing").rival_layout(case["keep"])
     present = case["packed_slot"] != ABSENT
     assert torch.equal(rows.row_FN, case["packed_row"].where(present, -1))
     assert torch.equal(rows.slot_FN, case["packed_slot"].where(present, -1))
@@ -59,7 +59,7 @@ def test_the_rival_packs_like_the_release(group: str) -> None:
 
 def test_packing_is_compared_with_the_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new folder" / "packing.json"
-    assert load_script("bench_packing").main(["--quick", "--json", str(file)]) == 0
+    assert load_script("benchmarks/packing").main(["--quick", "--json", str(file)]) == 0
     rival, ours = json.loads(file.read_text())["rows"]
     assert rival["way"] == "rows and mask" and rival["rows"] >= 4 and ours["waste"] == 0
     assert ours["memory_ratio"] == rival["extra_mib"] / ours["extra_mib"] > 1
@@ -71,7 +71,7 @@ def test_packing_is_compared_with_the_rival(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_long_video_is_measured_whole_and_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = load_script("bench_long_video")
+    bench = load_script("benchmarks/long_video")
     path = tmp_path / "rows.json"
     args = ["--minutes", "0.5", "1", "--fps", "1", "--chunk-frames", "8", "--budget", "100", "--frame-size", "48"]
     assert bench.main([*args, "--json", str(path)]) == 0
@@ -95,7 +95,7 @@ def test_long_video_is_measured_whole_and_in_pieces(tmp_path: Path, capsys: pyte
 
 def test_speed_up_stands_beside_what_flops_allow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cpu.json"
-    assert load_script("bench_cpu").main(["--quick", "--threads", "1", "--json", str(file)]) == 0
+    assert load_script("benchmarks/cpu").main(["--quick", "--threads", "1", "--json", str(file)]) == 0
     rows = {(row["work"], row["way"]): row for row in json.loads(file.read_text())["rows"]}
     assert list(rows) == [(work, way) for work in ("prefill", "training") for way in ("dense", "stts", "random-vit")]
     dense, pruned = rows["prefill", "dense"], rows["prefill", "random-vit"]
@@ -112,7 +112,7 @@ def test_speed_up_stands_beside_what_flops_allow(tmp_path: Path, capsys: pytest.
 
 
 def test_every_way_of_decoding_gives_the_same_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench, clip = load_script("bench_video"), tmp_path / "clip.mp4"
+    bench, clip = load_script("benchmarks/video"), tmp_path / "clip.mp4"
     bench.write_clip(clip, (64, 48), 12, 80)
     gpu = tmp_path / "gpu.json"
     gpu.write_text(json.dumps({"cells": {"training 64 stts 0.5": {"total_ms": 2000.0}}}))
@@ -123,7 +123,7 @@ def test_every_way_of_decoding_gives_the_same_pixels(tmp_path: Path, capsys: pyt
     assert content["step_s"] == 2.0 and [one["workers"] for one in content["waiting"]] == [0, 1]
     assert all(0 <= one["waits"] < 1 for one in content["waiting"])
     assert "Estimate, not measured on one machine" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="run bench_gpu"):
+    with pytest.raises(ValueError, match="run gpu"):
         bench.step_of({"cells": {}})
 
 
@@ -131,7 +131,7 @@ def test_every_way_of_decoding_gives_the_same_pixels(tmp_path: Path, capsys: pyt
 
 
 def test_counted_flops_are_those_of_the_specification() -> None:
-    plot = load_script("plot_cost")
+    plot = load_script("benchmarks/growth")
     dense, stts = plot.molmo2_cost(128, "dense"), plot.molmo2_cost(128, "stts")
     assert (dense.vit, dense.llm, dense.connector) == (78_869_392_588_800, 138_743_818_223_616, 2_054_829_441_024)
     assert (stts.vit, stts.llm, stts.pruner) == (45_766_833_684_480, 53_521_063_870_464, 1_140_644_892_672)
@@ -139,7 +139,7 @@ def test_counted_flops_are_those_of_the_specification() -> None:
 
 
 def test_growth_is_drawn_from_its_file(tmp_path: Path) -> None:
-    plot = load_script("plot_cost")
+    plot = load_script("benchmarks/growth")
     assert plot.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     points = json.loads((tmp_path / "growth.json").read_text())["points"]
     assert [(point["frames"], point["way"]) for point in points] == [

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 def test_the_study_names_every_pruner_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
     from stts.pruners.registry import PRUNERS
 
-    study = load_script("study")
-    assert study.main(["--list"]) == 0
+    study, run_study = load_script("study/steps"), load_script("study/run_study")
+    assert run_study.main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert set(study.FROZEN) == set(PRUNERS) - {"none", "stts"}, "a new pruner takes part"
     assert all(
@@ -44,7 +44,7 @@ def test_the_study_names_every_pruner_and_seed(capsys: pytest.CaptureFixture[str
 
 
 def test_the_configs_train_on_the_form_that_is_tested() -> None:
-    study = load_script("study")
+    study = load_script("study/steps")
     forms = {"shapes_pretrain": study.WIDE, "shapes_study_stts": study.WIDE, "shapes_pretrain_small": study.SMALL}
     for name, tested in forms.items():
         form = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["data"]["shapes"]
@@ -53,7 +53,7 @@ def test_the_configs_train_on_the_form_that_is_tested() -> None:
 
 
 def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
-    study, report = load_script("study"), load_script("study_report")
+    study, report = load_script("study/steps"), load_script("study/report")
     page = report.write_report(study.Study(tmp_path / "runs", study.SCALES["cpu"]), tmp_path / "results").read_text()
     assert page.count("not run") > 100 and not re.search(r"\d \[", page), "no number with an interval"
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["README.md"], "no plot of nothing"
@@ -61,9 +61,10 @@ def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
 
 def test_a_plain_copy_trains_without_installation_video_decoder_or_deepspeed() -> None:
     code = (
-        "import sys; sys.modules.update(stts_train=None, av=None, deepspeed=None); sys.path.insert(0, 'scripts')\n"
-        "import study; study._reach(); del sys.modules['stts_train']\n"
-        "import stts_train.cli, stts_train.module, study_report\n"
+        "import sys; sys.modules.update(stts_train=None, av=None, deepspeed=None)\n"
+        "sys.path.insert(0, 'scripts/study')\n"
+        "import run_study; run_study._reach(); del sys.modules['stts_train']\n"
+        "import stts_train.cli, stts_train.module, report\n"
         "print(stts_train.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -75,7 +76,7 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    study = load_script("study")
+    study = load_script("study/run_study")
     argv = ["--scale", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     assert study.main(argv) == 0, capsys.readouterr().err
     page = (tmp_path / "results" / "README.md").read_text()
@@ -89,7 +90,7 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
 
 
 def test_a_step_needs_those_whose_output_it_reads() -> None:
-    study = load_script("study")
+    study = load_script("study/steps")
     steps = study.Study(Path("runs"), study.SCALES["tiny"]).steps()
     by_name = {step.name: step for step in reversed(steps)}  # the fit, not the comparison of the same name
     needed = {name: {other.name for other in steps if other is not step and step.needs(other)}
@@ -102,7 +103,7 @@ def test_a_step_needs_those_whose_output_it_reads() -> None:
 
 @pytest.mark.slow
 def test_steps_run_side_by_side(tmp_path: Path) -> None:
-    argv = ["scripts/study.py", "--scale", "tiny", "--jobs", "2", "--runs", str(tmp_path)]
+    argv = ["scripts/study/run_study.py", "--scale", "tiny", "--jobs", "2", "--runs", str(tmp_path)]
     command = [sys.executable, *argv, "--stages", "data", "pretrain", "finetune"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -118,7 +119,7 @@ def test_steps_run_side_by_side(tmp_path: Path) -> None:
 
 
 def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
-    report = load_script("study_report")
+    report = load_script("study/report")
     rows = [Row(name, "unpruned", 1.0, accuracy=share) for name, share in ((BEFORE, 0.9), (DENSE, 0.8))]
     rows.append(Row("adatp (our reconstruction)", "inside the LLM", 0.5, accuracy=0.7))
     result = SimpleNamespace(rows=rows)
@@ -132,7 +133,7 @@ RESULTS = {"cpu": ROOT / "docs" / "results", "wide": ROOT / "docs" / "results" /
 def test_the_committed_page_is_made_of_the_committed_answers(
     scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, report = load_script("study"), load_script("study_report")
+    study, report = load_script("study/steps"), load_script("study/report")
     results = RESULTS[scale]
     with tarfile.open(results / "comparisons.tar.xz") as archive:
         archive.extractall(tmp_path / "runs")  # `filter` came with Python 3.11.4
@@ -141,7 +142,9 @@ def test_the_committed_page_is_made_of_the_committed_answers(
         (tmp_path / other.relative_to(results)).write_bytes(other.read_bytes())
     monkeypatch.chdir(tmp_path)
     runs = Path(f"runs/study_{scale}")
-    made = study.Study(runs, study.SCALES[scale], (), f"python scripts/study.py --scale {scale} --runs {runs}")
+    made = study.Study(
+        runs, study.SCALES[scale], (), f"python scripts/study/run_study.py --scale {scale} --runs {runs}"
+    )
     assert report.write_report(made, tmp_path).read_text() == (results / "README.md").read_text()
     missing = {step.name for step in made.steps() if not made.is_there(step)}
     assert not missing, "nothing is left to run, and no model is made again whose answers are there"

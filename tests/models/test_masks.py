@@ -28,7 +28,7 @@ def test_every_pair_is_as_the_rule_says(two_way: bool) -> None:
 def test_making_it_takes_twice_its_size(two_way: bool, length: int) -> None:
     row_RM = torch.zeros(1, length, dtype=torch.long)
     valid_RM = torch.ones(1, length, dtype=torch.bool)
-    peak = load_script("measure").extra_mib(
+    peak = load_script("benchmarks/measure").extra_mib(
         lambda: dense_mask(row_RM, valid_RM, valid_RM if two_way else None), row_RM.device
     )
     assert peak < 2.1 * length**2 / 2**20

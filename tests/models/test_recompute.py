@@ -24,7 +24,7 @@ def hooks_and_all(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hooks_that_run_again_change_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = load_script("gpu_models")
+    models = load_script("benchmarks/gpu_models")
     config = models.make_config(name, tiny=True)
     model = models.make_model(config, torch.device("cpu"), torch.float32, "sdpa").train()
     inputs = [

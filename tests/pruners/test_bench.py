@@ -8,7 +8,7 @@ from tests.scripts import load_script
 
 
 def test_stages_are_timed_beside_their_plain_loops(tmp_path, capsys):
-    bench = load_script("bench_pruners")
+    bench = load_script("benchmarks/pruners")
     path = tmp_path / "rows.json"
     assert bench.main(["--quick", "--pruners", "novelty", "adatp", "fastv", "--repeats", "1", "--json", str(path)]) == 0
     rows = {row["pruner"]: row for row in json.loads(path.read_text())["rows"]}

@@ -19,10 +19,10 @@ CONFIG = ROOT / "configs" / "molmo2_4b_stts.yaml"
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_training", ROOT / "scripts" / "bench_training.py")
+    spec = importlib.util.spec_from_file_location("training", ROOT / "scripts" / "benchmarks" / "training.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_training"] = module  # dataclasses look their module up
+    sys.modules["training"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

@@ -8,20 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from steps import Step, Study
 
 from stts.data.shapes_scene import OPTIONS
 from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
 from stts.metrics.accuracy import paired_difference
-
-if TYPE_CHECKING:
-    from study import Step, Study
 
 NOT_RUN = "not run"
 

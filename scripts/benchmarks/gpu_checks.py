@@ -1,4 +1,4 @@
-"""What `bench_gpu.py` looks at beside whole passes: correctness of the kernel, host syncs, and what choosing costs.
+"""Checks of `benchmarks/gpu.py`: correctness of the kernel, host syncs, and what choosing costs.
 
 Shape suffixes: S = tokens of the row, H = query heads, J = key/value heads, E = head width.
 """

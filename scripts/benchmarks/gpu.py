@@ -1,11 +1,11 @@
 """Whole models on one GPU: stock, the scheme of the STTS release, and ours; every training-free pruner beside them.
 
-    python scripts/bench_gpu.py --json gpu.json               everything; the same command goes on where it stopped
-    python scripts/bench_gpu.py --quick --json gpu.json       half of the tokens, a tenth for pruners; begins no cell
-                                                              after 7 minutes
-    python scripts/bench_gpu.py --check                       kernel against plain loops, no host syncs in the tower
-    python scripts/bench_gpu.py --profile                     what one step is made of
-    python scripts/bench_gpu.py --device cpu --tiny           every path on small models, about a minute; no timing
+    python scripts/benchmarks/gpu.py --json gpu.json               all; the same command goes on where it stopped
+    python scripts/benchmarks/gpu.py --quick --json gpu.json       half of the tokens, a tenth for pruners; no cell
+                                                              begins after 7 minutes
+    python scripts/benchmarks/gpu.py --check                       kernel against plain loops; host syncs
+    python scripts/benchmarks/gpu.py --profile                     what one step is made of
+    python scripts/benchmarks/gpu.py --device cpu --tiny           every path on small models, about a minute; no timing
 
 Needs torch and transformers; without an installation, `PYTHONPATH=.` from the repository. Random weights of published
 shapes in bf16, drawn on the device; the scorer too is bf16, where `stts.pruning` leaves a new one in fp32. Training:

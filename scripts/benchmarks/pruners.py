@@ -1,7 +1,7 @@
 """What deciding costs: every pruner of the registry on one video, beside the plain loops that say what it means.
 
-    python scripts/bench_pruners.py --quick               8 frames of 7x7 tokens, seconds on a CPU
-    python scripts/bench_pruners.py --json pruners.json   32 frames of 14x14 tokens of width 3584, minutes on a CPU
+    python scripts/benchmarks/pruners.py --quick               8 frames of 7x7 tokens, seconds on a CPU
+    python scripts/benchmarks/pruners.py --json pruners.json   32 frames of 14x14 tokens of width 3584, minutes on a CPU
 
 Runs in float32 on the CPU, in bfloat16 on CUDA where there is one. The video has scenes, static places and moving ones.
 Times are medians after a warm-up, the plain loops (`stts/pruners/naive/`) run once. `extra` is the most memory that

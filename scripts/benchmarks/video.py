@@ -1,9 +1,9 @@
 """Does video input keep up with training: decoded frames per second of a core, and what a training step waits for data.
 
-    python scripts/bench_video.py --json docs/results/cost/video.json   minutes on 2 CPU cores
-    python scripts/bench_video.py --quick                               seconds
-    python scripts/bench_video.py --videos DIR/*.mp4                    your own files
-    python scripts/bench_video.py --gpu gpu.json                        beside step times of bench_gpu.py
+    python scripts/benchmarks/video.py --json docs/results/cost/video.json   minutes on 2 CPU cores
+    python scripts/benchmarks/video.py --quick                               seconds
+    python scripts/benchmarks/video.py --videos DIR/*.mp4                    your own files
+    python scripts/benchmarks/video.py --gpu gpu.json                        beside step times of benchmarks/gpu.py
 
 Decoding: H.264 clips of a minute at 25 frames per second (x264, preset veryfast), drawn here: a textured scene under a
 moving camera, with noise, at 360p, 480p and 720p, a keyframe every 12 frames (short) or only where x264 sets one (long,
@@ -39,9 +39,9 @@ import av
 import numpy as np
 import torch
 from av.video.frame import VideoFrame
+from growth import molmo2_cost
 from measure import machine, spread, table, write_json
 from numpy.typing import NDArray
-from plot_cost import molmo2_cost
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--videos", type=Path, nargs="+", help="files to decode instead of drawn clips")
     parser.add_argument("--seconds", type=int, default=60, help="length of drawn clips")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--gpu", type=Path, help="JSON of bench_gpu.py that has training at 64 frames, half kept")
+    parser.add_argument("--gpu", type=Path, help="JSON of benchmarks/gpu.py that has training at 64 frames, half kept")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
@@ -266,11 +266,11 @@ TRAINING_FLOPS = 3 * molmo2_cost(NUM_FRAMES, "stts").total  # forward and backwa
 
 
 def step_of(content: dict[str, Any]) -> float:
-    """Seconds of a training step of STTS on one sample, from the JSON of bench_gpu.py. ValueError where it has none."""
+    """Seconds of a training step of STTS on one sample, from the JSON of gpu.py. ValueError where it has none."""
     suffix = f"training {NUM_FRAMES} stts 0.5"
     found = [cell["total_ms"] for key, cell in content["cells"].items() if key.endswith(suffix) and "total_ms" in cell]
     if not found:
-        raise ValueError(f"no cell '...{suffix}' with a time; run bench_gpu.py without --quick, or leave --gpu out")
+        raise ValueError(f"no cell '...{suffix}' with a time; run gpu.py without --quick, or leave --gpu out")
     return float(found[0]) / 1e3
 
 

@@ -1,7 +1,7 @@
 """How much of the arithmetic that a pruner saves turns into time, on a CPU: prefill and a training step, part by part.
 
-    python scripts/bench_cpu.py --json docs/results/cost/cpu.json   4 minutes on 2 CPU cores
-    python scripts/bench_cpu.py --quick                             seconds
+    python scripts/benchmarks/cpu.py --json docs/results/cost/cpu.json   4 minutes on 2 CPU cores
+    python scripts/benchmarks/cpu.py --quick                             seconds
 
 Two LLaVA-OneVision with random weights: `tiny`, the small VLM of ShapesQA, and `base`, ViT-B/16 (12 blocks of width
 768, 196 patches, 49 tokens a frame) with the widths of Qwen2-0.5B at a third of its depth and a small vocabulary. All

@@ -1,4 +1,4 @@
-"""Cells of `bench_gpu.py` beside their dense rival, as rows and as text."""
+"""Cells of `benchmarks/gpu.py` beside their dense rival, as rows and as text."""
 
 from __future__ import annotations
 

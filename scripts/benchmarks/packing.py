@@ -1,7 +1,7 @@
 """Survivors packed our way and the way of the STTS release: layout, attention and peak memory, in one run.
 
-    python scripts/bench_packing.py --json docs/results/cost/packing.json   2 minutes on 2 CPU cores
-    python scripts/bench_packing.py --quick                                 seconds
+    python scripts/benchmarks/packing.py --json docs/results/cost/packing.json   2 minutes on 2 CPU cores
+    python scripts/benchmarks/packing.py --quick                                 seconds
 
 64, 128 and 256 frames of 27x27 patches, half of their 3x3 groups kept, 16 heads of 72 (SigLIP so400m, the tower of
 Molmo2). The rival is the scheme of the release (arXiv 2603.18004), in our words: first-fit by decreasing survivors in a

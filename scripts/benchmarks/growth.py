@@ -1,8 +1,8 @@
 """How cost grows with the number of frames: dense, training-free (VisionZip) and STTS, half of the tokens kept.
 
-    python scripts/plot_cost.py --out docs/results/cost          5 minutes on 2 CPU cores: growth.json and growth.png
-    python scripts/plot_cost.py --quick --out /tmp/cost          seconds
-    python scripts/plot_cost.py --redraw --out docs/results/cost  the picture again, from growth.json
+    python scripts/benchmarks/growth.py --out docs/results/cost          5 minutes on 2 CPU cores
+    python scripts/benchmarks/growth.py --quick --out /tmp/cost          seconds
+    python scripts/benchmarks/growth.py --redraw --out docs/results/cost  the picture again, from growth.json
 
 Measured on a CPU, float32: a LLaVA-OneVision with random weights (ViT of 8 blocks of width 192 on 64 patches a frame,
 LLM of 6 layers of width 256, 16 tokens a frame), one video of 8 to 256 frames, all ways in turns. Time: prefill, and a

@@ -1,8 +1,8 @@
 """What packing is worth in training: the same clips of 2 s to 5 min in packed rows, and as a stock trainer feeds them.
 
-    python scripts/bench_training.py --quick                   the small VLM on a CPU, under two minutes
-    python scripts/bench_training.py --json training.json      more and longer clips; on CUDA in bf16 where there is one
-    python scripts/bench_training.py --model FOLDER_OR_HUB_ID  another LLaVA-OneVision
+    python scripts/benchmarks/training.py --quick                   the small VLM on a CPU, under two minutes
+    python scripts/benchmarks/training.py --json training.json      more and longer clips; bf16 on CUDA
+    python scripts/benchmarks/training.py --model FOLDER_OR_HUB_ID  another LLaVA-OneVision
 
 Clips are ShapesQA, lengths log-uniform, sampled at 2 frames per second up to a limit. Every way gets the same clips in
 the same order and the same budget of LLM tokens for a batch, padding counted, and does forward and backward passes

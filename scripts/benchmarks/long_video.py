@@ -1,7 +1,7 @@
 """Peak memory and time from one minute to one hour of video, whole and in pieces: what grows, and what does not.
 
-    python scripts/bench_long_video.py --quick                   seconds: up to 2 minutes of video
-    python scripts/bench_long_video.py --json long_video.json    up to 1 hour, minutes on 2 CPU cores
+    python scripts/benchmarks/long_video.py --quick                   seconds: up to 2 minutes of video
+    python scripts/benchmarks/long_video.py --json long_video.json    up to 1 hour, minutes on 2 CPU cores
 
 Decoding, preprocessing, tower, pruner and connector up to the first layer of the LLM, of the small VLM shipped with
 stts, on one MP4 of ShapesQA clips one behind the other. `whole`: every frame decoded, then one pass; `pieces`: frames
@@ -38,7 +38,7 @@ from stts.models.pruning import Pruning
 from stts.pruners.registry import make_pruner
 
 MIB = 2**20
-MODEL = Path(__file__).parents[1] / "stts" / "assets" / "shapes_vlm"
+MODEL = Path(__file__).parents[2] / "stts" / "assets" / "shapes_vlm"
 VIDEO_FPS = 4.0
 
 

@@ -1,4 +1,4 @@
-"""The scheme of the STTS release around any of our adapters, in our words: the rival of `bench_gpu.py`.
+"""The scheme of the STTS release around any of our adapters, in our words: the rival of `benchmarks/gpu.py`.
 
 The same scorer decides at the same blocks (arXiv 2603.18004; `olmo/nn/temporal_image_vit.py` of allenai/molmo2). What
 differs is how the tower runs on: the block with the key bias as a batch of whole frames under a dense additive mask;
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_packing import rival_layout
+from packing import rival_layout
 from torch import Tensor
 
 import stts
