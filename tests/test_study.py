@@ -21,13 +21,13 @@ from tests.scripts import load_script
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_study_names_every_pruner_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_study_names_its_pruners_and_every_seed(capsys: pytest.CaptureFixture[str]) -> None:
     from stts.pruners.registry import PRUNERS
 
     study, run_study = load_script("study/steps"), load_script("study/run_study")
     assert run_study.main(["--list"]) == 0
     shown = capsys.readouterr().out
-    assert set(study.FROZEN) == set(PRUNERS) - {"none", "stts"}, "a new pruner takes part"
+    assert set(study.FROZEN) <= set(PRUNERS) - {"none", "stts"}, "a chosen part of the zoo"
     assert all(
         f"--out runs/study_cpu/stts-{kind}-s{seed} " in shown
         for kind in ("0.5", "0.2", "elastic")

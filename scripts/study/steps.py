@@ -68,7 +68,7 @@ class Scale:
     """Of the clips that are tested."""
 
 
-FROZEN = (
+FROZEN = (  # what is compared: chosen, not the whole zoo, so that a new method does not reopen a finished study
     "random", "uniform", "novelty", "random-vit", "easy", "heuristic", "visionzip", "fastvid", "holitom",
     "holitom+inner", "stop-visionzip", "stop-fastvid", "stop-holitom", "tango", "tango+inner", "adatp", "fastv", "dart",
     "vidcom2",

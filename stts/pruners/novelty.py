@@ -13,7 +13,10 @@ from stts.tokens import Budget, Grid, Kept, VideoTokens
 class Novelty(PerVideo):
     """Keep what changed since the previous frame. A floor for every learned scorer to beat.
 
-    Score of token (t, i) = -cos(x[t, i], x[t-1, i]); the first frame scores 0, i.e. counts as new. Ours, no paper."""
+    Score of token (t, i) = -cos(x[t, i], x[t-1, i]); the first frame scores 0, i.e. counts as new. Ours, no paper.
+
+    `evs` is the published rule beside it (arXiv:2510.14624): there the first frame always stays whole, even where later
+    tokens have negative cosines, which outrank it here."""
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         return keep_top(video, -neighbour_similarity(video.x_ND, video.grid), budget.num_kept)

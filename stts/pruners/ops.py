@@ -56,12 +56,62 @@ def need_full_grid(video: VideoTokens) -> None:
         )
 
 
+def evenly_spaced(total: int, number: int, device: torch.device) -> Tensor:
+    """(number,) int64 places floor((i + 0.5) total / number), i = 0..number-1; integers, so exact at any size."""
+    step_K = 2 * torch.arange(number, device=device) + 1
+    return step_K * total // (2 * number)
+
+
 # --- ranking -------------------------------------------------------------------------------------------------------
 
 
 def top(scores_BN: Tensor, num_kept: int) -> Tensor:
     """Places of the `num_kept` largest scores along the last axis, best first; ties go to the earlier place."""
     return torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices[..., :num_kept]
+
+
+def top_per_frame(score_TS: Tensor, count_T: Tensor) -> Tensor:
+    """(K,) int64 cells t S + p, increasing: of each frame the `count_T` best places, ties to the earlier place."""
+    order_TS = top(score_TS, score_TS.shape[1])
+    first_TS = torch.arange(score_TS.shape[1], device=score_TS.device) < count_T[:, None]
+    return torch.zeros_like(first_TS).scatter_(1, order_TS, first_TS).flatten().nonzero()[:, 0]
+
+
+def farthest_first(x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None) -> Tensor:
+    """(B, K) int64 tokens of each pool in the order of a greedy max-min choice; none is chosen twice.
+
+        C_ij = (1 - cos(x_i, x_j)) w_j;   first: argmax_j of the second smallest C_ij of column j (token i = j has 0);
+        next: argmax_j min over chosen i of C_ij
+
+    weight_BN: w, 1 where it is None; ties go to the earlier token. Distances stand in one matrix while this is about as
+    large as the tokens themselves, else each row is computed when its token is chosen. No host synchronisation."""
+    num_pools, num_tokens, width = x_BND.shape
+    unit_BND = F.normalize(x_BND.float(), dim=-1)
+    weight_BN = unit_BND.new_ones(num_pools, num_tokens) if weight_BN is None else weight_BN.float()
+    whole_BNN = 1 - unit_BND @ unit_BND.transpose(1, 2) if num_tokens <= 2 * width else None
+    block = max(1, min(num_tokens, 2**26 // (num_pools * num_tokens)))  # 256 MiB of distances
+    second = []
+    for start in range(0, num_tokens, block):
+        rows = slice(start, start + block)
+        distance_BRN = (
+            1 - unit_BND[:, rows] @ unit_BND.transpose(1, 2) if whole_BNN is None else whole_BNN[:, rows].clone()
+        )
+        distance_BRN.diagonal(start, 1, 2).zero_()
+        cost_BRN = distance_BRN.mul_(weight_BN[:, rows, None])  # symmetric, so row j is column j
+        second.append(cost_BRN.topk(min(2, num_tokens), dim=-1, largest=False).values[..., -1])
+    pool_B = torch.arange(num_pools, device=x_BND.device)
+    pick_B1 = torch.cat(second, 1).argmax(-1, keepdim=True)
+    least_BN = torch.full_like(weight_BN, torch.inf)
+    chosen = [pick_B1]
+    for _ in range(num_kept - 1):
+        if whole_BNN is None:
+            row_BN = 1 - (unit_BND @ unit_BND[pool_B, pick_B1[:, 0]][:, :, None])[..., 0]
+        else:
+            row_BN = whole_BNN[pool_B, pick_B1[:, 0]]
+        least_BN = torch.minimum(least_BN, row_BN * weight_BN).scatter_(1, pick_B1, -torch.inf)
+        pick_B1 = least_BN.argmax(-1, keepdim=True)
+        chosen.append(pick_B1)
+    return torch.cat(chosen, 1)
 
 
 def rank_salience(video: VideoTokens) -> Tensor:

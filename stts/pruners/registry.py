@@ -15,6 +15,8 @@ from stts.pruners.adatp import AdaTP
 from stts.pruners.base import HostInfo, Pruner, Stage
 from stts.pruners.chain import Chain
 from stts.pruners.dart import DART
+from stts.pruners.divprune import DivPrune
+from stts.pruners.evs import EVS
 from stts.pruners.fastv import FastV
 from stts.pruners.fastvid import FastVID
 from stts.pruners.holitom import HoliTom, HoliTomInner
@@ -81,6 +83,8 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "fastv": FastV.for_host,
     "dart": DART.for_host,
     "vidcom2": VidCom2.for_host,
+    "evs": EVS.for_host,
+    "divprune": DivPrune.for_host,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stts.pruners import ops
 from stts.pruners.base import PerVideo, Stage
 from stts.tokens import Budget, Kept, VideoTokens
 
@@ -25,9 +26,7 @@ class Uniform(PerVideo):
     """Keep groups floor((i + 0.5) * N / K), i = 0..K-1: evenly spread over space and time."""
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
-        num_groups, num_kept = video.num_groups, budget.num_kept
-        step_K = 2 * torch.arange(num_kept, device=video.cell_G.device) + 1  # integers: no float rounding at any size
-        return Kept(index_K=step_K * num_groups // (2 * num_kept))
+        return Kept(index_K=ops.evenly_spaced(video.num_groups, budget.num_kept, video.cell_G.device))
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,8 @@ class VidCom2(PerVideo):
             count_T = torch.tensor(share_out(size_T.tolist(), budget.num_kept, per_frame), device=size_T.device)
         else:
             count_T = size_T.round().clamp_min(1)  # halves to even
-        order_TS = torch.sort(v_TS + w_TS, dim=-1, stable=True).indices
-        first_TS = torch.arange(per_frame, device=size_T.device) < count_T[:, None]
-        keep_TS = torch.zeros_like(first_TS).scatter_(1, order_TS, first_TS)
-        return Kept(index_K=keep_TS.flatten().nonzero()[:, 0], scores_G=-(v_TS + w_TS).flatten())
+        score_TS = -(v_TS + w_TS)
+        return Kept(index_K=ops.top_per_frame(score_TS, count_T), scores_G=score_TS.flatten())
 
     def redundancy(self, x_TSD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S) closeness of each token to the mean of the video, and to the mean of its frame."""

@@ -51,6 +51,10 @@ class Case:
         _read.setdefault(self._path, set()).add(name)
         return tensor
 
+    def names(self, ending: str) -> list[str]:
+        """Names of the tensors that end so."""
+        return sorted(name for name in self._names if name.endswith(ending))
+
     def group(self, prefix: str) -> dict[str, Tensor]:
         """Every tensor below `prefix.`, without the prefix."""
         return {name[len(prefix) + 1 :]: self[name] for name in sorted(self._names) if name.startswith(prefix + ".")}

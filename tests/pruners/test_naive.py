@@ -1,0 +1,36 @@
+"""Each fast path equals the plain loops of `stts/pruners/naive/`; a method joins with one line below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from stts.pruners.check import HOST, example_video
+from stts.pruners.registry import make_pruner
+from stts.tokens import Budget, Grid
+
+METHODS: dict[str, dict[str, Any]] = {  # name -> options of the method and its loops
+    "divprune": {},
+}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("grid", [Grid(1, 2, 3), Grid(4, 2, 3), Grid(9, 3, 3), Grid(13, 4, 4)], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fast_path_equals_its_loops(name: str, grid: Grid, exact: bool) -> None:
+    [stage] = make_pruner(name, HOST, **METHODS[name]).stages[:1]
+    loops = getattr(import_module(f"stts.pruners.naive.{name}"), name)
+    for seed, ratio in enumerate((0.1, 0.25, 0.5, 0.8)):
+        video = example_video(stage, grid, seed=seed, width=17)
+        # Noise, so that no two tokens are equal: ties are settled by the last bit.
+        video = replace(video, x_ND=video.x_ND + 0.05 * torch.randn(video.x_ND.shape, generator=torch.Generator()))
+        budget = Budget(max(1, round(grid.num_groups * ratio)), ratio, exact)
+        [fast], slow = stage([video], [budget]), loops(video, budget, **METHODS[name])
+        assert fast.index_K.tolist() == slow.index_K.tolist(), f"at {ratio}"
+        for found, expected in ((fast.x_KD, slow.x_KD), (fast.scores_G, slow.scores_G)):
+            if expected is not None:
+                torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
