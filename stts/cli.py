@@ -49,7 +49,7 @@ def _visualize(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    from stts.eval.doctor import main as doctor
+    from stts.doctor import main as doctor
 
     return doctor(argv)
 
@@ -57,7 +57,7 @@ def _doctor(argv: list[str]) -> int:
 def _data(argv: list[str]) -> int:
     from jsonargparse import auto_cli, set_parsing_settings
 
-    from stts.data.shapes_files import shapes
+    from stts.data.shapes.files import shapes
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     out = auto_cli({"shapes": shapes}, args=argv, as_positional=False, prog="stts data")

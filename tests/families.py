@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from stts.data.shapes import vocabulary
+from stts.data.shapes.clips import vocabulary
 from tests.models import qwen_tiny, test_molmo2
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "molmo2")

@@ -101,7 +101,7 @@ def test_every_room_is_in_the_order() -> None:
         ("stts/packing/pack.py", "import stts.models.vit", "models lies to its right"),
         ("stts/packing/pack.py", "from stts import data", "data lies to its right"),
         ("stts/packing/pack.py", "from ..pruners import base", "pruners lies to its right"),
-        ("stts/data/video.py", "def late():\n    from stts.eval import compare", "eval lies to its right"),
+        ("stts/data/video/sample.py", "def late():\n    from stts.eval import compare", "eval lies to its right"),
         ("stts/models/vit.py", "from stts import pruning", "stts lies to its right"),
         ("stts/eval/compare.py", "import stts_train.module", "train lies to its right"),
         ("stts/_compat.py", "import stts.tokens", "tokens lies to its right"),

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from stts.data.cache import FrameCache
 from stts.data.collate import Batch, Collator, Step
-from stts.data.datasets import Example, OnError, Sample, Samples, Skipped, VideoJsonl
+from stts.data.datasets import Example, Skipped, VideoJsonl
 from stts.data.mixture import Mixture, Source, weights_of
-from stts.data.sampling import most_frames
-from stts.data.shapes import ShapesConfig, ShapesFrames
+from stts.data.rows import OnError, Sample, Samples
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
+from stts.data.video.cache import FrameCache
+from stts.data.video.samplers import most_frames
 from stts.packing.pack import pack_samples
 
 from .callbacks import line
@@ -193,7 +194,7 @@ class VideoData(pl.LightningDataModule):
         train: data file, or a mixture: a list of {path, weight, limit, root} (kind 'jsonl'; see stts/data/mixture.py).
         val: data file to validate on; null: no validation.
         root: folder that media paths are relative to; null: the data file's own.
-        sampler: which frames of a video are read (see stts/data/sampling.py).
+        sampler: which frames of a video are read (see stts/data/video/samplers.py).
         num_frames: at most so many frames per video.
         max_fps: upper bound on frames per second of video.
         on_error: 'raise' stops at a broken file, 'skip' counts and lists it.

@@ -35,7 +35,8 @@ from transformers.utils import logging
 
 import stts
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
 from stts.models import pruning as pruning_room
 from stts.models.load import load_vlm
 from stts.models.small import write_small_vlm

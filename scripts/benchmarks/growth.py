@@ -36,7 +36,8 @@ from transformers.utils import logging
 
 import stts
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
 from stts.metrics.cost import VideoCost, VlmShape, video_cost
 from stts.models.load import load_vlm
 from stts.models.published import config_of

@@ -29,10 +29,11 @@ import measure
 import torch
 
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
-from stts.data.shapes import ShapesConfig, make_clip
-from stts.data.shapes_files import encode
-from stts.data.video import FrameStream, sample_frames
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.shapes.clips import ShapesConfig, make_clip
+from stts.data.shapes.files import encode
+from stts.data.video.sample import FrameStream, sample_frames
 from stts.models.load import load_vlm
 from stts.models.pruning import Pruning
 from stts.pruners.registry import make_pruner

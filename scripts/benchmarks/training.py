@@ -36,8 +36,9 @@ import torch
 import stts
 from stts.budget import plan
 from stts.data.collate import IGNORED, Batch, Collator
-from stts.data.datasets import Example, Message, Sample
-from stts.data.shapes import ShapesConfig, make_clip, sampled_indices
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.shapes.clips import ShapesConfig, make_clip, sampled_indices
 from stts.models.load import load_vlm
 from stts.models.small import write_small_vlm
 from stts.packing.pack import pack_samples

@@ -47,10 +47,11 @@ from transformers.utils import logging
 
 import stts
 from stts.data.collate import Batch, Collator
-from stts.data.datasets import Example, Message, Sample
-from stts.data.decoding import Reader
-from stts.data.sampling import choose_frames
-from stts.data.video import sample_frames
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.video.decode import Reader
+from stts.data.video.sample import sample_frames
+from stts.data.video.samplers import choose_frames
 from stts.models.load import load_vlm
 from stts.models.small import write_small_vlm
 

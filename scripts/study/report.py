@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from steps import Step, Study
 
-from stts.data.shapes_scene import OPTIONS
+from stts.data.shapes.scene import OPTIONS
 from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
 from stts.metrics.accuracy import paired_difference
 

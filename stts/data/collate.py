@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from stts.data.datasets import Example, Message, Sample, Skipped
-from stts.data.stream import VALUES, StreamedPixels, stand_in
+from stts.data.datasets import Example, Skipped
+from stts.data.rows import Message, Sample
+from stts.data.video.stream import VALUES, StreamedPixels, stand_in
 
 IGNORED = -100
 """Label of a token that is not part of an answer; the value that stock losses leave out."""

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Role, Sample
-from stts.data.media import read_picture, read_video
-from stts.data.video import VideoClip
+from stts.data.datasets import Example
+from stts.data.rows import Message, Role, Sample
+from stts.data.video.files import read_picture, read_video
+from stts.data.video.sample import VideoClip
 from stts.eval.runner import question_of
 from stts.models.hub import PrunedVLM
 from stts.models.signals import load_siglip

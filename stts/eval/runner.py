@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import stts
 from stts.data.collate import Batch
-from stts.data.datasets import Sample
+from stts.data.rows import Sample
 from stts.eval.cells import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost

@@ -23,9 +23,9 @@ import torch
 from transformers import ProcessorMixin
 
 from stts.budget import check_ratio
-from stts.data.cache import Decoded
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Example
+from stts.data.video.cache import Decoded
 from stts.eval.benchmarks.base import Question
 from stts.eval.engine import Answers, LoopOptions, answer_all
 from stts.eval.ranks import Ranks

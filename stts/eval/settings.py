@@ -14,7 +14,7 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import PreTrainedModel, ProcessorMixin
 
-from stts.data.datasets import OnError
+from stts.data.rows import OnError
 from stts.eval.ranks import Ranks
 from stts.eval.source import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.store import file_stamps
@@ -42,7 +42,7 @@ class RunConfig:
     num_frames: int = 16
     """Frames per video, at most."""
     sampler: str | None = None
-    """How frames are chosen, see stts/data/sampling.py; None: as each task does, mostly uniform_inclusive."""
+    """How frames are chosen, see stts/data/video/samplers.py; None: as each task does, mostly uniform_inclusive."""
     prompt: Prompt = "letter"
     """letter: the same short prompt everywhere; official: the words given in `wordings`."""
     wordings: dict[str, str] = field(default_factory=dict)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stts.data.cache import Decoded
-from stts.data.datasets import Example, OnError, Skipped
-from stts.data.media import read_video
-from stts.data.video import VideoError
+from stts.data.datasets import Example, Skipped
+from stts.data.rows import OnError
+from stts.data.video.cache import Decoded
+from stts.data.video.files import read_video
+from stts.data.video.sample import VideoError
 from stts.eval.benchmarks.base import Benchmark, Loaded, Question
 from stts.eval.benchmarks.plain import PlainJsonl
 from stts.eval.benchmarks.tasks import SUITES, get_task

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stts.data.stream import StreamedPixels
+from stts.data.video.stream import StreamedPixels
 from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo, Newlines
 from stts.tokens import Grid

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from stts.data.stream import StreamedPixels
+from stts.data.video.stream import StreamedPixels
 from stts.models.base import Connected, Placed, Visual
 from stts.models.video_layout import STOCK, VideoLayout
 from stts.models.vit import Block, TowerInput, TowerOutput

@@ -30,7 +30,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from stts.data.shapes import vocabulary
+from stts.data.shapes.clips import vocabulary
 from stts.models.base import check_family
 
 _WIDTH, _HEADS, _MLP = 32, 2, 48

@@ -25,8 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
-from stts.data.media import read_video
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.video.files import read_video
 from stts.eval.runner import make_runners
 from stts.eval.table import DENSE, Cell
 from stts.models.load import load_vlm, pruner_settings, recorded_pruner

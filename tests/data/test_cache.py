@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from stts.data.cache import Decoded, FrameCache, frames_key
 from stts.data.datasets import Example, VideoJsonl
+from stts.data.video.cache import Decoded, FrameCache, frames_key
 from tests.data.clips import frame_numbers, numbered_images, write_video
 
 

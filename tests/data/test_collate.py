@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from stts.data.collate import IGNORED, Collator, time_instruction
-from stts.data.datasets import Example, Message, Sample, Skipped
+from stts.data.datasets import Example, Skipped
+from stts.data.rows import Message, Sample
 
 QUESTION = "<video>\nwhich colour flashed ?"
 LLAVA_TEMPLATE = (  # the form of released LLaVA-OneVision folders: a finished answer differs from the prompt by a space

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoProcessor
 
 from stts.data.collate import IGNORED, Batch, Collator
-from stts.data.datasets import Example, Message, Sample
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
 from tests.families import FAMILIES, write_family
 
 QUESTION = "<video>\nwhich colour flashed ?"

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from stts.data import formats
-from stts.data.datasets import Example, Message, Samples, Skipped, VideoJsonl, read_jsonl
-from stts.data.video import VideoError
+from stts.data.datasets import Example, Skipped, VideoJsonl
+from stts.data.rows import Message, Samples, read_jsonl
+from stts.data.video.sample import VideoError
 from tests.data.clips import frame_numbers, numbered_images, write_video
 
 ASK = [{"from": "human", "value": "<video>\nwhat happens ?"}, {"from": "gpt", "value": "rain"}]

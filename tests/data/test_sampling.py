@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stts.data.sampling import SAMPLERS, Timeline, choose_frames, fps_then_uniform
+from stts.data.video.samplers import SAMPLERS, Timeline, choose_frames, fps_then_uniform
 
 VARIABLE = Timeline(np.array([0.0, 0.1, 0.2, 2.0, 3.0]), native_fps=4 / 3, duration_s=4.0)  # a burst, then slow
 

@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from stts.data.sampling import Timeline, choose_frames
-from stts.data.shapes import Clip, Question, ShapesConfig, ShapesFrames, Thing, make_clip, sampled_indices, vocabulary
-from stts.data.shapes_draw import COLOURS
+from stts.data.shapes.clips import (
+    Clip,
+    Question,
+    ShapesConfig,
+    ShapesFrames,
+    Thing,
+    make_clip,
+    sampled_indices,
+    vocabulary,
+)
+from stts.data.shapes.draw import COLOURS
+from stts.data.video.samplers import Timeline, choose_frames
 
 CONFIG = ShapesConfig()
 CLIPS = [

@@ -6,10 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from stts.data.datasets import VideoJsonl, read_jsonl
-from stts.data.shapes import ShapesConfig, ShapesFrames, make_clip, sampled_indices
-from stts.data.shapes_files import write_shapes
-from stts.data.video import sample_frames
+from stts.data.datasets import VideoJsonl
+from stts.data.rows import read_jsonl
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames, make_clip, sampled_indices
+from stts.data.shapes.files import write_shapes
+from stts.data.video.sample import sample_frames
 
 CONFIG = ShapesConfig()
 SIZES = {"train": 6, "val": 4}

@@ -13,9 +13,9 @@ import pytest
 
 from stts import cli
 from stts.data.datasets import VideoJsonl
-from stts.data.shapes import Clip, Question, ShapesConfig, ShapesFrames, make_clip, sampled_indices, vocabulary
-from stts.data.shapes_draw import COLOURS
-from stts.data.shapes_files import shapes, write_shapes
+from stts.data.shapes.clips import Clip, Question, ShapesConfig, ShapesFrames, make_clip, sampled_indices, vocabulary
+from stts.data.shapes.draw import COLOURS
+from stts.data.shapes.files import shapes, write_shapes
 from tests.data.test_shapes import answer_from_scene, seen_ticks
 
 FAMILIES = ("colour", "existence", "order", "count", "flash")
@@ -182,7 +182,7 @@ def test_drawing_reading_pictures_and_training_data_need_no_video_decoder(tmp_pa
         "import sys; sys.modules['av'] = None\n"
         "import stts_train.data_module, stts_train.module, stts.eval.compare\n"
         "from stts.data.datasets import VideoJsonl\n"
-        "from stts.data.shapes_files import shapes\n"
+        "from stts.data.shapes.files import shapes\n"
         f"out = shapes({str(tmp_path / 'data')!r}, train=0, val=1, test=0, files='png')\n"
         "print(VideoJsonl(out / 'val.jsonl')[0].frames.shape)"
     )

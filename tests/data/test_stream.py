@@ -13,8 +13,8 @@ import torch
 import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example, VideoJsonl
-from stts.data.stream import StreamedPixels
-from stts.data.video import FrameStream, VideoError, sample_frames
+from stts.data.video.sample import FrameStream, VideoError, sample_frames
+from stts.data.video.stream import StreamedPixels
 from stts.models.load import load_vlm
 from tests.data.clips import numbered_images, write_video
 from tests.families import write_family

@@ -16,9 +16,9 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from stts.data.decoding import Reader
-from stts.data.sampling import SAMPLERS, Timeline
-from stts.data.video import VideoError, sample_frames
+from stts.data.video.decode import Reader
+from stts.data.video.sample import VideoError, sample_frames
+from stts.data.video.samplers import SAMPLERS, Timeline
 from tests.data.clips import (
     MIRRORS,
     TURNS,
@@ -189,7 +189,7 @@ def test_memory_is_the_result_not_the_video(tmp_path: Path) -> None:
     path = write_video(tmp_path / "big.mp4", numbered_images(100, 720, 1280), gop=250)
     program = f"""
 import re
-from stts.data.video import sample_frames
+from stts.data.video.sample import sample_frames
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 sample_frames({str(path)!r}, num_frames=2, clip=(0.0, 0.2))
 before = peak()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stts.data.video import VideoError, sample_frames
+from stts.data.video.sample import VideoError, sample_frames
 from tests.data.clips import (
     frame_numbers,
     numbered_images,

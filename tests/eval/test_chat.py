@@ -13,7 +13,7 @@ from PIL import Image
 
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval.chat import Chat, Piece
 from stts.eval.runner import Runner, asked_of
 from stts.eval.table import Cell

@@ -17,7 +17,7 @@ import torch
 import stts
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, main, run_compare
 from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
 from stts.metrics.cost import VlmShape, video_cost

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import stts
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval.ranks import Ranks
 from stts.eval.run import EvalConfig, main, run_eval
 from stts.metrics.accuracy import mcnemar, paired_bootstrap

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stts.data.shapes_files import write_shapes
-from stts.data.shapes_scene import FAMILIES
+from stts.data.shapes.files import write_shapes
+from stts.data.shapes.scene import FAMILIES
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.kept import kept_tensors, read_kept
 from stts.models.report import Report

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stts
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.matching import equal_flops_ratio, planned_cost
 from stts.eval.runner import cost_of

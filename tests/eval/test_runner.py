@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stts.data.datasets import Message, Sample
+from stts.data.rows import Message, Sample
 from stts.eval.runner import kind_of, question_of
 from stts.pruners.base import HostInfo
 from stts.pruners.registry import make_pruner

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stts.cli import main
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval import scaling
 from stts.eval.benchmarks.base import Question
 from stts.eval.scaling import ScaleConfig, candidates, option_ids, run_scale

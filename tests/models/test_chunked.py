@@ -13,7 +13,8 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 import stts
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
 from stts.models.load import load_vlm
 from stts.models.vit import run_tower
 from stts.pruners.registry import PRUNERS

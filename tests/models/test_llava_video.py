@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 import stts
 from stts.data.collate import Collator
-from stts.data.datasets import Example, Message, Sample
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
 from stts.models.llava_onevision import pooling_cells
 from stts.models.llava_video import convert_llava_video, module_name
 from stts.models.load import load_vlm, save_pruned

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 
 FRAMES, SHOWN = 6, 4

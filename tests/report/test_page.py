@@ -91,7 +91,7 @@ def test_frames_are_embedded_once_per_video_and_are_those_of_the_comparison(comp
     assert [len(frames) for frames in run["frames"]] == [FRAMES, FRAMES]
     head, _, body = run["frames"][0][0].partition(",")
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(body))), np.float64)
-    from stts.data.video import sample_frames
+    from stts.data.video.sample import sample_frames
 
     true = sample_frames(clips / "test" / "test-000000.mp4", num_frames=FRAMES).frames[0]
     assert head == "data:image/jpeg;base64" and shown.shape == true.shape and np.abs(shown - true).mean() < 6

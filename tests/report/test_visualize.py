@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stts.cli import main as stts
-from stts.data.video import sample_frames
+from stts.data.video.sample import sample_frames
 from stts.models.load import load_vlm, save_pruned
 from stts.models.pruning import Pruning
 from stts.report.visualize import View, darken, draw_sheet, look

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import stts_train.cli as cli
-from stts.data.shapes import ShapesConfig
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.clips import ShapesConfig
+from stts.data.shapes.files import write_shapes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("shapes_*.yaml"))  # recipes need their own family: test_recipes.py

@@ -19,8 +19,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stts.data.mixture import Mixture, Source
-from stts.data.shapes import ShapesConfig
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.clips import ShapesConfig
+from stts.data.shapes.files import write_shapes
 from stts_train import data_module
 from stts_train.callbacks import SkipList
 from stts_train.data_module import Order, Phase, VideoData

@@ -12,9 +12,10 @@ import yaml
 
 import stts_train.cli as cli
 from stts.data.collate import Batch, Collator
-from stts.data.datasets import Example, Message, Sample
-from stts.data.shapes import ShapesConfig, ShapesFrames
-from stts.data.shapes_files import write_shapes
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
+from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 from stts.models.load import load_pruner, load_vlm, pruner_settings
 from stts_train.lengths import largest_grid, num_placed_tokens

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from stts.data.collate import Batch, Collator
-from stts.data.shapes import ShapesConfig, ShapesFrames
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.load import load_vlm
 from stts.models.published import config_of
 from stts.models.shrink import write_shrunk

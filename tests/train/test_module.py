@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
-from stts.data.shapes import ShapesConfig, ShapesFrames
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.load import load_pruner, load_vlm, pruner_settings
 from stts_train.module import PARTS, VideoFinetune, cosine, part_of
 

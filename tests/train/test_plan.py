@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stts.cli
 from stts.data.collate import Batch, Collator
-from stts.data.shapes import ShapesConfig, ShapesFrames
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models import shrink
 from stts.models.published import config_of
 from stts_train.lora import Lora

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 import stts
 import stts.cli
 from stts.data.collate import Collator
-from stts.data.shapes import ShapesConfig, ShapesFrames
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.base import make_adapter
 from stts.models.load import load_vlm
 from stts.models.published import PUBLISHED, config_of

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import stts
 from stts.data.collate import Batch
-from stts.data.shapes import ShapesConfig
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.clips import ShapesConfig
+from stts.data.shapes.files import write_shapes
 from stts.models.load import pruner_settings
 from stts_train.data_module import VideoData
 from stts_train.module import VideoFinetune

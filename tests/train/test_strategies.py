@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import stts
 import stts.cli
 import stts_train.cli as cli
-from stts.data.shapes import ShapesConfig
-from stts.data.shapes_files import write_shapes
+from stts.data.shapes.clips import ShapesConfig
+from stts.data.shapes.files import write_shapes
 from stts.models.load import load_vlm
 from stts_train.data_module import Order
 from stts_train.strategies import DeepSpeed, check_frozen

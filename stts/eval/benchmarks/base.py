@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from stts.data.datasets import Message, Sample
-from stts.data.sampling import Timeline, choose_frames
+from stts.data.rows import Message, Sample
+from stts.data.video.samplers import Timeline, choose_frames
 from stts.eval.benchmarks.files import MissingVideoError, Row, frame_files
 from stts.eval.benchmarks.scores import Compat, Scored, Scores, apply_compat, common_metrics, grouped, mean_acc
 from stts.eval.benchmarks.subtitles import Subtitle

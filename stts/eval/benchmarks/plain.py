@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stts.data.datasets import Sample, read_jsonl
+from stts.data.rows import Sample, read_jsonl
 from stts.eval.benchmarks.base import Benchmark, Question
 from stts.eval.benchmarks.files import MissingVideoError, Row
 from stts.eval.benchmarks.scores import Scored

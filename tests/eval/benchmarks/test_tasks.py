@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stts.data.sampling import SAMPLERS
+from stts.data.video.samplers import SAMPLERS
 from stts.eval.benchmarks.files import confined, find_video, frame_files, rows_of
 from stts.eval.benchmarks.options import split_inline, unmarked
 from stts.eval.benchmarks.subtitles import Subtitle, read_srt

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stts.data.shapes_draw import COLOURS, Thing
+from stts.data.shapes.draw import COLOURS, Thing
 
 PLURALS: Mapping[str, str] = MappingProxyType(
     {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}

@@ -24,7 +24,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from stts.data.sampling import Indices, Timeline
+from stts.data.video.samplers import Indices, Timeline
 
 # Files only, and no playlists: a text file named .mp4 must not make ffmpeg open other files or the network.
 _OPEN_OPTIONS = {

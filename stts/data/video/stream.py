@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from stts.data.video import FrameStream
+from stts.data.video.sample import FrameStream
 
 VALUES = "pixel_values_videos"
 _FRAME_BY_FRAME = "LlavaOnevisionProcessor"

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stts.data.shapes_draw import COLOURS
-from stts.data.shapes_scene import PLURALS, Question, Scene, ShapesConfig, ask
+from stts.data.shapes.draw import COLOURS
+from stts.data.shapes.scene import PLURALS, Question, Scene, ShapesConfig, ask
 
 
 class ColourScene(Scene):

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from stts.data.shapes import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
+from stts.data.shapes.clips import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
 
 Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"

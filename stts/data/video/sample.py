@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stts.data.sampling import choose_frames
+from stts.data.video.samplers import choose_frames
 
 if TYPE_CHECKING:  # it imports PyAV, which frame folders and drawn clips do without
-    from stts.data.decoding import Reader
+    from stts.data.video.decode import Reader
 
 _REMEDY = "fetch the file again, re-encode it (ffmpeg -i IN -c:v libx264 OUT.mp4), or drop it from the data"
 
@@ -65,7 +65,7 @@ def sample_frames(
     max_fps: float | None = None,
     timeout_s: float | None = None,
 ) -> VideoClip:
-    """Decode the frames that `sampler` chooses (see `stts.data.sampling`) among those inside `clip`, in seconds.
+    """Decode the frames that `sampler` chooses (see `stts.data.video.samplers`) among those inside `clip`, in seconds.
 
     Returns at most `num_frames` frames; a short file repeats frames, each decoded once. `max_fps` lowers the number
     until the mean rate is no higher. `timeout_s` bounds the whole call (checked at every packet). One thread, so that
@@ -74,7 +74,7 @@ def sample_frames(
     if timeout_s is not None and not timeout_s > 0:
         raise VideoError(f"{name}: timeout_s={timeout_s} must be positive; leave it out (None) for no limit")
     _check_file(name)
-    from stts.data.decoding import NotShownError, Reader
+    from stts.data.video.decode import NotShownError, Reader
 
     with _naming(name, timeout_s):
         reader = Reader(name, math.inf if timeout_s is None else time.monotonic() + timeout_s)
@@ -128,7 +128,7 @@ class FrameStream:
             return self._reader().collect(self._index, self._chosen_T[first:last])
 
     def _reader(self) -> Reader:
-        from stts.data.decoding import Reader
+        from stts.data.video.decode import Reader
 
         return Reader(self._name, math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s)
 
@@ -149,7 +149,7 @@ def _naming(name: str, timeout_s: float | None) -> Iterator[None]:
     """Turn what goes wrong inside into a VideoError that names the file."""
     import av
 
-    from stts.data.decoding import UnusableFileError
+    from stts.data.video.decode import UnusableFileError
 
     try:
         yield

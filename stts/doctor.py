@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import constants
 
 import stts
-from stts.data.video import sample_frames
+from stts.data.video.sample import sample_frames
 from stts.models.base import TESTED_TRANSFORMERS
 from stts.packing.attention import kernel_name, packed_attention
 from stts.packing.naive import naive_packed_attention

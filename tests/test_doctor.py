@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from stts import doctor
 from stts.cli import main as stts
-from stts.eval import doctor
 from stts.packing.attention import kernel_name
 
 

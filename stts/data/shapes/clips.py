@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from stts.data.datasets import Example, Message, Sample
-from stts.data.shapes_colour import ColourScene
-from stts.data.shapes_draw import COLOURS, Thing, background, draw, frame_noise, noise_bank
-from stts.data.shapes_scene import (
+from stts.data.datasets import Example
+from stts.data.rows import Message, Sample
+from stts.data.shapes.colour import ColourScene
+from stts.data.shapes.draw import COLOURS, Thing, background, draw, frame_noise, noise_bank
+from stts.data.shapes.scene import (
     COUNTS,
     DIRECTIONS,
     PLURALS,

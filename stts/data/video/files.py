@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from stts.data.sampling import Timeline, choose_frames
-from stts.data.video import VideoClip, VideoError, VideoSource, sample_frames
+from stts.data.video.sample import VideoClip, VideoError, VideoSource, sample_frames
+from stts.data.video.samplers import Timeline, choose_frames
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
