@@ -25,13 +25,13 @@ def _compare(argv: list[str]) -> int:
 
 
 def _scale(argv: list[str]) -> int:
-    from stts.eval.scaling import main as scale
+    from stts.eval.scale import main as scale
 
     return scale(argv)
 
 
 def _eval(argv: list[str]) -> int:
-    from stts.eval.run import main as evaluate
+    from stts.eval.evaluate import main as evaluate
 
     return evaluate(argv)
 

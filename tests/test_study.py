@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from stts import cli
-from stts.eval.table import BEFORE, DENSE, Row
+from stts.eval.results.table import BEFORE, DENSE, Row
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from steps import Step, Study
 
 from stts.data.shapes.scene import OPTIONS
-from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import BEFORE, DENSE, Row
 from stts.metrics.accuracy import paired_difference
 
 NOT_RUN = "not run"

@@ -20,7 +20,7 @@ from stts.data.datasets import Example
 from stts.data.rows import Message, Role, Sample
 from stts.data.video.files import read_picture, read_video
 from stts.data.video.sample import VideoClip
-from stts.eval.runner import question_of
+from stts.eval.answering.method import question_of
 from stts.models.hub import PrunedVLM
 from stts.models.signals import load_siglip
 

@@ -1,7 +1,7 @@
 """`stts compare`: dense, learned and training-free pruners on the same model, frames, prompts and token budgets.
 
 Every batch is decoded and preprocessed once and then answered by every method in turn, dense first, so that nothing but
-the pruner differs; the loop is `stts.eval.engine`, which notes every batch and goes on behind the last one.
+the pruner differs; the loop is `stts.eval.answering.loop`, which notes every batch and goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any, Literal, get_args
 
 from stts.budget import check_ratio
 from stts.data.collate import Collator
-from stts.eval.engine import Answers, LoopOptions, answer_all
-from stts.eval.matching import match_flops
-from stts.eval.plot import draw
-from stts.eval.ranks import Ranks
-from stts.eval.records import TaskScore, make_records, score_tasks
-from stts.eval.runner import Runner, environment, make_baseline, make_runners
-from stts.eval.settings import RunConfig, command, notes_on_tasks
-from stts.eval.source import Source, Task
-from stts.eval.store import RESULT, Store
-from stts.eval.table import ComparisonResult, render_csv, render_markdown, render_text
+from stts.eval.answering.equal_flops import match_flops
+from stts.eval.answering.loop import Answers, LoopOptions, answer_all
+from stts.eval.answering.method import Runner, environment, make_baseline, make_runners
+from stts.eval.answering.questions import Source, Task
+from stts.eval.answering.ranks import Ranks
+from stts.eval.answering.run_folder import RESULT, Store
+from stts.eval.results.grading import TaskScore, make_records, score_tasks
+from stts.eval.results.plot import draw
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import render_csv, render_markdown, render_text
+from stts.eval.run_config import RunConfig, command, notes_on_tasks
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 

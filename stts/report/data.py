@@ -25,13 +25,14 @@ from PIL import Image
 from torch import Tensor
 
 from stts.data.datasets import Example
-from stts.eval.kept import KeptCells, read_kept
-from stts.eval.scaling_result import RESULT as SCALING
-from stts.eval.scaling_result import ScaleResult
-from stts.eval.scaling_result import title_of as scaling_title
-from stts.eval.source import Source, open_jsonl, open_tasks
-from stts.eval.store import RESULT
-from stts.eval.table import Cell, ComparisonResult, Record, notes_on, title_of
+from stts.eval.answering.kept_tokens import KeptCells, read_kept
+from stts.eval.answering.questions import Source, open_jsonl, open_tasks
+from stts.eval.answering.run_folder import RESULT
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.scale_result import RESULT as SCALING
+from stts.eval.results.scale_result import ScaleResult
+from stts.eval.results.scale_result import title_of as scaling_title
+from stts.eval.results.table import Cell, Record, notes_on, title_of
 from stts.tokens import Grid
 
 _LONGEST_SIDE = 360

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stts.eval.table import BEFORE, DENSE, Cell, ComparisonResult, Kind, Outcome, Record
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import BEFORE, DENSE, Cell, Kind, Outcome, Record
 from stts.metrics.cost import VideoCost
 
 METHODS: dict[Kind, tuple[str, ...]] = {

@@ -14,9 +14,9 @@ from PIL import Image
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes.files import write_shapes
+from stts.eval.answering.method import Runner, asked_of
 from stts.eval.chat import Chat, Piece
-from stts.eval.runner import Runner, asked_of
-from stts.eval.table import Cell
+from stts.eval.results.table import Cell
 from stts.models.load import load_vlm
 from stts.models.pruning import Pruning
 

@@ -19,7 +19,8 @@ from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, main, run_compare
-from stts.eval.table import BEFORE, DENSE, ComparisonResult, Row
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import BEFORE, DENSE, Row
 from stts.metrics.cost import VlmShape, video_cost
 from stts.models.load import load_vlm, save_pruned
 from stts.models.small import write_small_vlm

@@ -18,8 +18,9 @@ import pytest
 
 import stts
 from stts.data.shapes.files import write_shapes
-from stts.eval.ranks import Ranks
-from stts.eval.run import EvalConfig, main, run_eval
+from stts.eval.answering.ranks import Ranks
+from stts.eval.evaluate import main, run_eval
+from stts.eval.run_config import EvalConfig
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
 from stts.models.load import load_vlm, save_pruned
 from tests.data.clips import numbered_images, write_video

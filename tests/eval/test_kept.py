@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from stts.data.shapes.files import write_shapes
 from stts.data.shapes.scene import FAMILIES
+from stts.eval.answering.kept_tokens import kept_tensors, read_kept
 from stts.eval.compare import CompareConfig, run_compare
-from stts.eval.kept import kept_tensors, read_kept
 from stts.models.report import Report
 from stts.tokens import Grid
 

@@ -11,10 +11,11 @@ import torch
 
 import stts
 from stts.data.shapes.files import write_shapes
+from stts.eval.answering.equal_flops import equal_flops_ratio, planned_cost
+from stts.eval.answering.method import cost_of
 from stts.eval.compare import CompareConfig, run_compare
-from stts.eval.matching import equal_flops_ratio, planned_cost
-from stts.eval.runner import cost_of
-from stts.eval.table import ComparisonResult, render_text
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import render_text
 from stts.metrics.cost import VlmShape
 from stts.models.load import load_vlm, save_pruned
 from stts.tokens import Grid

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from stts.eval.answering.questions import open_tasks
 from stts.eval.benchmarks.tasks import SUITES, TASKS
 from stts.eval.compare import CompareConfig, main
-from stts.eval.settings import parse
-from stts.eval.source import open_tasks
+from stts.eval.run_config import parse
 from stts.pruners.registry import PRUNERS
 from tests.data.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_longvideobench, test_mlvu, test_videomme

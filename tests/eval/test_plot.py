@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stts.eval.plot import curves, draw
-from stts.eval.table import DENSE, Cell, ComparisonResult
+from stts.eval.results.plot import curves, draw
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import DENSE, Cell
 from tests.eval.made_up import FULL, METHODS, result_with, zoo
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stts.data.rows import Message, Sample
-from stts.eval.runner import kind_of, question_of
+from stts.eval.answering.method import kind_of, question_of
 from stts.pruners.base import HostInfo
 from stts.pruners.registry import make_pruner
 

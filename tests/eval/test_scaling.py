@@ -14,10 +14,10 @@ import torch
 
 from stts.cli import main
 from stts.data.shapes.files import write_shapes
-from stts.eval import scaling
+from stts.eval import scale as scaling
 from stts.eval.benchmarks.base import Question
-from stts.eval.scaling import ScaleConfig, candidates, option_ids, run_scale
-from stts.eval.scaling_result import FILES, ScaleResult, ScaleRow, render_text
+from stts.eval.results.scale_result import FILES, ScaleResult, ScaleRow, render_text
+from stts.eval.scale import ScaleConfig, candidates, option_ids, run_scale
 from stts.models.load import load_vlm
 
 CLIPS, FRAMES, CELLS = 2, 4, 16  # 7 x 7 patches are pooled to 4 x 4 tokens a frame

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from stts.eval.table import DENSE, Cell, ComparisonResult, render_csv, render_markdown, render_text
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import DENSE, Cell, render_csv, render_markdown, render_text
 from tests.eval.made_up import FULL, result_with, zoo
 
 ADATP = Cell("adatp", 0.5, kind="inside the LLM", label="our reconstruction")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from stts.eval.voting import combine, interleaved
+from stts.eval.answering.voting import combine, interleaved
 
 LOG = math.log
 

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from stts.cli import main as stts
+from stts.eval.answering.kept_tokens import read_kept
 from stts.eval.benchmarks.tomato import KINDS
-from stts.eval.kept import read_kept
-from stts.eval.scaling_result import ScaleResult, ScaleRow
-from stts.eval.table import ComparisonResult
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.scale_result import ScaleResult, ScaleRow
 from stts.report.data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.report.page import render_page
 from stts.tokens import Grid

@@ -1,7 +1,7 @@
 """The folder of a run: what is there already, what comes next, and the final files.
 
 partial-RRRRR.jsonl  while running, by each rank: the identity on line 1, then one line per finished batch
-kept/                with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.kept`)
+kept/                with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.answering.kept_tokens`)
                      and the final files, the result last: where it is, the others are
 
 A file is there whole or not at all, a line that was cut by a kill or a full disk is not read, and a run goes on behind
@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 from safetensors.torch import save
 from torch import Tensor
 
-from stts.eval.kept import FOLDER
-from stts.eval.ranks import Ranks
+from stts.eval.answering.kept_tokens import FOLDER
+from stts.eval.answering.ranks import Ranks
 
 RESULT = "comparison.json"
 """Of `stts compare`."""
@@ -37,7 +37,7 @@ _POLL_S = 1.0
 _HASHED_BYTES = 256 * 2**20
 
 Note = dict[str, Any]
-"""A finished batch as its line holds it, see `stts.eval.engine`."""
+"""A finished batch as its line holds it, see `stts.eval.answering.loop`."""
 
 
 def file_stamps(*paths: str | Path | None) -> dict[str, str]:

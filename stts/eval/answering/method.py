@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 import stts
 from stts.data.collate import Batch
 from stts.data.rows import Sample
-from stts.eval.cells import BEFORE, DENSE, Cell, Kind
+from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
 from stts.models.base import host_info

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from stts.eval.table import BEFORE, DENSE, ComparisonResult, Kind, Row
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import BEFORE, DENSE, Kind, Row
 
 # Within a kind colours run along a part of one map.
 _MAPS: dict[Kind, tuple[str, float, float]] = {

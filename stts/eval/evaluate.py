@@ -1,68 +1,27 @@
 """`stts eval`: one model under one pruner on one or more tasks, in the files that lmms-eval's readers know.
 
-The loop, its resuming and its ranks are `stts.eval.engine`'s. Under torchrun every rank answers its own questions and
-writes its own file; rank 0 waits for all and writes what one process would have written, up to times and dates.
+The loop, its resuming and its ranks are those of `stts.eval.answering.loop`. Under torchrun every rank answers its own
+questions and writes its own file; rank 0 waits for all and writes what one process would have written, up to times and
+dates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stts.budget import check_ratio
 from stts.data.collate import Collator
-from stts.eval.cells import DENSE
-from stts.eval.dense_reference import DenseReference
-from stts.eval.engine import LoopOptions, answer_all
-from stts.eval.outputs import RESULTS, SAMPLES, Run, result_files
-from stts.eval.ranks import Ranks
-from stts.eval.records import score_tasks
-from stts.eval.runner import Runner, environment, make_runners
-from stts.eval.settings import RunConfig, command
-from stts.eval.store import Store
-from stts.eval.table import aligned
-from stts.models.load import pruner_settings
-from stts.pruners.registry import PRUNERS
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(RunConfig):
-    """Evaluate a model under one pruner, on a data set or on benchmarks."""
-
-    pruner: str = "none"
-    """Name (see `stts pruners`) or module:Class; none: every token."""
-    pruner_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the pruner, such as {compat: official}."""
-    retention_ratio: float | None = None
-    """Fraction of visual tokens kept, in (0, 1]; a mean over the LLM's layers. None: the ratio that the folder's own
-    pruner was trained for."""
-    dense_reference: Path | None = None
-    """Folder of an earlier `stts eval` of the same model, questions and frames with pruner none: differences to it are
-    paired by question."""
-    batch_size: int = 1
-    """Questions answered at once."""
-
-    def __post_init__(self) -> None:
-        if self.pruner not in PRUNERS and ":" not in self.pruner:
-            raise ValueError(
-                f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
-            )
-        if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
-            raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
-        super().__post_init__()
-        if self.pruner == "none":
-            return
-        saved = pruner_settings(self.model) if Path(self.model).is_dir() else None
-        if self.retention_ratio is None and saved and saved["pruner"] == self.pruner:
-            object.__setattr__(self, "retention_ratio", saved["retention_ratio"])
-        if self.retention_ratio is None:
-            raise ValueError(f"--pruner {self.pruner} needs --retention_ratio, the fraction of visual tokens kept")
-        try:
-            check_ratio(self.retention_ratio)
-        except ValueError as error:
-            raise ValueError(f"--retention_ratio: {error}") from error
+from stts.eval.answering.cell import DENSE
+from stts.eval.answering.loop import LoopOptions, answer_all
+from stts.eval.answering.method import Runner, environment, make_runners
+from stts.eval.answering.ranks import Ranks
+from stts.eval.answering.run_folder import Store
+from stts.eval.results.dense_reference import DenseReference
+from stts.eval.results.grading import score_tasks
+from stts.eval.results.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
+from stts.eval.results.table import aligned
+from stts.eval.run_config import EvalConfig, command
 
 
 def run_eval(

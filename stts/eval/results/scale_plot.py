@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from stts.eval.cells import Kind
-from stts.eval.scaling_result import ScaleResult, ScaleRow, flops_unit, title_of
+from stts.eval.answering.cell import Kind
+from stts.eval.results.scale_result import ScaleResult, ScaleRow, flops_unit, title_of
 
 _MAPS: dict[Kind, str] = {
     "learned": "Reds",

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from stts.eval.answering.loop import Answers
+from stts.eval.answering.questions import Source
 from stts.eval.benchmarks.scores import Scores
-from stts.eval.engine import Answers
-from stts.eval.source import Source
 from stts.metrics.cost import VideoCost
 
 

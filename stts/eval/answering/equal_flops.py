@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from stts.budget import plan
-from stts.eval.cells import DENSE
-from stts.eval.runner import Runner, cost_of
+from stts.eval.answering.cell import DENSE
+from stts.eval.answering.method import Runner, cost_of
 from stts.metrics.cost import VideoCost, VlmShape
 from stts.models.pruning import Pruning
 from stts.models.report import Report

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from stts.eval.answering.cell import DENSE, Cell, Kind
 from stts.eval.benchmarks.tasks import SUITES, suite_score
-from stts.eval.cells import DENSE, Cell, Kind
-from stts.eval.records import Outcome, Record, TaskScore
+from stts.eval.results.grading import Outcome, Record, TaskScore
 from stts.metrics.accuracy import Estimate, accuracy, mcnemar, paired_difference
 
 PHASES = ("video", "preprocess", "vit", "prune", "connect", "prefill", "decode", "ttft", "ttft_e2e")

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from stts.eval.cells import DENSE, Cell, Kind
-from stts.eval.engine import Answers
-from stts.eval.records import Record
-from stts.eval.rows import make_row
+from stts.eval.answering.cell import DENSE, Cell, Kind
+from stts.eval.answering.loop import Answers
+from stts.eval.results.grading import Record
+from stts.eval.results.summary import make_row
 from stts.metrics.accuracy import paired_difference
 
 RESULT = "scaling.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stts.eval.cells import DENSE
+from stts.eval.answering.cell import DENSE
 
 if TYPE_CHECKING:
-    from stts.eval.table import ComparisonResult
+    from stts.eval.results.result import ComparisonResult
 
 
 def title_of(result: ComparisonResult) -> str:

@@ -7,8 +7,8 @@ Every point shows the model F' = multiple x num_frames frames of each video:
     parallel   `multiple` passes over disjoint interleaved parts of num_frames frames each, put together by `vote`
     packed     the same parts as one packed row, each attending to itself only
 
-Points run one after another in the loop of `stts.eval.engine`, into one folder. A prompt that would not fit the context
-of the LLM is found before anything runs, and never cut.
+Points run one after another in the loop of `stts.eval.answering.loop`, into one folder. A prompt that would not fit the
+context of the LLM is found before anything runs, and never cut.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from stts.budget import check_ratio
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Example
 from stts.data.video.cache import Decoded
+from stts.eval.answering.loop import Answers, LoopOptions, answer_all
+from stts.eval.answering.method import Generated, Runner, Said, environment, make_runners
+from stts.eval.answering.questions import Asked, Source, Task
+from stts.eval.answering.ranks import Ranks
+from stts.eval.answering.run_folder import Store
+from stts.eval.answering.voting import Vote, combine, interleaved
 from stts.eval.benchmarks.base import Question
-from stts.eval.engine import Answers, LoopOptions, answer_all
-from stts.eval.ranks import Ranks
-from stts.eval.records import make_records, score_tasks
-from stts.eval.runner import Generated, Runner, Said, environment, make_runners
-from stts.eval.scaling_plot import draw
-from stts.eval.scaling_result import (
+from stts.eval.results.grading import make_records, score_tasks
+from stts.eval.results.scale_plot import draw
+from stts.eval.results.scale_result import (
     FILES,
     RESULT,
     ScaleResult,
@@ -43,10 +46,7 @@ from stts.eval.scaling_result import (
     render_text,
     right_of_dense,
 )
-from stts.eval.settings import RunConfig, command, notes_on_tasks
-from stts.eval.source import Asked, Source, Task
-from stts.eval.store import Store
-from stts.eval.voting import Vote, combine, interleaved
+from stts.eval.run_config import RunConfig, command, notes_on_tasks
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost
 from stts.metrics.extract import LETTERS
@@ -63,7 +63,7 @@ class ScaleConfig(RunConfig):
     """Test-time scaling: more frames for the same model, against tokens, FLOPs and seconds."""
 
     mode: Mode = "frames"
-    """frames, budget, parallel or packed, see the documentation of stts.eval.scaling."""
+    """frames, budget, parallel or packed, see the documentation of stts.eval.scale."""
     multiples: tuple[int, ...] = (1, 2, 4)
     """Of num_frames, the frames that the model was trained with: how many frames each point shows."""
     pruners: tuple[str, ...] = ("stts", "holitom", "visionzip")

@@ -19,17 +19,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stts.eval.answering.cell import DENSE, Cell
+from stts.eval.answering.loop import Answers
+from stts.eval.answering.method import Said
+from stts.eval.answering.questions import Asked, Source, Task
 from stts.eval.benchmarks.scores import Scored, Scores
 from stts.eval.benchmarks.tasks import SUITES, suite_score
-from stts.eval.cells import DENSE, Cell
-from stts.eval.dense_reference import DenseReference
-from stts.eval.engine import Answers
-from stts.eval.runner import Said
-from stts.eval.settings import notes_on_tasks
-from stts.eval.source import Asked, Source, Task
+from stts.eval.results.dense_reference import DenseReference
+from stts.eval.run_config import notes_on_tasks
 
 if TYPE_CHECKING:
-    from stts.eval.run import EvalConfig
+    from stts.eval.run_config import EvalConfig
 
 RESULTS, SAMPLES = "_results.json", "_samples_"
 

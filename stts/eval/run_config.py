@@ -14,13 +14,15 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import PreTrainedModel, ProcessorMixin
 
+from stts.budget import check_ratio
 from stts.data.rows import OnError
-from stts.eval.ranks import Ranks
-from stts.eval.source import Prompt, Source, Task, open_jsonl, open_tasks
-from stts.eval.store import file_stamps
+from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
+from stts.eval.answering.ranks import Ranks
+from stts.eval.answering.run_folder import file_stamps
 from stts.models.base import host_info
-from stts.models.load import load_vlm
+from stts.models.load import load_vlm, pruner_settings
 from stts.models.signals import SiglipSource, load_siglip
+from stts.pruners.registry import PRUNERS
 
 Positions = Literal["original", "compact"]
 
@@ -212,3 +214,41 @@ def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Call
     if shown is not None:
         print(shown)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(RunConfig):
+    """Evaluate a model under one pruner, on a data set or on benchmarks."""
+
+    pruner: str = "none"
+    """Name (see `stts pruners`) or module:Class; none: every token."""
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the pruner, such as {compat: official}."""
+    retention_ratio: float | None = None
+    """Fraction of visual tokens kept, in (0, 1]; a mean over the LLM's layers. None: the ratio that the folder's own
+    pruner was trained for."""
+    dense_reference: Path | None = None
+    """Folder of an earlier `stts eval` of the same model, questions and frames with pruner none: differences to it are
+    paired by question."""
+    batch_size: int = 1
+    """Questions answered at once."""
+
+    def __post_init__(self) -> None:
+        if self.pruner not in PRUNERS and ":" not in self.pruner:
+            raise ValueError(
+                f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
+            )
+        if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
+            raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
+        super().__post_init__()
+        if self.pruner == "none":
+            return
+        saved = pruner_settings(self.model) if Path(self.model).is_dir() else None
+        if self.retention_ratio is None and saved and saved["pruner"] == self.pruner:
+            object.__setattr__(self, "retention_ratio", saved["retention_ratio"])
+        if self.retention_ratio is None:
+            raise ValueError(f"--pruner {self.pruner} needs --retention_ratio, the fraction of visual tokens kept")
+        try:
+            check_ratio(self.retention_ratio)
+        except ValueError as error:
+            raise ValueError(f"--retention_ratio: {error}") from error

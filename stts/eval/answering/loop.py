@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
-from stts.eval.kept import kept_tensors
-from stts.eval.runner import Runner, Said, asked_of
-from stts.eval.source import Source
-from stts.eval.store import Note, Store
+from stts.eval.answering.kept_tokens import kept_tensors
+from stts.eval.answering.method import Runner, Said, asked_of
+from stts.eval.answering.questions import Source
+from stts.eval.answering.run_folder import Note, Store
 
 
 @dataclass(frozen=True)
