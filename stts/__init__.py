@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import stts._compat  # noqa: F401  (must run before the first transformers import)
 
 if TYPE_CHECKING:
-    from stts.models.hub import PrunedVLM
-    from stts.models.pruning import Pruning, pruning
+    from stts.models.checkpoints.hub import PrunedVLM
+    from stts.models.pruning.context import Pruning, pruning
 
 __version__ = "0.1.0"
 __all__ = ["PrunedVLM", "Pruning", "pruning"]
@@ -17,7 +17,7 @@ __all__ = ["PrunedVLM", "Pruning", "pruning"]
 def __getattr__(name: str) -> Any:
     """Import the model side on first use, so that a pruner can be read and tested without transformers."""
     if name == "PrunedVLM":
-        from stts.models.hub import PrunedVLM
+        from stts.models.checkpoints.hub import PrunedVLM
 
         return PrunedVLM
     if name in __all__:

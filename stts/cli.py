@@ -68,7 +68,7 @@ def _data(argv: list[str]) -> int:
 def _init(argv: list[str]) -> int:
     from jsonargparse import auto_cli
 
-    from stts.models.small import write_small_vlm
+    from stts.models.checkpoints.shapes_vlm import write_small_vlm
 
     out = auto_cli(write_small_vlm, args=argv, as_positional=False, prog="stts init")
     print(f"wrote {out}")
@@ -79,7 +79,7 @@ def _export(argv: list[str]) -> int:
     import argparse
     from pathlib import Path
 
-    from stts.models.hub import export, export_reference
+    from stts.models.checkpoints.hub import export, export_reference
 
     usage = "stts export [options] FOLDER OUT | stts export --from_reference FILE --base_model MODEL [options] OUT"
     parser = argparse.ArgumentParser(prog="stts export", usage=usage, description=export.__doc__)
@@ -97,7 +97,7 @@ def _export(argv: list[str]) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     if args.from_llava_video:
-        from stts.models.llava_video import convert_llava_video
+        from stts.models.checkpoints.llava_video import convert_llava_video
 
         if len(args.paths) != 2:
             raise ValueError(f"got {argv}; usage: stts export --from_llava_video FOLDER OUT")

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 import stts
 from stts.data.video.sample import sample_frames
-from stts.models.base import TESTED_TRANSFORMERS
+from stts.models.families.base import TESTED_TRANSFORMERS
 from stts.packing.attention import kernel_name, packed_attention
 from stts.packing.naive import naive_packed_attention
 from stts.packing.segments import Segments

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import stts  # noqa: F401  (before transformers)
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 
 TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_mlp": 48, "llm_layers": 3}
 

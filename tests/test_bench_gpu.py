@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stts
-from stts.models.load import load_vlm
-from stts.models.published import config_of
-from stts.models.shrink import write_shrunk
+from stts.models.checkpoints.load import load_vlm
+from stts.models.families.published import config_of
+from stts.models.families.tiny import write_shrunk
 from stts.packing import attention
 from stts.packing.segments import Segments
 from stts.pruners.base import Newlines, Positions, Stage
@@ -133,7 +133,7 @@ def test_the_rival_gives_our_logits_where_no_frame_is_alone_in_its_row(bench: An
 @pytest.mark.parametrize("bench", [MOLMO2], indirect=True)
 def test_the_rival_leaves_nothing_behind(bench: Any) -> None:
     pruned = stts.Pruning(bench.model, Fixed((4,)), retention_ratio=1 / 9)
-    from stts.models import pruning as room
+    from stts.models.pruning import context as room
 
     before = room.run_tower, dict(vars(pruned.adapter))
     with pytest.raises(RuntimeError, match="inside"), load_script("benchmarks/rival_tower").rival(pruned):

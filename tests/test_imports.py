@@ -98,18 +98,18 @@ def test_every_room_is_in_the_order() -> None:
     ("file", "code", "reason"),
     [
         ("stts/tokens.py", "from stts.packing.segments import Segments", "packing lies to its right"),
-        ("stts/packing/pack.py", "import stts.models.vit", "models lies to its right"),
+        ("stts/packing/pack.py", "import stts.models.pruning.tower", "models lies to its right"),
         ("stts/packing/pack.py", "from stts import data", "data lies to its right"),
         ("stts/packing/pack.py", "from ..pruners import base", "pruners lies to its right"),
         ("stts/data/video/sample.py", "def late():\n    from stts.eval import compare", "eval lies to its right"),
-        ("stts/models/vit.py", "from stts import pruning", "stts lies to its right"),
+        ("stts/models/pruning/tower.py", "from stts import pruning", "stts lies to its right"),
         ("stts/eval/compare.py", "import stts_train.module", "train lies to its right"),
         ("stts/_compat.py", "import stts.tokens", "tokens lies to its right"),
         ("stts/cli.py", "def fit():\n    import lightning.pytorch", "without lightning"),
         ("stts/eval/compare.py", "import wandb", "without wandb"),
         ("stts/pruners/tango.py", "from stts.pruners.visionzip import VisionZip", "imports its neighbour"),
         ("stts/pruners/ops.py", "from .novelty import Novelty", "imports its neighbour"),
-        ("stts/models/qwen3_vl.py", "from stts.models import molmo2", "imports its neighbour"),
+        ("stts/models/families/qwen3_vl.py", "from stts.models import molmo2", "imports its neighbour"),
     ],
 )
 def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, code: str, reason: str) -> None:
@@ -125,12 +125,18 @@ def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, cod
     [
         ("stts/budget.py", "from stts.tokens import Grid"),
         ("stts/packing/pack.py", "import stts._compat\nimport torch\nfrom stts.packing import segments"),
-        ("stts/models/load.py", "from stts import __version__\nfrom stts.models.molmo2 import Molmo2"),
+        (
+            "stts/models/checkpoints/load.py",
+            "from stts import __version__\nfrom stts.models.families.molmo2 import Molmo2",
+        ),
         ("stts/__init__.py", "import stts._compat\nfrom stts.models.pruning import pruning"),
         ("stts/eval/compare.py", "import stts\nfrom stts import pruning"),
         ("stts/pruners/registry.py", "from stts.pruners.chain import Chain\nfrom stts.pruners import novelty"),
         ("stts/pruners/stts.py", "from .scorer import Scorer\nfrom stts.pruners.temporal import temporal_loss"),
-        ("stts/models/molmo2.py", "from stts.models.base import Host\nfrom stts.pruners.base import Pruner"),
+        (
+            "stts/models/families/molmo2.py",
+            "from stts.models.families.base import Host\nfrom stts.pruners.base import Pruner",
+        ),
         ("stts/cli.py", "def fit():\n    from stts_train.cli import main"),
         ("train/module.py", "import lightning\nimport stts\nfrom stts_train.callbacks import Progress"),
     ],

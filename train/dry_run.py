@@ -1,8 +1,8 @@
 """`stts fit --config x.yaml --dry-run`: the same settings, rehearsed in seconds before a GPU is booked.
 
-The model becomes a tiny random one of its family (`stts/models/shrink.py`), the data a few drawn ShapesQA clips, the
-machine one CPU process, the run two optimizer steps with validation and export. Everything else is as the config says:
-pruner and its options, losses, rates, LoRA, checkpointing, precision. Nothing is written to `out`."""
+The model becomes a tiny random one of its family (`stts/models/families/tiny.py`), the data a few drawn ShapesQA
+clips, the machine one CPU process, the run two optimizer steps with validation and export. Everything else is as the
+config says: pruner and its options, losses, rates, LoRA, checkpointing, precision. Nothing is written to `out`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stts.models.published import config_of
-from stts.models.shrink import write_shrunk
+from stts.models.families.published import config_of
+from stts.models.families.tiny import write_shrunk
 
 STEPS, _BATCH, _FRAMES = 2, 2, 8
 

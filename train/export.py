@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from stts.models.hub import check_empty, export
+from stts.models.checkpoints.hub import check_empty, export
 
 from .checkpoints import Saved
 from .module import VideoFinetune

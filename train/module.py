@@ -22,8 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan
 from stts.data.collate import IGNORED, Batch, Step
-from stts.models.load import load_pruner, load_vlm, pruner_settings, save_pruned
-from stts.models.pruning import Pruning
+from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings, save_pruned
+from stts.models.pruning.context import Pruning
 from stts.pruners.base import Positions
 
 from .lengths import largest_grid, num_placed_tokens

@@ -39,8 +39,8 @@ from stts.metrics.memory import (
     input_bytes,
     scorer_bytes,
 )
-from stts.models.pruning import Pruning
-from stts.models.published import config_of
+from stts.models.families.published import config_of
+from stts.models.pruning.context import Pruning
 from stts.tokens import Grid
 
 from .cli import read_config

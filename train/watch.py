@@ -44,7 +44,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from stts.data.collate import Batch
 from stts.metrics.cost import VlmShape
-from stts.models.report import Report
+from stts.models.pruning.report import Report
 
 from .module import VideoFinetune, part_of
 

@@ -37,9 +37,9 @@ import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
-from stts.models import pruning as pruning_room
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.pruning import context as pruning_room
 
 DENSE = "dense"
 CPU = torch.device("cpu")

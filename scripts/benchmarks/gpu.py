@@ -43,9 +43,9 @@ from rival_tower import rival
 from transformers.utils import logging
 
 import stts
-from stts.models.base import host_info
-from stts.models.phases import Phases
-from stts.models.report import Report
+from stts.models.families.base import host_info
+from stts.models.pruning.phases import Phases
+from stts.models.pruning.report import Report
 from stts.packing.attention import kernel_name
 from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.stts import STTS

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stts
-from stts.models import pruning as pruning_room
+from stts.models.pruning import context as pruning_room
 from stts.packing.attention import kernel_name, packed_attention
 from stts.packing.naive import naive_packed_attention
 from stts.packing.segments import Segments

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from stts.models.molmo2 import POOL, pooling_windows
-from stts.models.published import PUBLISHED
+from stts.models.families.molmo2 import POOL, pooling_windows
+from stts.models.families.published import PUBLISHED
 from stts.tokens import Grid
 
 MOLMO2, QWEN3, ONEVISION = "allenai/Molmo2-4B", "Qwen/Qwen3-VL-4B-Instruct", "llava-hf/llava-onevision-qwen2-7b-ov-hf"

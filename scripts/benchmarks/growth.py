@@ -39,9 +39,9 @@ from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.metrics.cost import VideoCost, VlmShape, video_cost
-from stts.models.load import load_vlm
-from stts.models.published import config_of
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.published import config_of
 from stts.pruners.registry import EXAMPLE_HOST, make_pruner
 from stts.tokens import Grid
 

@@ -34,8 +34,8 @@ from stts.data.rows import Message, Sample
 from stts.data.shapes.clips import ShapesConfig, make_clip
 from stts.data.shapes.files import encode
 from stts.data.video.sample import FrameStream, sample_frames
-from stts.models.load import load_vlm
-from stts.models.pruning import Pruning
+from stts.models.checkpoints.load import load_vlm
+from stts.models.pruning.context import Pruning
 from stts.pruners.registry import make_pruner
 
 MIB = 2**20

@@ -19,7 +19,7 @@ import torch
 
 import stts
 from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
-from stts.models.report import cost_of
+from stts.models.pruning.report import cost_of
 
 Call = Callable[[], object]
 PARTS = ("tower", "LLM", "pruner", "other")

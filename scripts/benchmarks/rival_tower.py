@@ -22,10 +22,10 @@ from packing import rival_layout
 from torch import Tensor
 
 import stts
-from stts.models import attention as attention_room
-from stts.models import pruning as pruning_room
-from stts.models.base import Connected, Visual
-from stts.models.vit import Block, Drop, TowerInput, TowerOutput, run_tower
+from stts.models.families import attention as attention_room
+from stts.models.families.base import Block, Connected, TowerInput, TowerOutput, Visual
+from stts.models.pruning import context as pruning_room
+from stts.models.pruning.tower import Drop, run_tower
 from stts.packing.attention import packed_attention
 from stts.packing.segments import Segments
 from stts.tokens import Site

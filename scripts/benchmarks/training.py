@@ -39,8 +39,8 @@ from stts.data.collate import IGNORED, Batch, Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.data.shapes.clips import ShapesConfig, make_clip, sampled_indices
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.packing.pack import pack_samples
 
 SHORTEST_S, LONGEST_S, FPS = 2.0, 300.0, 2.0

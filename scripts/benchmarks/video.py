@@ -52,8 +52,8 @@ from stts.data.rows import Message, Sample
 from stts.data.video.decode import Reader
 from stts.data.video.sample import sample_frames
 from stts.data.video.samplers import choose_frames
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 
 NUM_FRAMES, CORES = 64, 16
 SIZES = {"360p": (640, 360), "480p": (854, 480), "720p": (1280, 720)}

@@ -21,8 +21,8 @@ from stts.data.rows import Message, Role, Sample
 from stts.data.video.files import read_picture, read_video
 from stts.data.video.sample import VideoClip
 from stts.eval.answering.method import question_of
-from stts.models.hub import PrunedVLM
-from stts.models.signals import load_siglip
+from stts.models.checkpoints.hub import PrunedVLM
+from stts.models.pruning.siglip import load_siglip
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 

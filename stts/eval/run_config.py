@@ -19,9 +19,9 @@ from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import file_stamps
-from stts.models.base import host_info
-from stts.models.load import load_vlm, pruner_settings
-from stts.models.signals import SiglipSource, load_siglip
+from stts.models.checkpoints.load import load_vlm, pruner_settings
+from stts.models.families.base import host_info
+from stts.models.pruning.siglip import SiglipSource, load_siglip
 from stts.pruners.registry import PRUNERS
 
 Positions = Literal["original", "compact"]

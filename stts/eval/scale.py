@@ -50,7 +50,7 @@ from stts.eval.run_config import RunConfig, command, notes_on_tasks
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost
 from stts.metrics.extract import LETTERS
-from stts.models.pruning import Pruning
+from stts.models.pruning.context import Pruning
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 

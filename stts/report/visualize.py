@@ -30,7 +30,7 @@ from stts.data.rows import Message, Sample
 from stts.data.video.files import read_video
 from stts.eval.answering.method import make_runners
 from stts.eval.results.table import DENSE, Cell
-from stts.models.load import load_vlm, pruner_settings, recorded_pruner
+from stts.models.checkpoints.load import load_vlm, pruner_settings, recorded_pruner
 from stts.report.data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.report.page import render_page, write_whole
 from stts.tokens import Grid

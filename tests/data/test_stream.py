@@ -15,7 +15,7 @@ from stts.data.collate import Collator
 from stts.data.datasets import Example, VideoJsonl
 from stts.data.video.sample import FrameStream, VideoError, sample_frames
 from stts.data.video.stream import StreamedPixels
-from stts.models.load import load_vlm
+from stts.models.checkpoints.load import load_vlm
 from tests.data.clips import numbered_images, write_video
 from tests.families import write_family
 

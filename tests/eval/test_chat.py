@@ -17,8 +17,8 @@ from stts.data.shapes.files import write_shapes
 from stts.eval.answering.method import Runner, asked_of
 from stts.eval.chat import Chat, Piece
 from stts.eval.results.table import Cell
-from stts.models.load import load_vlm
-from stts.models.pruning import Pruning
+from stts.models.checkpoints.load import load_vlm
+from stts.models.pruning.context import Pruning
 
 ROOT = Path(__file__).parents[2]
 VLM = ROOT / "stts" / "assets" / "shapes_vlm"

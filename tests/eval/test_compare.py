@@ -22,8 +22,8 @@ from stts.eval.compare import CompareConfig, main, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Row
 from stts.metrics.cost import VlmShape, video_cost
-from stts.models.load import load_vlm, save_pruned
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm, save_pruned
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY
 from tests.models.test_signals import write_siglip

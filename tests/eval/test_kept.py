@@ -15,7 +15,7 @@ from stts.data.shapes.files import write_shapes
 from stts.data.shapes.scene import FAMILIES
 from stts.eval.answering.kept_tokens import kept_tensors, read_kept
 from stts.eval.compare import CompareConfig, run_compare
-from stts.models.report import Report
+from stts.models.pruning.report import Report
 from stts.tokens import Grid
 
 FRAMES, CELLS = 4, 16

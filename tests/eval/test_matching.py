@@ -17,7 +17,7 @@ from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_text
 from stts.metrics.cost import VlmShape
-from stts.models.load import load_vlm, save_pruned
+from stts.models.checkpoints.load import load_vlm, save_pruned
 from stts.tokens import Grid
 from tests.conftest import make_inputs
 

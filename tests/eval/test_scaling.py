@@ -18,7 +18,7 @@ from stts.eval import scale as scaling
 from stts.eval.benchmarks.base import Question
 from stts.eval.results.scale_result import FILES, ScaleResult, ScaleRow, render_text
 from stts.eval.scale import ScaleConfig, candidates, option_ids, run_scale
-from stts.models.load import load_vlm
+from stts.models.checkpoints.load import load_vlm
 
 CLIPS, FRAMES, CELLS = 2, 4, 16  # 7 x 7 patches are pooled to 4 x 4 tokens a frame
 

@@ -17,8 +17,9 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from stts.budget import from_removed, plan
-from stts.models import attention
-from stts.models.vit import Drop, TowerInput, run_tower
+from stts.models.families import attention
+from stts.models.families.base import TowerInput
+from stts.models.pruning.tower import Drop, run_tower
 from stts.packing.pack import reference_rows
 from stts.pruners.scorer import WindowPooling
 from stts.pruners.stts import STTS

@@ -27,9 +27,9 @@ from stts.metrics.cost import (
     vit_embed_flops,
     vit_flops,
 )
-from stts.models.base import host_info
-from stts.models.load import load_vlm
-from stts.models.published import config_of
+from stts.models.checkpoints.load import load_vlm
+from stts.models.families.base import host_info
+from stts.models.families.published import config_of
 from stts.pruners.stts import STTS
 from stts.tokens import Grid, Site
 from tests.families import FAMILIES, write_family

@@ -28,10 +28,10 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import stts
-from stts.models.attention import switch_off, switch_on
-from stts.models.base import make_adapter
-from stts.models.signals import Collector
-from stts.models.vit import run_tower
+from stts.models.families.attention import switch_off, switch_on
+from stts.models.families.base import make_adapter
+from stts.models.pruning.signals import Collector
+from stts.models.pruning.tower import run_tower
 from stts.pruners.registry import PRUNERS
 from tests.models import family_laws as laws
 from tests.models.test_llm_cuts import Cut, Cuts, masked_dense

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stts
-from stts.models.stages import cell_times
+from stts.models.pruning.stages import cell_times
 from stts.pruners.base import PerVideo, keep_top
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
 from tests.models.qwen_tiny import make, make_inputs

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, SiglipModel
 
 import stts
-from stts.models.base import make_adapter
-from stts.models.published import PUBLISHED, config_of
-from stts.models.signals import SiglipSource
-from stts.models.video_layout import VideoLayout
+from stts.models.families.base import make_adapter
+from stts.models.families.llava_layout import VideoLayout
+from stts.models.families.published import PUBLISHED, config_of
+from stts.models.pruning.siglip import SiglipSource
 
 SIGLIP: dict[str, Any] = {
     "vision_config": {

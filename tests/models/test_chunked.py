@@ -15,8 +15,8 @@ import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
-from stts.models.load import load_vlm
-from stts.models.vit import run_tower
+from stts.models.checkpoints.load import load_vlm
+from stts.models.pruning.tower import run_tower
 from stts.pruners.registry import PRUNERS
 from tests.conftest import make_inputs
 from tests.families import FAMILIES, write_family
@@ -125,7 +125,7 @@ def test_the_tower_never_sees_more_than_a_piece(
         seen.append(len(given.frames))
         return run_tower(given, *rest)
 
-    monkeypatch.setattr("stts.models.chunked.run_tower", counted)
+    monkeypatch.setattr("stts.models.pruning.pieces.run_tower", counted)
     model, processor = load_vlm(folders("llava_onevision"))
     inputs = batch_of(processor, 10)
     with torch.no_grad(), stts.pruning(model, "stts", retention_ratio=0.5, chunk_frames=4):

@@ -18,10 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 import stts
 from stts.cli import main
-from stts.models.hub import PrunedVLM
-from stts.models.load import load_vlm, pruner_settings, save_pruned
-from stts.models.reference import TO_OURS, read_reference, to_ours, to_reference
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.hub import PrunedVLM
+from stts.models.checkpoints.load import load_vlm, pruner_settings, save_pruned
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.checkpoints.stts_release import TO_OURS, read_reference, to_ours, to_reference
 from tests.conftest import TINY, make_inputs
 from tests.golden.conftest import cases
 from tests.models import qwen_tiny

@@ -22,11 +22,11 @@ import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
-from stts.models.llava_onevision import pooling_cells
-from stts.models.llava_video import convert_llava_video, module_name
-from stts.models.load import load_vlm, save_pruned
-from stts.models.small import write_small_vlm
-from stts.models.video_layout import VideoLayout, lay_out
+from stts.models.checkpoints.llava_video import convert_llava_video, module_name
+from stts.models.checkpoints.load import load_vlm, save_pruned
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.llava_layout import VideoLayout, lay_out
+from stts.models.families.llava_onevision import pooling_cells
 from stts.pruners.base import Newlines, PerVideo, keep_top
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Budget, Grid, Kept, VideoTokens

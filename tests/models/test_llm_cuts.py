@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import stts
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.pruners.base import PerVideo, keep_top
 from stts.tokens import Budget, Kept, Signal, Site, VideoTokens
 from tests.conftest import TINY, make_inputs

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stts
-from stts.models.base import check_transformers
-from stts.models.load import PRUNER_FILE, WEIGHTS_FILE, load_pruner, load_vlm, pruner_settings, save_pruned
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import PRUNER_FILE, WEIGHTS_FILE, load_pruner, load_vlm, pruner_settings, save_pruned
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.base import check_transformers
 from tests.conftest import TINY, make_inputs
 
 

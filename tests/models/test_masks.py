@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stts.models.llm import dense_mask
+from stts.models.pruning.masks import dense_mask
 from tests.scripts import load_script
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import stts
-from stts.models.load import load_vlm, save_pruned
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm, save_pruned
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.pruners.registry import MATRIX, PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs

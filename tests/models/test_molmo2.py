@@ -26,10 +26,10 @@ from transformers import (
 from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling
 
 import stts
-from stts.models.base import make_adapter
-from stts.models.load import load_vlm
-from stts.models.molmo2 import pooling_windows
-from stts.models.vit import run_tower
+from stts.models.checkpoints.load import load_vlm
+from stts.models.families.base import make_adapter
+from stts.models.families.molmo2 import pooling_windows
+from stts.models.pruning.tower import run_tower
 from stts.pruners.base import PerVideo, keep_top
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Budget, Grid, Kept, VideoTokens

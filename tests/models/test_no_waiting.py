@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import stts
-from stts.models.attention import switch_on
-from stts.models.base import make_adapter
-from stts.models.llm import Slots, make_mask
-from stts.models.vit import Drop, TowerOutput, run_tower
+from stts.models.families.attention import switch_on
+from stts.models.families.base import TowerOutput, make_adapter
+from stts.models.pruning.masks import Slots, make_mask
+from stts.models.pruning.tower import Drop, run_tower
 from stts.packing import attention
 from tests.models.test_matrix import FAMILIES
 

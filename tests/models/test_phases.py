@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import stts
-from stts.models.phases import Phases, PhaseTimes
+from stts.models.pruning.phases import Phases, PhaseTimes
 from tests.models.test_matrix import FAMILIES
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 import stts
-from stts.models.base import host_info, make_adapter
+from stts.models.families.base import host_info, make_adapter
 from tests.models.qwen_tiny import ROWS, QwenLaws, make, make_inputs
 
 

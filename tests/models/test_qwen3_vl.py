@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stts
-from stts.models.base import host_info
+from stts.models.families.base import host_info
 from tests.models.qwen_tiny import CELLS, QwenLaws, make, make_inputs
 
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
-from stts.models import signals
-from stts.models.attention import capture, switch_off, switch_on
-from stts.models.base import Visual, make_adapter
-from stts.models.signals import Collector, SiglipSource, load_siglip
-from stts.models.vit import Drop, TowerOutput, run_tower
+from stts.models.families.attention import capture, switch_off, switch_on
+from stts.models.families.base import TowerOutput, Visual, make_adapter
+from stts.models.pruning.context import signals
+from stts.models.pruning.siglip import SiglipSource, load_siglip
+from stts.models.pruning.signals import Collector
+from stts.models.pruning.tower import Drop, run_tower
 from stts.packing.segments import Segments
 from stts.tokens import Grid, Signal, Site
 from tests.conftest import make_inputs

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stts
-from stts.models.load import load_vlm
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 from tests.conftest import TINY, make_inputs

@@ -12,8 +12,8 @@ from PIL import Image
 
 from stts.cli import main as stts
 from stts.data.video.sample import sample_frames
-from stts.models.load import load_vlm, save_pruned
-from stts.models.pruning import Pruning
+from stts.models.checkpoints.load import load_vlm, save_pruned
+from stts.models.pruning.context import Pruning
 from stts.report.visualize import View, darken, draw_sheet, look
 from tests.report.test_page import data_in, mask_of
 

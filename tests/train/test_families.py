@@ -17,7 +17,7 @@ from stts.data.rows import Message, Sample
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
-from stts.models.load import load_pruner, load_vlm, pruner_settings
+from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts_train.lengths import largest_grid, num_placed_tokens
 from stts_train.module import VideoFinetune, part_of
 from tests.families import FAMILIES, write_family

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.models.load import load_vlm
-from stts.models.published import config_of
-from stts.models.shrink import write_shrunk
+from stts.models.checkpoints.load import load_vlm
+from stts.models.families.published import config_of
+from stts.models.families.tiny import write_shrunk
 from stts_train.lora import Lora, merge
 from stts_train.module import VideoFinetune, part_of
 

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import stts.cli
 from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.models import shrink
-from stts.models.published import config_of
+from stts.models.families import tiny as shrink
+from stts.models.families.published import config_of
 from stts_train.lora import Lora
 from stts_train.module import PARTS, VideoFinetune
 from stts_train.plan import _MARKS, Run, advise, make_plan, read_run, read_strategy

@@ -15,11 +15,11 @@ import stts
 import stts.cli
 from stts.data.collate import Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.models.base import make_adapter
-from stts.models.load import load_vlm
-from stts.models.published import PUBLISHED, config_of
-from stts.models.shrink import write_shrunk
-from stts.models.small import write_small_vlm
+from stts.models.checkpoints.load import load_vlm
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.base import make_adapter
+from stts.models.families.published import PUBLISHED, config_of
+from stts.models.families.tiny import write_shrunk
 from stts_train.cli import fit, read_config
 from tests.models.test_checkpoints import CHECKPOINTS
 

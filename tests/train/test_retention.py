@@ -16,7 +16,7 @@ import stts
 from stts.data.collate import Batch
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
-from stts.models.load import pruner_settings
+from stts.models.checkpoints.load import pruner_settings
 from stts_train.data_module import VideoData
 from stts_train.module import VideoFinetune
 from stts_train.retention import Fixed, Sampled, Scheduled, make_retention

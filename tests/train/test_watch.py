@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import stts_train.cli as cli
-from stts.models.load import load_vlm
-from stts.models.report import Report
+from stts.models.checkpoints.load import load_vlm
+from stts.models.pruning.report import Report
 from stts.tokens import Grid
 from stts_train.module import VideoFinetune
 from stts_train.retention import Sampled

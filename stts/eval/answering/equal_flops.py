@@ -16,8 +16,8 @@ from stts.budget import plan
 from stts.eval.answering.cell import DENSE
 from stts.eval.answering.method import Runner, cost_of
 from stts.metrics.cost import VideoCost, VlmShape
-from stts.models.pruning import Pruning
-from stts.models.report import Report
+from stts.models.pruning.context import Pruning
+from stts.models.pruning.report import Report
 from stts.tokens import Grid
 
 _STEP = 10_000

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stts.models.report import Report
+from stts.models.pruning.report import Report
 from stts.tokens import Grid
 
 FOLDER = "kept"

@@ -21,12 +21,12 @@ from stts.data.rows import Sample
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
-from stts.models.base import host_info
-from stts.models.load import load_pruner, load_vlm, pruner_settings
-from stts.models.phases import Phases
-from stts.models.pruning import Phase, Pruning
-from stts.models.report import Report, cost_of
-from stts.models.signals import SiglipSource
+from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
+from stts.models.families.base import host_info
+from stts.models.pruning.context import Phase, Pruning
+from stts.models.pruning.phases import Phases
+from stts.models.pruning.report import Report, cost_of
+from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.base import Positions, Pruner
 
 _SEEDED = ("random", "random-vit")
@@ -50,7 +50,7 @@ class Generated:
     num_tokens: list[int]
     """Of each text, its end token included."""
     ms: dict[str, float]
-    """Milliseconds of the batch by phase (`stts.models.phases`), `ttft` on the device, and `generate`: all of it."""
+    """Milliseconds of the batch by phase (`pruning/phases.py`), `ttft` on the device, and `generate`: all of it."""
     peak_gib: float | None
     """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report

@@ -27,7 +27,7 @@ class ComparisonResult:
     scores: Mapping[str, Mapping[str, TaskScore]] = field(default_factory=dict)
     """By `Cell.key`, then by task."""
     phase_ms: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    """By `Cell.key`, then by phase (`rows.PHASES`): milliseconds per sample of every timed batch."""
+    """By `Cell.key`, then by phase (`summary.PHASES`): milliseconds per sample of every timed batch."""
     peak_gib: Mapping[str, float] = field(default_factory=dict)
     """By `Cell.key`: most memory allocated on the GPU."""
     weights_gib: float | None = None

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
-from stts.models.base import Connected, Placed, Visual
-from stts.models.vit import Block, TowerInput, TowerOutput
+from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid

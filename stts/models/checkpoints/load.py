@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from stts.models.base import check_family, check_transformers, host_info
-from stts.models.card import model_card
-from stts.models.video_layout import VideoLayout, lay_out
+from stts.models.checkpoints.card import model_card
+from stts.models.families.base import check_family, check_transformers, host_info
+from stts.models.families.llava_layout import VideoLayout, lay_out
 from stts.pruners.base import Pruner
 from stts.pruners.registry import PRUNERS, make_pruner
 
 if TYPE_CHECKING:
-    from stts.models.pruning import Pruning
+    from stts.models.pruning.context import Pruning
 
 PRUNER_FILE = "stts.json"
 WEIGHTS_FILE = "scorer.safetensors"

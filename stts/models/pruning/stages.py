@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stts.models.base import Adapter
-from stts.models.report import Report
-from stts.models.vit import Drop
+from stts.models.families.base import Adapter
+from stts.models.pruning.report import Report
+from stts.models.pruning.tower import Drop
 from stts.pruners.base import Pruner, Stage
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 

@@ -16,9 +16,8 @@ from typing import Any
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from stts.models.base import Visual
-from stts.models.qwen_vision import QwenVision, Size
-from stts.models.vit import TowerInput
+from stts.models.families.base import TowerInput, Visual
+from stts.models.families.qwen_vl import QwenVision, Size
 
 
 class Qwen2_5VL(QwenVision):

@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from stts.data.video.stream import StreamedPixels
-from stts.models.base import Connected, Placed, Visual
-from stts.models.video_layout import STOCK, VideoLayout
-from stts.models.vit import Block, TowerInput, TowerOutput
+from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.llava_layout import STOCK, VideoLayout
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 

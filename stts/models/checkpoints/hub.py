@@ -10,8 +10,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin
 
-from stts.models.attention import is_on
-from stts.models.load import (
+from stts.models.checkpoints.load import (
     PRUNER_FILE,
     WEIGHTS_FILE,
     absolute,
@@ -22,10 +21,11 @@ from stts.models.load import (
     recorded_pruner,
     save_pruned,
 )
-from stts.models.pruning import Pruning
-from stts.models.reference import read_reference
-from stts.models.report import Report
-from stts.models.signals import SiglipSource
+from stts.models.checkpoints.stts_release import read_reference
+from stts.models.families.attention import is_on
+from stts.models.pruning.context import Pruning
+from stts.models.pruning.report import Report
+from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.base import Positions
 
 

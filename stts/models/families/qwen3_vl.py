@@ -15,9 +15,8 @@ from dataclasses import replace
 from torch import nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from stts.models.base import Visual
-from stts.models.qwen_vision import QwenVision
-from stts.models.vit import TowerInput
+from stts.models.families.base import TowerInput, Visual
+from stts.models.families.qwen_vl import QwenVision
 
 
 class Qwen3VL(QwenVision):

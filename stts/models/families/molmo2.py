@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stts.models.attention import stock_name
-from stts.models.base import Connected, Placed, Visual
-from stts.models.vit import Block, TowerInput, TowerOutput
+from stts.models.families.attention import stock_name
+from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 

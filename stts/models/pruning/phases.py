@@ -25,8 +25,8 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedModel
 
-from stts.models.base import make_adapter
-from stts.models.pruning import Phase, Pruning
+from stts.models.families.base import make_adapter
+from stts.models.pruning.context import Phase, Pruning
 
 _GIB = 2**30
 

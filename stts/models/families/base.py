@@ -2,7 +2,7 @@
 
 An adapter knows one Hugging Face family: where its tower, connector and language model are, which patches form a group,
 and how features reach the prompt. What is the same everywhere (when stages run, how the prompt is shortened, reports)
-is in `pruning.py`, `vit.py` and `prompt.py`.
+is in `stts.models.pruning`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.data.video.stream import StreamedPixels
-from stts.models.vit import Block, TowerInput, TowerOutput
 from stts.pruners.base import HostInfo, Newlines
 from stts.tokens import Grid
 
 ADAPTERS = {
-    "llava_onevision": "stts.models.llava_onevision:LlavaOnevision",
-    "qwen2_5_vl": "stts.models.qwen2_5_vl:Qwen2_5VL",
-    "qwen3_vl": "stts.models.qwen3_vl:Qwen3VL",
-    "molmo2": "stts.models.molmo2:Molmo2",
+    "llava_onevision": "stts.models.families.llava_onevision:LlavaOnevision",
+    "qwen2_5_vl": "stts.models.families.qwen2_5_vl:Qwen2_5VL",
+    "qwen3_vl": "stts.models.families.qwen3_vl:Qwen3VL",
+    "molmo2": "stts.models.families.molmo2:Molmo2",
 }
 TESTED_TRANSFORMERS = ((5, 17), (6, 0))
 
@@ -246,3 +245,34 @@ def make_adapter(model: PreTrainedModel) -> Adapter:
 def host_info(model: PreTrainedModel) -> HostInfo:
     """Widths and depths that pruners need, read from the model's own config."""
     return make_adapter(model).host
+
+
+Block = Callable[..., Tensor]
+"""`block(x, mask, *aux) -> x`; the mask is `Segments` for x (S, D), or None for x (F, N, D) in a `batched` tower."""
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """Patches of all frames on their way into block 0, image tiles first."""
+
+    x_SD: Tensor
+    frames: tuple[int, ...]
+    """Patches of every frame; attention stays inside a frame."""
+    aux: tuple[Tensor, ...] = ()
+    """What blocks need per patch beside x (rotary tables), first axis S."""
+    windows: tuple[int, ...] = ()
+    """Patches of every attention window, in the order of the rows; a window lies inside one frame."""
+    windowed: frozenset[int] = frozenset()
+    """Blocks that attend inside windows instead of frames."""
+    batched: bool = False
+    """Blocks take frames as a batch while all of them are whole and of one size: the stock path."""
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    taps: tuple[Tensor, ...]
+    """Per tapped block (S, D), survivors of all frames in order."""
+    row_S: Tensor | None
+    """int64 place of each survivor in the flat list of patches; None: nothing was dropped."""
+    lengths_F: Tensor | None
+    """int64 survivors per frame; None: nothing was dropped."""

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stts.models.base import Adapter, Connected, Visual
-from stts.models.signals import Collector
-from stts.models.stages import Pass
-from stts.models.vit import Drop, TowerOutput, run_tower
+from stts.models.families.base import Adapter, Connected, TowerOutput, Visual
+from stts.models.pruning.signals import Collector
+from stts.models.pruning.stages import Pass
+from stts.models.pruning.tower import Drop, run_tower
 from stts.pruners.base import InPieces, Stage
 from stts.pruners.temporal import key_bias
 from stts.tokens import Kept, VideoTokens

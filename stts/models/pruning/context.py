@@ -17,21 +17,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.budget import adjust, check_ratio, plan
-from stts.models import chunked
-from stts.models.attention import check_device, is_on, switch_off, switch_on
-from stts.models.base import Adapter, Visual, make_adapter
-from stts.models.llm import Layers, Present
-from stts.models.prompt import Prompt
-from stts.models.report import Report
-from stts.models.signals import Collector, SiglipSource
-from stts.models.stages import FROM_FRAMES, LLM_SOURCES, Names, Pass, ask, cell_times, split_sites, to_drop, view
-from stts.models.vit import Drop, TowerOutput, run_tower
+from stts.models.families.attention import check_device, is_on, switch_off, switch_on
+from stts.models.families.base import Adapter, TowerOutput, Visual, make_adapter
+from stts.models.pruning import pieces
+from stts.models.pruning.llm_layers import Layers, Present
+from stts.models.pruning.prompt import Prompt
+from stts.models.pruning.report import Report
+from stts.models.pruning.siglip import SiglipSource
+from stts.models.pruning.signals import Collector
+from stts.models.pruning.stages import (
+    FROM_FRAMES,
+    LLM_SOURCES,
+    Names,
+    Pass,
+    ask,
+    cell_times,
+    split_sites,
+    to_drop,
+    view,
+)
+from stts.models.pruning.tower import Drop, run_tower
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 Phase = Literal["vit", "prune", "connect", "prefill", "decode"]
-"""Of a pass, see `stts.models.phases`."""
+"""Of a pass, see `stts.models.pruning.phases`."""
 
 
 class Pruning:
@@ -44,9 +55,9 @@ class Pruning:
     positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the first stage declares. Stages
         inside the LLM never change positions.
     chunk_frames: run tower and connector on so many frames of a video at a time, in evaluation without gradients, so
-        that their memory does not grow with the video (`stts.models.chunked` says what must be held); None: all.
-    siglip: a SigLIP checkpoint (`stts.models.signals.load_siglip`) whose pooling head and text tower make the signals;
-        None: the fallbacks, which `Report.signals` names.
+        that their memory does not grow with the video (`stts.models.pruning.pieces` says what must be held); None: all.
+    siglip: a SigLIP checkpoint (`stts.models.pruning.siglip.load_siglip`) whose pooling head and text tower make the
+        signals; None: the fallbacks, which `Report.signals` names.
     """
 
     def __init__(
@@ -75,7 +86,7 @@ class Pruning:
         """At most so many visual tokens of a video, meaned over the LLM's layers: a video that would have more gets a
         lower ratio than `retention_ratio`, by its own length."""
         self.on_phase: Callable[[Phase], None] | None = None
-        """Told where work for pruning alone begins and ends in a pass; set by `stts.models.phases`."""
+        """Told where work for pruning alone begins and ends in a pass; set by `stts.models.pruning.phases`."""
         self.retention_trained: Mapping[str, Any] | None = None
         """How the ratio varied in training, where it did; written to exported folders beside the ratio in use."""
         if siglip is not None:
@@ -126,7 +137,7 @@ class Pruning:
             if value < 1:
                 raise ValueError(f"chunk_frames={value} must be at least 1, or None for all frames at once")
             for stage in self._vit:
-                chunked.check_in_pieces(stage)
+                pieces.check_in_pieces(stage)
         self._chunk_frames = value
 
     @property
@@ -247,9 +258,9 @@ class Pruning:
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        pieces = self._in_pieces(seen, everything)
+        in_pieces = self._in_pieces(seen, everything)
         if (
-            whole and not everything and not pieces and self.adapter.runs_stock(seen)
+            whole and not everything and not in_pieces and self.adapter.runs_stock(seen)
         ):  # dense is sacred: the stock code runs, untouched
             self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
             if expand == 1:
@@ -315,7 +326,7 @@ class Pruning:
         tower = TowerOutput((), None, None)
         if not blank and self._in_pieces(seen, everything=False):
             stage = self._vit[0] if self._vit else None
-            connected, report.kept_patches = chunked.encode(
+            connected, report.kept_patches = pieces.encode(
                 self.adapter, seen, now, stage, collector, self.chunk_frames or 1
             )
         else:

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from stts.data.shapes.clips import vocabulary
-from stts.models.base import check_family
+from stts.models.families.base import check_family
 
 _WIDTH, _HEADS, _MLP = 32, 2, 48
 _LLM_LAYERS = 4  # more than the three that deepstack writes to

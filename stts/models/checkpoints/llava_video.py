@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from stts.models.video_layout import Pool, VideoLayout
+from stts.models.families.llava_layout import Pool, VideoLayout
 
 SO400M: Mapping[str, Any] = {
     "model_type": "siglip_vision_model",

@@ -15,28 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stts.models.families.base import Block, TowerInput, TowerOutput
 from stts.packing.segments import Segments
 from stts.tokens import Site
-
-Block = Callable[..., Tensor]
-"""`block(x, mask, *aux) -> x`; the mask is `Segments` for x (S, D), or None for x (F, N, D) in a `batched` tower."""
-
-
-@dataclass(frozen=True)
-class TowerInput:
-    """Patches of all frames on their way into block 0, image tiles first."""
-
-    x_SD: Tensor
-    frames: tuple[int, ...]
-    """Patches of every frame; attention stays inside a frame."""
-    aux: tuple[Tensor, ...] = ()
-    """What blocks need per patch beside x (rotary tables), first axis S."""
-    windows: tuple[int, ...] = ()
-    """Patches of every attention window, in the order of the rows; a window lies inside one frame."""
-    windowed: frozenset[int] = frozenset()
-    """Blocks that attend inside windows instead of frames."""
-    batched: bool = False
-    """Blocks take frames as a batch while all of them are whole and of one size: the stock path."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +30,6 @@ class Drop:
     """fp32 (S,) key bias until the drop."""
     gate_S: Tensor | None = None
     """(S,) factor at the drop; its value is 1, its gradient reaches the scores."""
-
-
-@dataclass(frozen=True)
-class TowerOutput:
-    taps: tuple[Tensor, ...]
-    """Per tapped block (S, D), survivors of all frames in order."""
-    row_S: Tensor | None
-    """int64 place of each survivor in the flat list of patches; None: nothing was dropped."""
-    lengths_F: Tensor | None
-    """int64 survivors per frame; None: nothing was dropped."""
 
 
 def run_tower(

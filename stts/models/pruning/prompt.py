@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stts.models.base import Placed
-from stts.models.llm import Layers, Slots, pad_rows
+from stts.models.families.base import Placed
+from stts.models.pruning.llm_layers import Layers
+from stts.models.pruning.masks import Slots, pad_rows
 from stts.pruners.base import Positions
 
 
