@@ -128,7 +128,8 @@ def _export(argv: list[str]) -> int:
 
 def _pruners(argv: list[str]) -> int:
     from stts.pruners.check import check_pruner
-    from stts.pruners.registry import MATRIX, describe_pruner, describe_pruners, make_pruner
+    from stts.pruners.listing import MATRIX, describe_pruner, describe_pruners
+    from stts.pruners.registry import make_pruner
 
     match argv:
         case []:

@@ -11,28 +11,22 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 # A room imports from itself and from rooms to its left. `stts` is the facade `stts/__init__.py`.
-LIBRARY = ["tokens", "budget", "packing", "data", "metrics", "pruners", "models", "stts", "eval", "report"]
-ORDER = [*LIBRARY, "train", "cli"]
+LIBRARY = ["files", "tokens", "budget", "packing", "data", "metrics", "pruners", "models", "stts", "eval", "report"]
+ORDER = [*LIBRARY, "doctor", "train", "cli"]
+# Rooms inside a room, in their order: `models/pruning` imports from `models/families`, never the other way round.
+INSIDE = {
+    "models": ["families", "pruning", "checkpoints"],
+    "eval": ["benchmarks", "answering", "results"],
+}
 FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
 # Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
 SHARED = {
     "pruners": {"base", "ops", "scorer", "simple", "st_rope", "temporal"},
-    "models": {
-        "base",
-        "vit",
-        "attention",
-        "llm",
-        "prompt",
-        "qwen_vision",
-        "report",
-        "signals",
-        "stages",
-        "video_layout",
-    },
+    "models/families": {"base", "attention", "qwen_vl", "llava_layout"},
 }
 DOORS = {
-    "pruners": {"__init__", "registry", "chain"},
-    "models": {"__init__", "load", "hub", "pruning", "phases", "small"},
+    "pruners": {"__init__", "registry", "listing", "chain"},
+    "models/families": {"__init__"},
 }
 
 
@@ -78,10 +72,61 @@ def offence(here: list[str], room: str | None, module: list[str], target: str | 
         return None
     if room is None or ORDER.index(target) > ORDER.index(room):
         return f"{room or here[-1]} imports {'.'.join(module)}, but {target} lies to its right"
-    alone = room == target and room in SHARED and len(module) > 2
-    if alone and here[2] not in DOORS[room] and module[2] not in {here[2], *SHARED[room]}:
-        return f"{here[2]} imports its neighbour {'.'.join(module)}; move what they share to {sorted(SHARED[room])}"
+    if room == target and room in INSIDE:
+        order = INSIDE[room]
+        mine, theirs = (order.index(name) if name in order else len(order) for name in (here[2], [*module, ""][2]))
+        if theirs > mine:
+            return f"{room}/{here[2]} imports {'.'.join(module)}, which lies to its right inside {room}"
+    inner = "/".join(here[1:-1])
+    alone = inner in SHARED and module[1 : len(here) - 1] == here[1:-1] and len(module) >= len(here)
+    if alone and here[-1] not in DOORS[inner] and module[len(here) - 1] not in {here[-1], *SHARED[inner]}:
+        return f"{here[-1]} imports its neighbour {'.'.join(module)}; move what they share to {sorted(SHARED[inner])}"
     return None
+
+
+def circles(root: Path) -> list[str]:
+    """Groups of modules that import each other, `a -> b -> a`; imports inside functions count too."""
+    files = {module_name(path, root): path for path in [*root.glob("stts/**/*.py"), *root.glob("train/**/*.py")]}
+    edges: dict[str, set[str]] = {}
+    for name, path in files.items():
+        package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+        targets = set()
+        for _, module in imported_modules(path, package):
+            parts = ["stts_train", *module[1:]] if module[0] == "train" else module
+            whole, above = ".".join(parts), ".".join(parts[:-1])
+            targets |= {whole if whole in files else above} & files.keys()
+        edges[name] = targets - {name}
+    found = []
+    for start in sorted(edges):
+        path_to = {start: [start]}
+        queue = [start]
+        while queue:
+            here = queue.pop(0)
+            for target in sorted(edges[here]):
+                if target == start and start == min(path_to[here]):
+                    found.append(" -> ".join([*path_to[here], start]))
+                if target not in path_to:
+                    path_to[target] = [*path_to[here], target]
+                    queue.append(target)
+    return found
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(["stts_train", *parts[1:]] if parts[0] == "train" else parts)
+
+
+def test_no_module_imports_itself_by_way_of_another() -> None:
+    found = circles(REPOSITORY)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_a_circle_is_named(tmp_path: Path) -> None:
+    for name, code in (("a", "from stts.b import x"), ("b", "def late():\n    import stts.c"), ("c", "import stts.a")):
+        (tmp_path / "stts").mkdir(exist_ok=True)
+        (tmp_path / "stts" / f"{name}.py").write_text(code)
+    assert circles(tmp_path) == ["stts.a -> stts.b -> stts.c -> stts.a"]
 
 
 def test_imports_go_one_way() -> None:
@@ -109,7 +154,9 @@ def test_every_room_is_in_the_order() -> None:
         ("stts/eval/compare.py", "import wandb", "without wandb"),
         ("stts/pruners/tango.py", "from stts.pruners.visionzip import VisionZip", "imports its neighbour"),
         ("stts/pruners/ops.py", "from .novelty import Novelty", "imports its neighbour"),
-        ("stts/models/families/qwen3_vl.py", "from stts.models import molmo2", "imports its neighbour"),
+        ("stts/models/families/qwen3_vl.py", "from stts.models.families import molmo2", "imports its neighbour"),
+        ("stts/models/families/base.py", "from stts.models.pruning import tower", "right inside models"),
+        ("stts/eval/answering/loop.py", "from stts.eval.results import table", "right inside eval"),
     ],
 )
 def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, code: str, reason: str) -> None:
@@ -127,7 +174,7 @@ def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, cod
         ("stts/packing/pack.py", "import stts._compat\nimport torch\nfrom stts.packing import segments"),
         (
             "stts/models/checkpoints/load.py",
-            "from stts import __version__\nfrom stts.models.families.molmo2 import Molmo2",
+            "from stts import __version__\nfrom stts.models.families.base import Host",
         ),
         ("stts/__init__.py", "import stts._compat\nfrom stts.models.pruning import pruning"),
         ("stts/eval/compare.py", "import stts\nfrom stts import pruning"),
@@ -135,7 +182,7 @@ def test_a_wrong_import_is_reported_with_its_line(tmp_path: Path, file: str, cod
         ("stts/pruners/stts.py", "from .scorer import Scorer\nfrom stts.pruners.temporal import temporal_loss"),
         (
             "stts/models/families/molmo2.py",
-            "from stts.models.families.base import Host\nfrom stts.pruners.base import Pruner",
+            "from .base import Host\nfrom stts.pruners.base import Pruner",
         ),
         ("stts/cli.py", "def fit():\n    from stts_train.cli import main"),
         ("train/module.py", "import lightning\nimport stts\nfrom stts_train.callbacks import Progress"),

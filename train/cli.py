@@ -23,8 +23,10 @@ from .callbacks import Export, ProgressLines, SkipList, line
 from .checkpoints import Checkpoints, Stopped, check_fits, choose, settings_of
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
+from .loggers import make_loggers
 from .module import VideoFinetune
-from .watch import Overlays, Throughput, make_loggers
+from .overlays import Overlays
+from .throughput import Throughput
 
 
 class FitCLI(LightningCLI):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
+from stts.data.collate import Collator
+from stts.data.rows import Sample, Samples
+from stts.data.video.samplers import most_frames
 from stts.tokens import Grid
 
 
@@ -34,3 +42,44 @@ def num_placed_tokens(processor: Any, grid: Grid, num_frames: int) -> int:
     }
     text = processor.replace_video_token(video, 0)
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_COUNTED_AT_ONCE = 1024  # samples whose tokens are counted in one piece of work for a loader process
+
+
+@dataclass(frozen=True)
+class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
+    """LLM tokens of samples, in pieces that loader processes count: templates and tokenizers are slow for millions."""
+
+    samples: Samples
+    collator: Collator
+    tokens_per_video: Mapping[int, int]
+    """By number of frames."""
+    num_frames: int
+    max_fps: float | None
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // _COUNTED_AT_ONCE)
+
+    def __getitem__(self, piece: int) -> NDArray[np.int32] | ValueError:
+        samples = self.samples[piece * _COUNTED_AT_ONCE : (piece + 1) * _COUNTED_AT_ONCE]
+        pictured = next((sample.uid for sample in samples if sample.images), None)
+        try:
+            if pictured is not None:
+                raise ValueError(
+                    f"sample {pictured!r} has images, whose token count depends on their size; data.max_tokens needs "
+                    "rows without: use data.batch_size"
+                )
+            texts = np.asarray(self.collator.num_text_tokens(samples, self.num_frames), np.int32)
+        except ValueError as error:
+            return error
+        return texts + np.asarray([self._of_video(sample) for sample in samples], np.int32)
+
+    def _of_video(self, sample: Sample) -> int:
+        """At most, by what the row tells: its `clip`, or `duration` in seconds."""
+        if sample.video is None:
+            return 0
+        seconds = sample.clip[1] - sample.clip[0] if sample.clip is not None else sample.meta.get("duration")
+        if not isinstance(seconds, (int, float)) or seconds <= 0:
+            return self.tokens_per_video[self.num_frames]
+        return self.tokens_per_video[most_frames(seconds, self.num_frames, self.max_fps)]

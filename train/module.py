@@ -27,13 +27,11 @@ from stts.models.pruning.context import Pruning
 from stts.pruners.base import Positions
 
 from .lengths import largest_grid, num_placed_tokens
-from .lora import MARK, Lora, add_lora, merge
+from .lora import Lora, add_lora, merge
 from .loss import answer_loss
+from .parts import _UNUSED, PARTS, _check, cosine, learns, part_of
 from .retention import Setting, make_retention
 from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
-
-PARTS = ("llm", "vit", "connector", "scorer")
-_UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
 
 
 class VideoFinetune(pl.LightningModule):
@@ -417,39 +415,8 @@ def resize_videos(processor: Any, size: dict[str, int]) -> None:
     processor.video_processor.size = type(own)(**size)
 
 
-def learns(name: str, rates: Mapping[str, float], lora: Lora | None) -> bool:
-    """Whether a parameter of `VideoFinetune` is trained: its part has a rate, and something reads what it makes."""
-    part = part_of(name)
-    whole = part != "llm" or lora is None or MARK in name
-    return part in rates and whole and not any(unused in name for unused in _UNUSED)
-
-
-def part_of(name: str) -> str:
-    """Which part a parameter of `VideoFinetune` belongs to, by the names that Hugging Face families share."""
-    if name.startswith("scorer."):
-        return "scorer"
-    if any(part in name for part in ("multi_modal_projector", "image_newline", ".merger.", ".deepstack_merger_list.")):
-        return "connector"
-    return "vit" if ".vision_tower." in name or ".visual." in name else "llm"
-
-
 def _number(norm: Tensor) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def cosine(step: int, total: int, warmup: int, lowest: float) -> float:
-    """Factor on the peak rate: (step + 1) / warmup while warming up, then a half cosine to `lowest` at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _check(rates: Mapping[str, float], warmup_steps: int, min_lr_ratio: float) -> None:
-    if any(rate < 0 for rate in rates.values()):
-        raise ValueError(f"learning rates {dict(rates)} must not be negative; 0 or null freezes a part")
-    if warmup_steps < 0 or not 0 <= min_lr_ratio <= 1:
-        raise ValueError(f"warmup_steps={warmup_steps} must be >= 0 and min_lr_ratio={min_lr_ratio} in [0, 1]")
 
 
 def _gather(

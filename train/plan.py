@@ -23,74 +23,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as resize_frame
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
 
 from stts.budget import plan as plan_budget
-from stts.metrics.cost import LlmShape, VlmShape, llm_prefill_flops, video_cost, vit_block_flops
-from stts.metrics.memory import (
-    BlockShape,
-    Widths,
-    block_bytes,
-    connector_bytes,
-    head_bytes,
-    input_bytes,
-    scorer_bytes,
-)
-from stts.models.families.published import config_of
 from stts.models.pruning.context import Pruning
 from stts.tokens import Grid
 
-from .cli import read_config
 from .lora import Lora, add_lora
-from .module import PARTS, learns, part_of
-from .retention import make_retention
+from .parts import PARTS, learns, part_of
+from .plan_config import Run, read_run, read_strategy
+from .plan_work import _MARKS, _Work, grid_of
 
 GIB = 2**30
 _SPARE = 0.08  # of a GPU, for CUDA itself, NCCL and fragmentation: a rule of thumb, not a measurement
 _BUCKET = 200_000_000  # elements of DeepSpeed's reduce and gather buckets, as Lightning sets them
-# What a prompt has beside visual tokens, per frame (per temporal patch): marks and a time of usual length
-_MARKS = {"llava_onevision": 0, "qwen2_5_vl": 0, "qwen3_vl": 10, "molmo2": 7}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """What of the states a rank holds."""
-
-    name: str
-    cuts: tuple[bool, bool, bool]
-    """Weights, gradients, optimizer states: cut over ranks?"""
-    deepspeed: bool = False
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a plan depends on."""
-
-    config: PretrainedConfig
-    pruner: str
-    pruner_options: Mapping[str, Any]
-    retention_ratio: float
-    rates: Mapping[str, float]
-    lora: Lora | None
-    checkpointing: bool
-    precision: str
-    strategy: Strategy
-    gpus: int
-    accumulate: int
-    num_frames: int
-    frame_size: tuple[int, int]
-    """Pixels of the files, height and width; only where the family's resolution is free."""
-    video_size: Mapping[str, int] | None
-    batch_size: int
-    max_tokens: int
-    text_tokens: int
-    """Of a conversation without its video."""
-    answer_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,57 +69,6 @@ class Plan:
     @property
     def total(self) -> int:
         return sum(self.memory.values())
-
-
-def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
-    """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
-    given = read_config(argv)
-    model, data, trainer = given["model"], given["data"], given["trainer"]
-    rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
-    lora = model["lora"]
-    if lora is not None and not isinstance(lora, Lora):
-        lora = Lora(**dict(lora))
-    shapes = data["kind"] == "shapes"
-    return Run(
-        config=config_of(model["model"], args.model_config),
-        pruner=model["pruner"],
-        pruner_options=dict(model["pruner_options"] or {}),
-        retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
-        rates=rates,
-        lora=lora,
-        checkpointing=model["gradient_checkpointing"],
-        precision=str(trainer["precision"] or "32-true"),
-        strategy=read_strategy(trainer["strategy"]),
-        gpus=args.gpus or _devices(trainer),
-        accumulate=trainer["accumulate_grad_batches"],
-        num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
-        frame_size=args.frame_size,
-        video_size=_plain(model["video_size"]),
-        batch_size=data["batch_size"],
-        max_tokens=data["max_tokens"],
-        text_tokens=args.text_tokens,
-        answer_tokens=args.answer_tokens,
-    )
-
-
-def read_strategy(given: Any) -> Strategy:
-    """From `trainer.strategy`: a name, or a class with its arguments."""
-    name = given if isinstance(given, str) else str(given["class_path"]).rpartition(".")[2]
-    options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
-    if name.lower().startswith("deepspeed"):
-        digits = [int(letter) for letter in name if letter.isdigit()]
-        stage = options.get("stage", digits[0] if digits else 2)
-        offload = name.endswith("offload")
-        return Strategy(
-            name=f"deepspeed stage {stage}{' offload' * (offload or bool(options.get('offload_optimizer')))}",
-            cuts=(stage >= 3, stage >= 2, stage >= 1),
-            deepspeed=True,
-            offload_optimizer=offload or bool(options.get("offload_optimizer")),
-            offload_parameters=(offload and stage == 3) or bool(options.get("offload_parameters")),
-        )
-    if name.lower() in ("fsdp2", "fsdp", "modelparallelstrategy", "fsdpstrategy"):
-        return Strategy(name="fsdp2", cuts=(True, True, True))
-    return Strategy(name="ddp", cuts=(False, False, False))
 
 
 def count_parameters(run: Run) -> Parameters:
@@ -235,25 +131,6 @@ def make_plan(run: Run) -> Plan:
     )
 
 
-def grid_of(run: Run, pruning: Pruning) -> Grid:
-    """Groups of one video at these settings; free resolutions are resized as the family's processor does."""
-    vision, family = run.config.vision_config, run.config.model_type
-    if not hasattr(vision, "spatial_merge_size"):
-        return pruning.adapter.grid(run.num_frames)
-    if run.video_size is None:
-        raise ValueError(
-            "the resolution of this family is free and its limits are in the processor, not in the config; set "
-            "model.video_size (shortest_edge, longest_edge in pixels)"
-        )
-    factor, frames = vision.patch_size * vision.spatial_merge_size, run.num_frames
-    low, high = run.video_size["shortest_edge"], run.video_size["longest_edge"]
-    if family == "qwen3_vl":
-        height, width = resize_video(frames, *run.frame_size, vision.temporal_patch_size, factor, low, high)
-    else:
-        height, width = resize_frame(*run.frame_size, factor, low, high)
-    return Grid(-(-frames // vision.temporal_patch_size), height // factor, width // factor)
-
-
 def _states(run: Run, parameters: Parameters) -> tuple[dict[str, int], int]:
     """Bytes of one rank by kind, and those in host memory."""
     strategy, mixed, low = run.strategy, run.precision.endswith("mixed"), "16" in run.precision
@@ -286,120 +163,6 @@ def _states(run: Run, parameters: Parameters) -> tuple[dict[str, int], int]:
         "copies and buckets": copies,
     }
     return memory, host
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Activations and FLOPs of one batch."""
-
-    run: Run
-    pruning: Pruning
-    grid: Grid
-    kept: int
-    sample: int
-    samples: int
-    row: int
-
-    @property
-    def upstream(self) -> dict[str, bool]:
-        """Whether gradients pass through a part: it learns, or something before it does."""
-        rates, scorer = self.run.rates, self.pruning.module is not None and "scorer" in self.run.rates
-        vit = "vit" in rates or scorer
-        return {"vit": vit, "connector": vit or "connector" in rates, "llm": True}
-
-    @property
-    def _drop(self) -> tuple[int, int]:
-        """First block that gradients pass through, and the first that runs on survivors (the depth, if none does)."""
-        site = next((stage.site for stage in self.pruning.pruner.stages if stage.site.kind == "vit"), None)
-        depth = self.pruning.adapter.host.vit_depth
-        after = depth if site is None or site.drop_after is None else site.drop_after + 1
-        if "vit" in self.run.rates:
-            return 0, after
-        return (depth if site is None or site.layer is None else site.layer + 1), after
-
-    @property
-    def _patches(self) -> tuple[int, int]:
-        """Of all frames of a video, and of those left (shared patches of overlapping windows: a little more)."""
-        host = self.pruning.adapter.host
-        whole = self.grid.num_groups * host.patches_per_group
-        if host.patches_per_frame:
-            whole = self.grid.t * host.patches_per_frame
-        return whole, round(whole * self.kept / self.grid.num_groups)
-
-    def activations(self) -> dict[str, int]:
-        """Bytes kept for the backward pass, by part."""
-        run, config, host = self.run, self.run.config, self.pruning.adapter.host
-        low, mixed = "16" in run.precision, run.precision.endswith("mixed") and not run.strategy.deepspeed
-        widths = Widths(compute=2 if low else 4, stream=4 if mixed or not low else 2)
-        vit, llm = BlockShape.of_vit(config.vision_config), BlockShape.of_llm(config.text_config)
-        llm_learns = "llm" in run.rates and run.lora is None
-        whole, left = self._patches
-        start, dropped = self._drop
-        dense, pruned = max(0, dropped - start), host.vit_depth - max(dropped, start)
-        if not self.upstream["vit"]:
-            dense = pruned = 0
-        patches = self.samples * (dense * whole + pruned * left)
-        one_vit = block_bytes(vit, widths, learns="vit" in run.rates)
-        one_llm = block_bytes(llm, widths, learns=llm_learns)
-        if run.checkpointing:
-            tower, language = patches * input_bytes(vit, widths), self.row * host.llm_layers * input_bytes(llm, widths)
-            busiest = max(self.samples * whole * one_vit if dense else 0, self.row * one_llm)
-        else:
-            tower, language, busiest = patches * one_vit, self.row * host.llm_layers * one_llm, 0
-        if run.lora is not None and "llm" in run.rates and not run.checkpointing:  # inputs of the adapters, in fp32
-            inputs = {"o_proj": llm.query, "down_proj": llm.mlp}
-            widest = sum(4 * inputs.get(name, llm.width) + 4 * run.lora.rank for name in run.lora.targets)
-            language += self.row * host.llm_layers * widest
-        connector, per_item = connector_bytes(config, widths)
-        items = self.samples * (left if per_item == 1 else self.kept)
-        vision = VlmShape.from_config(config).vit
-        pixels = 4 * self.samples * whole * vision.channels * vision.patch_size**2  # fp32, as processors make them
-        learned = self.pruning.module is not None and "scorer" in run.rates
-        groups = self.samples * self.grid.num_groups if learned else 0
-        scorer = scorer_bytes(host.vit_width, host.vit_mlp, host.vit_heads, host.patches_per_group, widths)
-        return {
-            "pixels": pixels,
-            "tower activations": tower,
-            "scorer activations": groups * scorer,
-            "connector activations": items * connector if self.upstream["connector"] else 0,
-            "LLM activations": language,
-            "block recomputed": busiest,
-            "logits": head_bytes(config, widths, self.samples * run.answer_tokens * self.samples),
-        }
-
-    def flops(self) -> dict[str, int]:
-        """Of one sample, forward, backward and recomputation."""
-        run, config = self.run, self.run.config
-        shape = VlmShape.from_config(config).at(self.grid)
-        _, left = self._patches
-        start, dropped = self._drop
-        stages = self.pruning.pruner.stages
-        pruner = sum(stage.flops(self.grid, shape.vit.width, self.kept) for stage in stages)
-        cut = dropped < shape.vit.blocks
-        per_frame, more = divmod(left, self.grid.t)
-        cost = video_cost(
-            shape,
-            num_frames=self.grid.t,
-            llm_tokens=self.kept,
-            kept_patches=[per_frame + (frame < more) for frame in range(self.grid.t)] if cut else None,
-            drop_after=dropped - 1 if cut else None,
-            num_cells=self.kept,
-            pruner_flops=pruner,
-        )
-        llm = LlmShape.from_config(config.text_config)
-        language = llm_prefill_flops(llm, self.sample)
-        head = 2 * run.answer_tokens * llm.width * config.text_config.vocab_size
-        through, redo = self.upstream, int(run.checkpointing)
-        unreached = self.grid.t * sum(vit_block_flops(shape.vit, shape.vit.patches, block) for block in range(start))
-        vit_back = (2 if "vit" in run.rates else 1) + redo if through["vit"] else 0
-        connector_back = ("connector" in run.rates) + through["vit"]
-        llm_back = 1 + ("llm" in run.rates and run.lora is None) + redo
-        return {
-            "ViT": cost.vit + cost.vit_embed + vit_back * max(0, cost.vit - unreached),
-            "scorer": cost.pruner * (3 if "scorer" in run.rates and self.pruning.module is not None else 1),
-            "connector": cost.connector * (1 + connector_back),
-            "LLM": language * (1 + llm_back) + 3 * head,
-        }
 
 
 def is_refused(run: Run) -> bool:
@@ -507,13 +270,3 @@ def main(argv: Sequence[str]) -> int:
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     return int(height), int(width)
-
-
-def _plain(value: Any) -> Any:
-    """Parsed mappings as dicts."""
-    return value.as_dict() if hasattr(value, "as_dict") else value
-
-
-def _devices(trainer: Any) -> int:
-    devices = trainer["devices"]
-    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer["num_nodes"]

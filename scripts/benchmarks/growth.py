@@ -42,7 +42,8 @@ from stts.metrics.cost import VideoCost, VlmShape, video_cost
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.families.published import config_of
-from stts.pruners.registry import EXAMPLE_HOST, make_pruner
+from stts.pruners.listing import EXAMPLE_HOST
+from stts.pruners.registry import make_pruner
 from stts.tokens import Grid
 
 CPU = torch.device("cpu")

@@ -30,7 +30,8 @@ import stts  # noqa: F401  (before torch's profiler pulls in torchvision)
 from stts.budget import plan
 from stts.pruners.base import Stage
 from stts.pruners.check import example_video, map_tensors
-from stts.pruners.registry import EXAMPLE_HOST, PRUNERS, make_pruner
+from stts.pruners.listing import EXAMPLE_HOST
+from stts.pruners.registry import PRUNERS, make_pruner
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
 
 # The reference of HoliTom takes no threshold from a table.

@@ -17,9 +17,9 @@ from stts.eval.answering.loop import LoopOptions, answer_all
 from stts.eval.answering.method import Runner, environment, make_runners
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import Store
+from stts.eval.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.dense_reference import DenseReference
 from stts.eval.results.grading import score_tasks
-from stts.eval.results.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.table import aligned
 from stts.eval.run_config import EvalConfig, command
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stts.report.data import run_data
+from stts.report.run_data import run_data
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "report"
 _SCRIPTS = ("base.js", "table.js", "plots.js", "samples.js")

@@ -31,8 +31,8 @@ from stts.data.video.files import read_video
 from stts.eval.answering.method import make_runners
 from stts.eval.results.table import DENSE, Cell
 from stts.models.checkpoints.load import load_vlm, pruner_settings, recorded_pruner
-from stts.report.data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.report.page import render_page, write_whole
+from stts.report.run_data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.tokens import Grid
 
 _LEFT_OF_DROPPED = 0.22  # brightness

@@ -16,7 +16,8 @@ import torch
 import stts
 from stts.models.checkpoints.load import load_vlm, save_pruned
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
-from stts.pruners.registry import MATRIX, PRUNERS
+from stts.pruners.listing import MATRIX
+from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs
 from tests.models import qwen_tiny, test_llava_video, test_molmo2

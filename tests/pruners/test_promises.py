@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stts.cli import main
 from stts.pruners.base import PerVideo, Pruner, Stage, keep_top
 from stts.pruners.check import GRIDS, HOST, Promise, check_pruner, example_budgets, example_video, try_call
-from stts.pruners.registry import EXAMPLE_HOST, PRUNERS, describe_pruner, describe_pruners, make_pruner
+from stts.pruners.listing import EXAMPLE_HOST, describe_pruner, describe_pruners
+from stts.pruners.registry import PRUNERS, make_pruner
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stts.report.data import run_data, scale_data
 from stts.report.page import render_page, write_report
+from stts.report.run_data import run_data, scale_data
 from tests.report.browser import Page, find_browser
 
 pytestmark = pytest.mark.skipif(

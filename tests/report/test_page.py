@@ -22,8 +22,8 @@ from stts.eval.answering.kept_tokens import read_kept
 from stts.eval.benchmarks.tomato import KINDS
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.scale_result import ScaleResult, ScaleRow
-from stts.report.data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.report.page import render_page
+from stts.report.run_data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.tokens import Grid
 from tests.eval.made_up import FULL, result_with
 from tests.report.conftest import FRAMES, SHOWN

@@ -22,8 +22,9 @@ from stts.data.mixture import Mixture, Source
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
 from stts_train import data_module
+from stts_train.batches import Order, Phase
 from stts_train.callbacks import SkipList
-from stts_train.data_module import Order, Phase, VideoData
+from stts_train.data_module import VideoData
 from stts_train.module import VideoFinetune
 
 SHAPES = ShapesConfig(num_sampled=8)

@@ -19,7 +19,8 @@ from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts_train.lengths import largest_grid, num_placed_tokens
-from stts_train.module import VideoFinetune, part_of
+from stts_train.module import VideoFinetune
+from stts_train.parts import part_of
 from tests.families import FAMILIES, write_family
 
 RATES = {"llm_lr": 1e-3, "vit_lr": 1e-3, "connector_lr": 1e-3, "scorer_lr": 1e-3, "warmup_steps": 0}

@@ -16,7 +16,8 @@ from stts.models.checkpoints.load import load_vlm
 from stts.models.families.published import config_of
 from stts.models.families.tiny import write_shrunk
 from stts_train.lora import Lora, merge
-from stts_train.module import VideoFinetune, part_of
+from stts_train.module import VideoFinetune
+from stts_train.parts import part_of
 
 FAST = {"llm_lr": 1e-2, "vit_lr": 0, "connector_lr": 0, "scorer_lr": 1e-2, "warmup_steps": 0}
 FAMILIES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "Qwen/Qwen3-VL-8B-Instruct", "allenai/Molmo2-4B")

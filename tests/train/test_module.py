@@ -16,7 +16,8 @@ from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
-from stts_train.module import PARTS, VideoFinetune, cosine, part_of
+from stts_train.module import VideoFinetune
+from stts_train.parts import PARTS, cosine, part_of
 
 FAST = {"llm_lr": 1e-3, "vit_lr": 1e-3, "connector_lr": 1e-3, "scorer_lr": 1e-3, "warmup_steps": 0}
 

@@ -21,8 +21,11 @@ from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.families import tiny as shrink
 from stts.models.families.published import config_of
 from stts_train.lora import Lora
-from stts_train.module import PARTS, VideoFinetune
-from stts_train.plan import _MARKS, Run, advise, make_plan, read_run, read_strategy
+from stts_train.module import VideoFinetune
+from stts_train.parts import PARTS
+from stts_train.plan import advise, make_plan
+from stts_train.plan_config import Run, read_run, read_strategy
+from stts_train.plan_work import _MARKS
 from tests.models.test_checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]

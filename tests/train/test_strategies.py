@@ -20,7 +20,7 @@ import stts_train.cli as cli
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
 from stts.models.checkpoints.load import load_vlm
-from stts_train.data_module import Order
+from stts_train.batches import Order
 from stts_train.strategies import DeepSpeed, check_frozen
 from tests.train.fits import live_inputs
 from tests.train.launch import CUTS, RATES, ROOT, TWO_RANKS, finish, logged, needs_deepspeed, run_all, start, strategy

@@ -20,10 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import stts_train.cli as cli
 from stts.models.checkpoints.load import load_vlm
 from stts.models.pruning.report import Report
+from stts.report.overlay import draw_overlay
 from stts.tokens import Grid
+from stts_train.loggers import make_loggers
 from stts_train.module import VideoFinetune
+from stts_train.overlays import Overlays, first_frames
 from stts_train.retention import Sampled
-from stts_train.watch import FlopMeter, Overlays, Throughput, draw_overlay, first_frames, make_loggers, peak_tflops
+from stts_train.throughput import FlopMeter, Throughput, peak_tflops
 from tests.families import FAMILIES, write_family
 from tests.models import qwen_tiny
 from tests.models.test_molmo2 import SIDE, write_molmo2

@@ -22,31 +22,23 @@ Logged values have these names in every logger (CSV, W&B, TensorBoard); "this ra
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from matplotlib import colormaps
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from transformers.video_processing_utils import BaseVideoProcessor
 
 from stts.data.collate import Batch
 from stts.metrics.cost import VlmShape
 from stts.models.pruning.report import Report
 
-from .module import VideoFinetune, part_of
+from .module import VideoFinetune
+from .parts import part_of
 
 # --- throughput ------------------------------------------------------------------------------------------------------
 
@@ -237,142 +229,5 @@ class Throughput(pl.Callback):
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
-_TILE = 128  # pixels per frame in the picture, at least
-_COLUMNS, _MOST_FRAMES = 8, 32
-_DARK = 0.2
-_LINE = 14  # height of a caption
-
-
-class Overlays(pl.Callback):
-    """Every N optimizer steps a picture of the first video of rank 0's batch: what was kept, and the scores behind it.
-
-    Written to `<out>/overlays/step-00000100.png`, and to W&B and TensorBoard where they are on, as `overlay`."""
-
-    def __init__(self, out: str | Path, every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1; leave the callback out for none")
-        self.folder, self.every_n_steps = Path(out) / "overlays", every_n_steps
-        self._step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
-        step, report = trainer.global_step, pl_module.pruning.last
-        if not trainer.is_global_zero or step == self._step or step % self.every_n_steps:
-            return
-        self._step = step
-        if batch.blank or report is None or not report.grids:
-            return  # nothing was shown in this batch; the next picture comes in its turn
-        frames = first_frames(batch.inputs, pl_module.processor.video_processor)
-        picture = draw_overlay(frames, report, title=f"step {step}   {batch.video_uids[0]}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step-{step:08d}.png"
-        picture.save(file.with_suffix(".tmp"), format="png")
-        os.replace(file.with_suffix(".tmp"), file)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("overlay", [picture])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("overlay", np.asarray(picture), step, dataformats="HWC")
-
-
-def first_frames(inputs: Mapping[str, Any], processor: BaseVideoProcessor) -> NDArray[np.uint8]:
-    """(T, H, W, 3) frames of the first video as the tower saw them, from what the processor made.
-
-    LLaVA: frames, of one video after another. Qwen: patches over two frames each, in the order of merge units.
-    Molmo2: patches of frames."""
-    pixels = inputs["pixel_values_videos"]
-    if "video_grid_thw" in inputs:
-        t, h, w = inputs["video_grid_thw"][0].tolist()
-        m, pair, p = processor.merge_size, processor.temporal_patch_size, processor.patch_size
-        patches = pixels[: t * h * w].view(t, h // m, w // m, m, m, 3, pair, p, p)
-        frames = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * pair, 3, h * p, w * p)
-    elif "video_grids" in inputs:
-        p = processor.patch_size
-        side = processor.size["height"] // p
-        patches = pixels[: int(inputs["video_grids"][0, 0])].view(-1, side, side, p, p, 3)
-        frames = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side * p, side * p)
-    else:
-        frames = pixels[0]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    shown = frames.detach().float().cpu() * std + mean
-    return (255 * shown.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", video: int = 0) -> Image.Image:
-    """Frames in reading order, each above its scores.
-
-    Dropped groups are darkened. Scores are coloured by rank, purple (the lowest of the video) to yellow (the highest):
-    one far above the rest would else leave all others alike. What was gone before the stage that scored is lowest.
-    Where the pruner gave none, there are frames alone. Of more than 32 frames evenly spread ones are shown. Several
-    frames may share a temporal cell (Qwen)."""
-    grid = report.grids[video]
-    cells = grid.num_groups
-    alive = np.zeros(cells, bool)
-    alive[report.index[video].cpu().numpy()] = True
-    kept = alive.reshape(grid.t, grid.h, grid.w)
-    given = report.scores[video]
-    scores = None
-    if given is not None:
-        value = given.detach().float().cpu().numpy()
-        rank = np.unique(np.where(np.isnan(value), -np.inf, value), return_inverse=True)[1]  # equal scores, equal rank
-        scores = (rank / max(1, rank.max())).reshape(grid.t, grid.h, grid.w)
-    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _MOST_FRAMES)).round().astype(int))
-    side = -(-_TILE // frames.shape[2]) * frames.shape[2], -(-_TILE // frames.shape[2]) * frames.shape[1]
-    width, height = side[0] + 4, (side[1] + 2) * (1 if scores is None else 2) + _LINE + 4
-    columns = min(_COLUMNS, len(shown))
-    picture = Image.new("RGB", (max(columns * width, 320), -(-len(shown) // columns) * height + 2 * _LINE), "white")
-    pen = ImageDraw.Draw(picture)
-    caption = f"{title}   kept {kept.sum()} of {cells} groups ({kept.mean():.1%})"
-    if scores is not None:
-        caption += "   below: scores by rank, purple lowest, yellow highest"
-    pen.text((2, 2), caption, fill="black")
-    for number, frame in enumerate(shown):
-        cell = frame * grid.t // len(frames)
-        x, y = number % columns * width + 2, number // columns * height + 2 * _LINE
-        pen.text((x, y), f"{frame}: {kept[cell].sum()}/{grid.per_frame}", fill="black")
-        light = _DARK + (1 - _DARK) * kept[cell]
-        image = Image.fromarray(frames[frame]).resize(side, Image.Resampling.NEAREST)
-        factor = _spread(light, image.height, image.width)[..., None]
-        picture.paste(Image.fromarray((np.asarray(image) * factor).astype(np.uint8)), (x, y + _LINE))
-        if scores is not None:
-            heat = colormaps["viridis"](_spread(scores[cell], image.height, image.width))[..., :3]
-            picture.paste(Image.fromarray((255 * heat).astype(np.uint8)), (x, y + _LINE + side[1] + 2))
-    return picture
-
-
-def _spread(cells: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    """(h, w) cells drawn over (height, width) pixels."""
-    rows, columns = (np.arange(n) * size // n for n, size in zip((height, width), cells.shape, strict=True))
-    return cells[rows[:, None], columns]
-
 
 # --- loggers ---------------------------------------------------------------------------------------------------------
-
-_PACKAGES = {"csv": (), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
-
-
-def make_loggers(names: str | Sequence[str], out: Path) -> list[Logger]:
-    """Loggers by name ("csv,wandb", or a list of names) that write below `out`. They log the same names and values.
-
-    W&B follows its own environment variables (WANDB_MODE=offline, WANDB_PROJECT, ...). ValueError for an unknown name,
-    and for a package that is not installed."""
-    chosen = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
-    unknown = sorted(set(chosen) - set(_PACKAGES))
-    if unknown or len(set(chosen)) < len(chosen):
-        raise ValueError(f"--logger {','.join(chosen)}: expected each of {', '.join(_PACKAGES)} at most once")
-    loggers: list[Logger] = []
-    for name in chosen:
-        packages = _PACKAGES[name]
-        if packages and not any(find_spec(package) for package in packages):
-            raise ValueError(
-                f"--logger {name} needs a package that is not installed: pip install {packages[0]}, or leave it out"
-            )
-        if name == "csv":
-            loggers.append(CSVLogger(out, name="log"))
-        elif name == "wandb":
-            loggers.append(WandbLogger(name=out.name, save_dir=out, project=os.environ.get("WANDB_PROJECT", "stts")))
-        else:
-            loggers.append(TensorBoardLogger(out, name="tensorboard"))
-    return loggers

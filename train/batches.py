@@ -1,0 +1,180 @@
+"""The order of batches, which resumes anywhere, and the loader that follows it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from stts.data.collate import Batch, Collator, Step
+from stts.data.datasets import Example, Skipped
+from stts.data.mixture import Mixture
+from stts.packing.pack import pack_samples
+
+_WINDOW = 1024  # shuffled samples packed together, and as many more for every 32 ranks: first-fit is quadratic
+
+
+class Collate:
+    """A batch from items, also when every one of them was skipped; picklable for loader workers."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, items: Items) -> Batch:
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        return self.collator(items) or self.collator.blank(skipped)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples each batch of an epoch holds, on one rank; every rank has the same number of batches."""
+
+    num_samples: int
+    batch_size: int
+    """Samples per batch when `lengths` is None."""
+    lengths: Sequence[int] | NDArray[np.int32] | None = None
+    """LLM tokens of each sample: pack as many as fit, and give the ranks batches of about equal size in every step."""
+    max_tokens: int = 0
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = True
+    """Drop what does not fill a batch on every rank; False: ranks that run out get empty batches."""
+    rank: int = 0
+    world_size: int = 1
+    mixture: Mixture | None = None
+    """Which samples an epoch shows; None: each of them once."""
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """This rank's batches of one epoch."""
+        everything = self._in_turn(epoch) if self.lengths is None else self._balanced(epoch, self.lengths)
+        surplus = len(everything) % self.world_size
+        if surplus and self.drop_last:
+            del everything[len(everything) - surplus :]
+        elif surplus:
+            everything += [[] for _ in range(self.world_size - surplus)]
+        return everything[self.rank :: self.world_size]
+
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        return (self.mixture or Mixture((self.num_samples,))).draw(self.seed, epoch)
+
+    def _in_turn(self, epoch: int) -> list[list[int]]:
+        order = self._drawn(epoch)
+        whole = self.num_samples // self.batch_size * self.batch_size if self.drop_last else self.num_samples
+        return [order[i : i + self.batch_size].tolist() for i in range(0, whole, self.batch_size)]
+
+    def _balanced(self, epoch: int, lengths: Sequence[int] | NDArray[np.int32]) -> list[list[int]]:
+        """Batches such that every `world_size` that follow each other, one step, hold about equally many tokens.
+
+        Within a window of shuffled samples, packed batches are sorted by their tokens and cut into steps, whose order
+        is shuffled again. The least full, which make no whole step, go back among the samples of the next window."""
+        order, window, ranks = self._drawn(epoch), _WINDOW * (1 + self.world_size // 32), self.world_size
+        batches: list[list[int]] = []
+        left: list[int] = []
+        for start in range(0, len(order), window):
+            samples = left + order[start : start + window].tolist()
+            sizes = np.asarray([lengths[sample] for sample in samples])
+            rows = pack_samples(sizes.tolist(), self.max_tokens)
+            rows.sort(key=lambda row: -sizes[row].sum())
+            whole = len(rows) // ranks * ranks
+            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(whole // ranks)
+            firsts = (steps if self.shuffle else np.sort(steps)) * ranks
+            batches += [[samples[p] for p in rows[first + rank]] for first in firsts for rank in range(ranks)]
+            left = [samples[place] for row in rows[whole:] for place in row]
+        last = pack_samples([lengths[sample] for sample in left], self.max_tokens)
+        return batches + [[left[place] for place in row] for row in last]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of drawn ShapesQA clips; phases follow each other, so a list of them is a curriculum."""
+
+    num_clips: int
+    families: list[str] | None = None
+    """Question families in the clips, null: all of them. One family alone gives sparse, easy scenes."""
+    weights: dict[str, float] | None = None
+    """Relative weight of each family in the questions; null: as written files have them."""
+    questions_per_clip: int = 1
+    """So many questions about a clip, or all there are, as turns of one conversation: one pass of the tower teaches
+    several answers."""
+    num_sampled: int | None = None
+    """Frames of a clip in this phase, null: as `data.shapes` says. More of them show positions that
+    longer videos need. A number of clips that fills whole batches keeps batches of one length."""
+
+
+class ResumableLoader:
+    """Batches of `order`, epoch after epoch; two integers say where it is, so that a killed run resumes at that batch.
+
+    The order is a pure function of (seed, epoch, rank) and items depend on nothing but their number, so nothing else
+    has to be stored, and a resumed run may use another number of workers. Every epoch has as many batches as epoch 0:
+    with a token budget the count differs a little, and then some batches are left out or the first ones come twice.
+
+    `per_step` batches make one optimizer step. They are read before the first of them is handed out, so that each can
+    be weighed by its share of the whole step; what does not fill a step is left out. `epoch_ends` is called with the
+    number of an epoch when its last batch has been read. `fork`: workers start by forking, whatever the platform's
+    default; a frame cache needs that."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        order: Order,
+        collate: Callable[[Items], Batch],
+        num_workers: int,
+        per_step: int = 1,
+        epoch_ends: Callable[[int], None] | None = None,
+        fork: bool = False,
+    ) -> None:
+        self.epoch_ends, self.fork = epoch_ends, fork
+        self.dataset, self.order, self.collate, self.num_workers = dataset, order, collate, num_workers
+        self.per_step = per_step
+        self.epoch = self.position = 0
+        self._length = len(order.batches(0)) // per_step * per_step
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.position >= self._length:
+            self.epoch, self.position = self.epoch + 1, 0
+        batches = self.order.batches(self.epoch)
+        batches = [batches[i % len(batches)] for i in range(self.position, self._length)]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            prefetch_factor=4 if self.num_workers else None,
+            worker_init_fn=_outlive_sigterm,
+            multiprocessing_context="fork" if self.fork and self.num_workers else None,
+        )
+        step: list[Batch] = []
+        for batch in loader:
+            step.append(batch)
+            if len(step) == self.per_step:
+                tokens, videos = (sum(b.num_answer_tokens for b in step), sum(b.num_videos for b in step))
+                for place, part in enumerate(step):
+                    self.position += 1
+                    if self.position == self._length and self.epoch_ends is not None:
+                        self.epoch_ends(self.epoch)  # here: nobody asks for more than the last batch
+                    yield replace(part, step=Step(tokens, videos, len(step), place))
+                step = []
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A scheduler signals every process of a job; the run still needs its batches to finish the step and save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+Items = Sequence[Example | Skipped]

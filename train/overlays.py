@@ -1,0 +1,75 @@
+"""Pictures of what a training step keeps, written to the logger and to files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from stts.data.collate import Batch
+from stts.report.overlay import draw_overlay
+
+
+class Overlays(pl.Callback):
+    """Every N optimizer steps a picture of the first video of rank 0's batch: what was kept, and the scores behind it.
+
+    Written to `<out>/overlays/step-00000100.png`, and to W&B and TensorBoard where they are on, as `overlay`."""
+
+    def __init__(self, out: str | Path, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1; leave the callback out for none")
+        self.folder, self.every_n_steps = Path(out) / "overlays", every_n_steps
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+        step, report = trainer.global_step, pl_module.pruning.last
+        if not trainer.is_global_zero or step == self._step or step % self.every_n_steps:
+            return
+        self._step = step
+        if batch.blank or report is None or not report.grids:
+            return  # nothing was shown in this batch; the next picture comes in its turn
+        frames = first_frames(batch.inputs, pl_module.processor.video_processor)
+        picture = draw_overlay(frames, report, title=f"step {step}   {batch.video_uids[0]}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{step:08d}.png"
+        picture.save(file.with_suffix(".tmp"), format="png")
+        os.replace(file.with_suffix(".tmp"), file)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("overlay", [picture])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("overlay", np.asarray(picture), step, dataformats="HWC")
+
+
+def first_frames(inputs: Mapping[str, Any], processor: BaseVideoProcessor) -> NDArray[np.uint8]:
+    """(T, H, W, 3) frames of the first video as the tower saw them, from what the processor made.
+
+    LLaVA: frames, of one video after another. Qwen: patches over two frames each, in the order of merge units.
+    Molmo2: patches of frames."""
+    pixels = inputs["pixel_values_videos"]
+    if "video_grid_thw" in inputs:
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        m, pair, p = processor.merge_size, processor.temporal_patch_size, processor.patch_size
+        patches = pixels[: t * h * w].view(t, h // m, w // m, m, m, 3, pair, p, p)
+        frames = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * pair, 3, h * p, w * p)
+    elif "video_grids" in inputs:
+        p = processor.patch_size
+        side = processor.size["height"] // p
+        patches = pixels[: int(inputs["video_grids"][0, 0])].view(-1, side, side, p, p, 3)
+        frames = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side * p, side * p)
+    else:
+        frames = pixels[0]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shown = frames.detach().float().cpu() * std + mean
+    return (255 * shown.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()

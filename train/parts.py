@@ -1,0 +1,42 @@
+"""The parts of a model that learn at rates of their own (LLM, tower, connector, scorer), and the rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .lora import MARK, Lora
+
+PARTS = ("llm", "vit", "connector", "scorer")
+_UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
+
+
+def learns(name: str, rates: Mapping[str, float], lora: Lora | None) -> bool:
+    """Whether a parameter of `VideoFinetune` is trained: its part has a rate, and something reads what it makes."""
+    part = part_of(name)
+    whole = part != "llm" or lora is None or MARK in name
+    return part in rates and whole and not any(unused in name for unused in _UNUSED)
+
+
+def part_of(name: str) -> str:
+    """Which part a parameter of `VideoFinetune` belongs to, by the names that Hugging Face families share."""
+    if name.startswith("scorer."):
+        return "scorer"
+    if any(part in name for part in ("multi_modal_projector", "image_newline", ".merger.", ".deepstack_merger_list.")):
+        return "connector"
+    return "vit" if ".vision_tower." in name or ".visual." in name else "llm"
+
+
+def cosine(step: int, total: int, warmup: int, lowest: float) -> float:
+    """Factor on the peak rate: (step + 1) / warmup while warming up, then a half cosine to `lowest` at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _check(rates: Mapping[str, float], warmup_steps: int, min_lr_ratio: float) -> None:
+    if any(rate < 0 for rate in rates.values()):
+        raise ValueError(f"learning rates {dict(rates)} must not be negative; 0 or null freezes a part")
+    if warmup_steps < 0 or not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"warmup_steps={warmup_steps} must be >= 0 and min_lr_ratio={min_lr_ratio} in [0, 1]")

@@ -1,0 +1,116 @@
+"""What `stts plan` reads from the configuration of a training run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from stts.models.families.published import config_of
+
+from .cli import read_config
+from .lora import Lora
+from .parts import PARTS
+from .retention import make_retention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What of the states a rank holds."""
+
+    name: str
+    cuts: tuple[bool, bool, bool]
+    """Weights, gradients, optimizer states: cut over ranks?"""
+    deepspeed: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a plan depends on."""
+
+    config: PretrainedConfig
+    pruner: str
+    pruner_options: Mapping[str, Any]
+    retention_ratio: float
+    rates: Mapping[str, float]
+    lora: Lora | None
+    checkpointing: bool
+    precision: str
+    strategy: Strategy
+    gpus: int
+    accumulate: int
+    num_frames: int
+    frame_size: tuple[int, int]
+    """Pixels of the files, height and width; only where the family's resolution is free."""
+    video_size: Mapping[str, int] | None
+    batch_size: int
+    max_tokens: int
+    text_tokens: int
+    """Of a conversation without its video."""
+    answer_tokens: int
+
+
+def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
+    """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
+    given = read_config(argv)
+    model, data, trainer = given["model"], given["data"], given["trainer"]
+    rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
+    lora = model["lora"]
+    if lora is not None and not isinstance(lora, Lora):
+        lora = Lora(**dict(lora))
+    shapes = data["kind"] == "shapes"
+    return Run(
+        config=config_of(model["model"], args.model_config),
+        pruner=model["pruner"],
+        pruner_options=dict(model["pruner_options"] or {}),
+        retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
+        rates=rates,
+        lora=lora,
+        checkpointing=model["gradient_checkpointing"],
+        precision=str(trainer["precision"] or "32-true"),
+        strategy=read_strategy(trainer["strategy"]),
+        gpus=args.gpus or _devices(trainer),
+        accumulate=trainer["accumulate_grad_batches"],
+        num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
+        frame_size=args.frame_size,
+        video_size=_plain(model["video_size"]),
+        batch_size=data["batch_size"],
+        max_tokens=data["max_tokens"],
+        text_tokens=args.text_tokens,
+        answer_tokens=args.answer_tokens,
+    )
+
+
+def read_strategy(given: Any) -> Strategy:
+    """From `trainer.strategy`: a name, or a class with its arguments."""
+    name = given if isinstance(given, str) else str(given["class_path"]).rpartition(".")[2]
+    options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
+    if name.lower().startswith("deepspeed"):
+        digits = [int(letter) for letter in name if letter.isdigit()]
+        stage = options.get("stage", digits[0] if digits else 2)
+        offload = name.endswith("offload")
+        return Strategy(
+            name=f"deepspeed stage {stage}{' offload' * (offload or bool(options.get('offload_optimizer')))}",
+            cuts=(stage >= 3, stage >= 2, stage >= 1),
+            deepspeed=True,
+            offload_optimizer=offload or bool(options.get("offload_optimizer")),
+            offload_parameters=(offload and stage == 3) or bool(options.get("offload_parameters")),
+        )
+    if name.lower() in ("fsdp2", "fsdp", "modelparallelstrategy", "fsdpstrategy"):
+        return Strategy(name="fsdp2", cuts=(True, True, True))
+    return Strategy(name="ddp", cuts=(False, False, False))
+
+
+def _plain(value: Any) -> Any:
+    """Parsed mappings as dicts."""
+    return value.as_dict() if hasattr(value, "as_dict") else value
+
+
+def _devices(trainer: Any) -> int:
+    devices = trainer["devices"]
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer["num_nodes"]

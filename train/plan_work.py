@@ -1,0 +1,159 @@
+"""Tokens, FLOPs and activation memory of one training step, for `stts plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as resize_frame
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
+
+from stts.metrics.cost import LlmShape, VlmShape, llm_prefill_flops, video_cost, vit_block_flops
+from stts.metrics.memory import (
+    BlockShape,
+    Widths,
+    block_bytes,
+    connector_bytes,
+    head_bytes,
+    input_bytes,
+    scorer_bytes,
+)
+from stts.models.pruning.context import Pruning
+from stts.tokens import Grid
+
+from .plan_config import Run
+
+# What a prompt has beside visual tokens, per frame (per temporal patch): marks and a time of usual length
+_MARKS = {"llava_onevision": 0, "qwen2_5_vl": 0, "qwen3_vl": 10, "molmo2": 7}
+
+
+def grid_of(run: Run, pruning: Pruning) -> Grid:
+    """Groups of one video at these settings; free resolutions are resized as the family's processor does."""
+    vision, family = run.config.vision_config, run.config.model_type
+    if not hasattr(vision, "spatial_merge_size"):
+        return pruning.adapter.grid(run.num_frames)
+    if run.video_size is None:
+        raise ValueError(
+            "the resolution of this family is free and its limits are in the processor, not in the config; set "
+            "model.video_size (shortest_edge, longest_edge in pixels)"
+        )
+    factor, frames = vision.patch_size * vision.spatial_merge_size, run.num_frames
+    low, high = run.video_size["shortest_edge"], run.video_size["longest_edge"]
+    if family == "qwen3_vl":
+        height, width = resize_video(frames, *run.frame_size, vision.temporal_patch_size, factor, low, high)
+    else:
+        height, width = resize_frame(*run.frame_size, factor, low, high)
+    return Grid(-(-frames // vision.temporal_patch_size), height // factor, width // factor)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Activations and FLOPs of one batch."""
+
+    run: Run
+    pruning: Pruning
+    grid: Grid
+    kept: int
+    sample: int
+    samples: int
+    row: int
+
+    @property
+    def upstream(self) -> dict[str, bool]:
+        """Whether gradients pass through a part: it learns, or something before it does."""
+        rates, scorer = self.run.rates, self.pruning.module is not None and "scorer" in self.run.rates
+        vit = "vit" in rates or scorer
+        return {"vit": vit, "connector": vit or "connector" in rates, "llm": True}
+
+    @property
+    def _drop(self) -> tuple[int, int]:
+        """First block that gradients pass through, and the first that runs on survivors (the depth, if none does)."""
+        site = next((stage.site for stage in self.pruning.pruner.stages if stage.site.kind == "vit"), None)
+        depth = self.pruning.adapter.host.vit_depth
+        after = depth if site is None or site.drop_after is None else site.drop_after + 1
+        if "vit" in self.run.rates:
+            return 0, after
+        return (depth if site is None or site.layer is None else site.layer + 1), after
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        """Of all frames of a video, and of those left (shared patches of overlapping windows: a little more)."""
+        host = self.pruning.adapter.host
+        whole = self.grid.num_groups * host.patches_per_group
+        if host.patches_per_frame:
+            whole = self.grid.t * host.patches_per_frame
+        return whole, round(whole * self.kept / self.grid.num_groups)
+
+    def activations(self) -> dict[str, int]:
+        """Bytes kept for the backward pass, by part."""
+        run, config, host = self.run, self.run.config, self.pruning.adapter.host
+        low, mixed = "16" in run.precision, run.precision.endswith("mixed") and not run.strategy.deepspeed
+        widths = Widths(compute=2 if low else 4, stream=4 if mixed or not low else 2)
+        vit, llm = BlockShape.of_vit(config.vision_config), BlockShape.of_llm(config.text_config)
+        llm_learns = "llm" in run.rates and run.lora is None
+        whole, left = self._patches
+        start, dropped = self._drop
+        dense, pruned = max(0, dropped - start), host.vit_depth - max(dropped, start)
+        if not self.upstream["vit"]:
+            dense = pruned = 0
+        patches = self.samples * (dense * whole + pruned * left)
+        one_vit = block_bytes(vit, widths, learns="vit" in run.rates)
+        one_llm = block_bytes(llm, widths, learns=llm_learns)
+        if run.checkpointing:
+            tower, language = patches * input_bytes(vit, widths), self.row * host.llm_layers * input_bytes(llm, widths)
+            busiest = max(self.samples * whole * one_vit if dense else 0, self.row * one_llm)
+        else:
+            tower, language, busiest = patches * one_vit, self.row * host.llm_layers * one_llm, 0
+        if run.lora is not None and "llm" in run.rates and not run.checkpointing:  # inputs of the adapters, in fp32
+            inputs = {"o_proj": llm.query, "down_proj": llm.mlp}
+            widest = sum(4 * inputs.get(name, llm.width) + 4 * run.lora.rank for name in run.lora.targets)
+            language += self.row * host.llm_layers * widest
+        connector, per_item = connector_bytes(config, widths)
+        items = self.samples * (left if per_item == 1 else self.kept)
+        vision = VlmShape.from_config(config).vit
+        pixels = 4 * self.samples * whole * vision.channels * vision.patch_size**2  # fp32, as processors make them
+        learned = self.pruning.module is not None and "scorer" in run.rates
+        groups = self.samples * self.grid.num_groups if learned else 0
+        scorer = scorer_bytes(host.vit_width, host.vit_mlp, host.vit_heads, host.patches_per_group, widths)
+        return {
+            "pixels": pixels,
+            "tower activations": tower,
+            "scorer activations": groups * scorer,
+            "connector activations": items * connector if self.upstream["connector"] else 0,
+            "LLM activations": language,
+            "block recomputed": busiest,
+            "logits": head_bytes(config, widths, self.samples * run.answer_tokens * self.samples),
+        }
+
+    def flops(self) -> dict[str, int]:
+        """Of one sample, forward, backward and recomputation."""
+        run, config = self.run, self.run.config
+        shape = VlmShape.from_config(config).at(self.grid)
+        _, left = self._patches
+        start, dropped = self._drop
+        stages = self.pruning.pruner.stages
+        pruner = sum(stage.flops(self.grid, shape.vit.width, self.kept) for stage in stages)
+        cut = dropped < shape.vit.blocks
+        per_frame, more = divmod(left, self.grid.t)
+        cost = video_cost(
+            shape,
+            num_frames=self.grid.t,
+            llm_tokens=self.kept,
+            kept_patches=[per_frame + (frame < more) for frame in range(self.grid.t)] if cut else None,
+            drop_after=dropped - 1 if cut else None,
+            num_cells=self.kept,
+            pruner_flops=pruner,
+        )
+        llm = LlmShape.from_config(config.text_config)
+        language = llm_prefill_flops(llm, self.sample)
+        head = 2 * run.answer_tokens * llm.width * config.text_config.vocab_size
+        through, redo = self.upstream, int(run.checkpointing)
+        unreached = self.grid.t * sum(vit_block_flops(shape.vit, shape.vit.patches, block) for block in range(start))
+        vit_back = (2 if "vit" in run.rates else 1) + redo if through["vit"] else 0
+        connector_back = ("connector" in run.rates) + through["vit"]
+        llm_back = 1 + ("llm" in run.rates and run.lora is None) + redo
+        return {
+            "ViT": cost.vit + cost.vit_embed + vit_back * max(0, cost.vit - unreached),
+            "scorer": cost.pruner * (3 if "scorer" in run.rates and self.pruning.module is not None else 1),
+            "connector": cost.connector * (1 + connector_back),
+            "LLM": language * (1 + llm_back) + 3 * head,
+        }
