@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from stts.data.shapes.clips import vocabulary
-from tests.models import qwen_tiny, test_molmo2
+from tests.models.families import qwen_tiny, test_molmo2
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "molmo2")
 _QWEN = (

@@ -19,7 +19,7 @@ from stts.data import formats
 from stts.data.datasets import Example, Skipped, VideoJsonl
 from stts.data.rows import Message, Samples, read_jsonl
 from stts.data.video.sample import VideoError
-from tests.data.clips import frame_numbers, numbered_images, write_video
+from tests.data.video.clips import frame_numbers, numbered_images, write_video
 
 ASK = [{"from": "human", "value": "<video>\nwhat happens ?"}, {"from": "gpt", "value": "rain"}]
 ROW = {"id": "a", "video": "a.mp4", "conversations": ASK}

@@ -26,7 +26,7 @@ from stts.models.checkpoints.load import load_vlm, save_pruned
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY
-from tests.models.test_signals import write_siglip
+from tests.models.pruning.test_signals import write_siglip
 
 CLIPS, FRAMES = 4, 6
 CELLS = 16  # 7 x 7 patches are pooled to 4 x 4 tokens a frame

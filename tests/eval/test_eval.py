@@ -23,7 +23,7 @@ from stts.eval.evaluate import main, run_eval
 from stts.eval.run_config import EvalConfig
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
 from stts.models.checkpoints.load import load_vlm, save_pruned
-from tests.data.clips import numbered_images, write_video
+from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_five_options, test_mvbench, test_videomme
 from tests.eval.benchmarks.folders import touch, write_parquet
 

@@ -12,7 +12,7 @@ from stts.eval.benchmarks.tasks import SUITES, TASKS
 from stts.eval.compare import CompareConfig, main
 from stts.eval.run_config import parse
 from stts.pruners.registry import PRUNERS
-from tests.data.clips import numbered_images, write_video
+from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_longvideobench, test_mlvu, test_videomme
 from tests.eval.benchmarks.folders import touch, write_json, write_parquet
 

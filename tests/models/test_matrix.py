@@ -20,7 +20,8 @@ from stts.pruners.listing import MATRIX
 from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs
-from tests.models import qwen_tiny, test_llava_video, test_molmo2
+from tests.models.checkpoints import test_llava_video
+from tests.models.families import qwen_tiny, test_molmo2
 
 README = Path(__file__).parents[2] / "README.md"
 Inputs = Callable[[Any, str], dict[str, Any]]

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stts.data.mixture import Mixture, Source
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
-from stts_train import data_module
+from stts_train import lengths
 from stts_train.batches import Order, Phase
 from stts_train.callbacks import SkipList
 from stts_train.data_module import VideoData
@@ -286,7 +286,7 @@ def test_tokens_are_counted_alike_in_workers(
     data = {"train": str(files / "train.jsonl"), "batch_size": 0, "max_tokens": 220, "num_frames": 8}
     here, there = Losses(), Losses()
     run(tiny_folder, tmp_path / "a", {**data, "num_workers": 0}, here)
-    monkeypatch.setattr(data_module, "_COUNTED_AT_ONCE", 5)  # 12 rows: three pieces
+    monkeypatch.setattr(lengths, "_COUNTED_AT_ONCE", 5)  # 12 rows: three pieces
     run(tiny_folder, tmp_path / "b", {**data, "num_workers": 2}, there)
     assert here.seen == there.seen
     with pytest.raises(ValueError, match=r"^sample 'train-.*' alone has \d+ tokens, more than data\.max_tokens=30"):

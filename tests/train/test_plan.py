@@ -26,7 +26,7 @@ from stts_train.parts import PARTS
 from stts_train.plan import advise, make_plan
 from stts_train.plan_config import Run, read_run, read_strategy
 from stts_train.plan_work import _MARKS
-from tests.models.test_checkpoints import CHECKPOINTS
+from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
 ALL = dict.fromkeys(PARTS, 1e-3)

@@ -21,7 +21,7 @@ from stts.models.families.base import make_adapter
 from stts.models.families.published import PUBLISHED, config_of
 from stts.models.families.tiny import write_shrunk
 from stts_train.cli import fit, read_config
-from tests.models.test_checkpoints import CHECKPOINTS
+from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import stts
 from stts.models.families.base import host_info, make_adapter
-from tests.models.qwen_tiny import ROWS, QwenLaws, make, make_inputs
+from tests.models.families.qwen_tiny import ROWS, QwenLaws, make, make_inputs
 
 
 class TestQwen25VL(QwenLaws):

@@ -16,7 +16,7 @@ from stts.data.datasets import Example, VideoJsonl
 from stts.data.video.sample import FrameStream, VideoError, sample_frames
 from stts.data.video.stream import StreamedPixels
 from stts.models.checkpoints.load import load_vlm
-from tests.data.clips import numbered_images, write_video
+from tests.data.video.clips import numbered_images, write_video
 from tests.families import write_family
 
 

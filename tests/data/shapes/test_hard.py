@@ -16,7 +16,7 @@ from stts.data.datasets import VideoJsonl
 from stts.data.shapes.clips import Clip, Question, ShapesConfig, ShapesFrames, make_clip, sampled_indices, vocabulary
 from stts.data.shapes.draw import COLOURS
 from stts.data.shapes.files import shapes, write_shapes
-from tests.data.test_shapes import answer_from_scene, seen_ticks
+from tests.data.shapes.test_clips import answer_from_scene, seen_ticks
 
 FAMILIES = ("colour", "existence", "order", "count", "flash")
 HARD = ShapesConfig(

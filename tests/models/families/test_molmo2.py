@@ -34,8 +34,8 @@ from stts.pruners.base import PerVideo, keep_top
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 from tests.conftest import answer_labels
-from tests.models import family_laws as laws
-from tests.models.test_llm_cuts import Cut, Cuts
+from tests.models.families import family_laws as laws
+from tests.models.pruning.test_llm_layers import Cut, Cuts
 
 SIDE, CELLS, LLM_LAYERS = 7, 9, 6
 WORDS = "what colour is the circle squares cross there a how many which ? user assistant"

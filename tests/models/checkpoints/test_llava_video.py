@@ -31,8 +31,8 @@ from stts.pruners.base import Newlines, PerVideo, keep_top
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 from tests.conftest import TINY, make_inputs
-from tests.models.family_laws import generate_equals_recomputation
-from tests.models.test_llm_cuts import masked_dense
+from tests.models.families.family_laws import generate_equals_recomputation
+from tests.models.pruning.test_llm_layers import masked_dense
 
 VIDEO = VideoLayout(pool="average", newline="grid")
 SIDE, CELLS, WIDTH = 7, 9, 3

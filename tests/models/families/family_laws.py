@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import stts
 from stts.pruners.base import keep_top
 from tests.conftest import answer_labels
-from tests.models.test_llm_cuts import Cut, Cuts, masked_dense
+from tests.models.pruning.test_llm_layers import Cut, Cuts, masked_dense
 
 Inputs = Mapping[str, Any]
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 from stts.data.video.decode import Reader
 from stts.data.video.sample import VideoError, sample_frames
 from stts.data.video.samplers import SAMPLERS, Timeline
-from tests.data.clips import (
+from tests.data.video.clips import (
     MIRRORS,
     TURNS,
     frame_numbers,
@@ -282,7 +282,7 @@ def test_works_in_many_threads_at_once(tmp_path: Path) -> None:
     assert found == [[0, 19, 39, 59]] * 8
 
 
-# ---- real clips too: STTS_VIDEO_DIR=/folder/of/clips pytest tests/data/test_video.py
+# ---- real clips too: STTS_VIDEO_DIR=/folder/of/clips pytest tests/data/video/test_sample.py
 
 
 @pytest.mark.parametrize("path", [Path("encoded_here.mp4"), *REAL_CLIPS], ids=lambda path: path.name)

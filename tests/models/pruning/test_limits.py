@@ -11,7 +11,7 @@ import torch
 
 import stts
 from tests.conftest import make_inputs
-from tests.models import qwen_tiny
+from tests.models.families import qwen_tiny
 
 
 def sizes(model: Any, inputs: Any) -> tuple[int, int]:

@@ -341,7 +341,7 @@ def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) ->
             return sum(float(p.grad.abs().sum()) for p in pruned.module.parameters() if p.grad is not None)
 
     assert scorer_gradient() > 0
-    from stts.models.pruning.context import stages as machinery
+    from stts.models.pruning import stages as machinery
 
     original = machinery.Drop
     try:  # cut the one path and the gradient is gone

@@ -33,8 +33,8 @@ from stts.models.families.base import make_adapter
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.tower import run_tower
 from stts.pruners.registry import PRUNERS
-from tests.models import family_laws as laws
-from tests.models.test_llm_cuts import Cut, Cuts, masked_dense
+from tests.models.families import family_laws as laws
+from tests.models.pruning.test_llm_layers import Cut, Cuts, masked_dense
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 WORDS = [

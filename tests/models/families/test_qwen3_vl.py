@@ -12,7 +12,7 @@ from torch import Tensor
 
 import stts
 from stts.models.families.base import host_info
-from tests.models.qwen_tiny import CELLS, QwenLaws, make, make_inputs
+from tests.models.families.qwen_tiny import CELLS, QwenLaws, make, make_inputs
 
 
 class TestQwen3VL(QwenLaws):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stts.data.video.sample import VideoError, sample_frames
-from tests.data.clips import (
+from tests.data.video.clips import (
     frame_numbers,
     numbered_images,
     overwrite_packet,

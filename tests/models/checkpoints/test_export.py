@@ -24,8 +24,8 @@ from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.checkpoints.stts_release import TO_OURS, read_reference, to_ours, to_reference
 from tests.conftest import TINY, make_inputs
 from tests.golden.conftest import cases
-from tests.models import qwen_tiny
-from tests.models import test_molmo2 as molmo2
+from tests.models.families import qwen_tiny
+from tests.models.families import test_molmo2 as molmo2
 
 OURS = {"stts.json", "scorer.safetensors", "README.md"}
 STOCK = {
@@ -247,7 +247,7 @@ def test_a_hub_id_is_read_like_a_folder(live: Any, tiny_folder: Path, tmp_path: 
         "with torch.no_grad(): out = vlm(**load_file(sys.argv[1])).logits\n"
         "save_file({'logits': out.contiguous()}, sys.argv[2])"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     argv = [sys.executable, "-c", code, str(tmp_path / "inputs.safetensors"), str(tmp_path / "logits.safetensors")]

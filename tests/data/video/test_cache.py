@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from stts.data.datasets import Example, VideoJsonl
 from stts.data.video.cache import Decoded, FrameCache, frames_key
-from tests.data.clips import frame_numbers, numbered_images, write_video
+from tests.data.video.clips import frame_numbers, numbered_images, write_video
 
 
 def video(level: int, num_frames: int = 4, edge: int = 32) -> Decoded:

@@ -13,7 +13,7 @@ import stts
 from stts.models.pruning.stages import cell_times
 from stts.pruners.base import PerVideo, keep_top
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
-from tests.models.qwen_tiny import make, make_inputs
+from tests.models.families.qwen_tiny import make, make_inputs
 
 
 @pytest.mark.parametrize(
