@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from stts.models.families.attention import capture, switch_off, switch_on
 from stts.models.families.base import TowerOutput, Visual, make_adapter
-from stts.models.pruning import siglip
+from stts.models.pruning import siglip as siglip_room
 from stts.models.pruning.siglip import SiglipSource, load_siglip
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.tower import Drop, run_tower
@@ -240,7 +240,7 @@ def test_signals_of_a_video_do_not_depend_on_the_batch_or_on_chunks(
     together = Pass(model, inputs, ALL, source)
     rows = [together.ask(signal, "keys", "frame", "text") for signal in SALIENT]
     alone = {"pixel_values_videos": inputs["pixel_values_videos"][1:]}
-    monkeypatch.setattr(siglip, "CHUNK_BYTES", 1)  # one frame at a time
+    monkeypatch.setattr(siglip_room, "CHUNK_BYTES", 1)  # one frame at a time
     single = Pass(model, alone, ALL, source)
     for row, signal in zip(rows, SALIENT, strict=True):
         [fields] = single.ask(signal, "keys", "frame", "text", questions=QUESTIONS[1:])
