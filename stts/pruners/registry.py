@@ -12,16 +12,19 @@ from stts.pruners.base import HostInfo, Pruner
 from stts.pruners.chain import Chain
 from stts.pruners.dart import DART
 from stts.pruners.divprune import DivPrune
+from stts.pruners.dycoke import DyCoke
 from stts.pruners.evs import EVS
 from stts.pruners.fastv import FastV
 from stts.pruners.fastvid import FastVID
 from stts.pruners.holitom import HoliTom, HoliTomInner
 from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
+from stts.pruners.prunevid import PruneVid
 from stts.pruners.simple import Dense, Random, Uniform
 from stts.pruners.stop import SToP
 from stts.pruners.stts import STTS
 from stts.pruners.tango import Tango, TangoInner
+from stts.pruners.vcast import VCAST
 from stts.pruners.vidcom2 import VidCom2
 from stts.pruners.visionzip import VisionZip
 
@@ -78,6 +81,9 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "vidcom2": VidCom2.for_host,
     "evs": EVS.for_host,
     "divprune": DivPrune.for_host,
+    "prunevid": PruneVid.for_host,
+    "dycoke": DyCoke.for_host,
+    "vcast": VCAST.for_host,
 }
 
 
