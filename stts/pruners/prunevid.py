@@ -84,8 +84,9 @@ class PruneVid(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)
         x_TSD = video.x_ND.float().view(video.grid.t, video.grid.per_frame, -1)
-        segment_T = torch.tensor(refine(self.frame_clusters(x_TSD)), device=x_TSD.device)
-        similarity_WS = pair_similarity(x_TSD.detach(), segment_T)
+        segments = refine(self.frame_clusters(x_TSD))
+        segment_T = torch.tensor(segments, device=x_TSD.device)
+        similarity_WS = pair_similarity(x_TSD.detach(), segment_T, segments[-1] + 1)
         tau, share = self.tau, self.cluster_share
         if budget.exact:
             tau, share = self._settle(similarity_WS, segment_T, budget.num_kept)
@@ -208,13 +209,13 @@ def _run(labels: Sequence[int | None]) -> int:
     return next((n for n, label in enumerate(labels) if label != labels[0]), len(labels))
 
 
-def pair_similarity(x_TSD: Tensor, segment_T: Tensor) -> Tensor:
+def pair_similarity(x_TSD: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
     """(W, S) fp32 mean cosine of each place over all pairs of different frames of a segment; -inf for one frame."""
     unit_TN = F.normalize(x_TSD, dim=-1).flatten(1)
-    member_WT = (segment_T == segment_T.unique_consecutive()[:, None]).float()
+    member_WT = (segment_T == torch.arange(num_segments, device=segment_T.device)[:, None]).float()
     sum_WSD = (member_WT @ unit_TN).view(len(member_WT), *x_TSD.shape[1:])
     length_W1 = member_WT.sum(1, keepdim=True)
-    similarity_WS = (sum_WSD.square().sum(-1) - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
+    similarity_WS: Tensor = (sum_WSD.square().sum(-1) - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
     return similarity_WS.masked_fill(length_W1 == 1, -torch.inf)
 
 

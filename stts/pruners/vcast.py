@@ -75,8 +75,8 @@ class VCAST(PerVideo):
 
     def scores(self, x_TSD: Tensor, frame_TD: Tensor) -> Tensor:
         """(T, S) fp32, to be compared inside a frame only."""
-        norm_TS = torch.linalg.vector_norm(x_TSD, dim=-1)
-        cosine_TS = torch.linalg.vecdot(x_TSD, frame_TD[:, None]) / norm_TS.clamp_min(1e-6)
+        norm_TS: Tensor = torch.linalg.vector_norm(x_TSD, dim=-1)
+        cosine_TS: Tensor = torch.linalg.vecdot(x_TSD, frame_TD[:, None]) / norm_TS.clamp_min(1e-6)
         low_T1, high_T1 = norm_TS.amin(1, keepdim=True), norm_TS.amax(1, keepdim=True)
         return 1 - cosine_TS + self.norm_weight * (norm_TS - low_T1) / (high_T1 - low_T1 + 1e-6)
 
@@ -87,7 +87,8 @@ class VCAST(PerVideo):
 def frame_means(x_TSD: Tensor) -> Tensor:
     """(T, D) unit mean of each frame."""
     mean_TD = x_TSD.mean(1)
-    return mean_TD / torch.linalg.vector_norm(mean_TD, dim=-1, keepdim=True).clamp_min(1e-6)
+    norm_T1: Tensor = torch.linalg.vector_norm(mean_TD, dim=-1, keepdim=True)
+    return mean_TD / norm_T1.clamp_min(1e-6)
 
 
 def curvature(frame_TD: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def test_clusters_become_segments(labels: list[int], segments: list[int]) -> Non
 def test_the_mean_cosine_by_hand() -> None:
     # One place over three frames at 0, 90 and 90 degrees: pairs 0, 0 and 1. Then a segment of one frame.
     x_TSD = torch.tensor([[[2.0, 0]], [[0, 1]], [[0, 3]], [[1, 1]]])
-    similarity_WS = pair_similarity(x_TSD, torch.tensor([0, 0, 0, 1]))
+    similarity_WS = pair_similarity(x_TSD, torch.tensor([0, 0, 0, 1]), 2)
     torch.testing.assert_close(similarity_WS, torch.tensor([[1 / 3], [-torch.inf]]))
 
 
