@@ -90,9 +90,7 @@ class DyCoke(PerVideo):
     def similarity(self, video: VideoTokens, reference: list[int]) -> Tensor:
         """(T, S) fp32 cosine of each token with the same place of the reference of its frame."""
         unit_TSD = F.normalize(video.x_ND.detach().float(), dim=-1).view(video.grid.t, video.grid.per_frame, -1)
-        similarity_TS: Tensor = torch.linalg.vecdot(
-            unit_TSD, unit_TSD[torch.tensor(reference, device=unit_TSD.device)]
-        )
+        similarity_TS: Tensor = torch.linalg.vecdot(unit_TSD, unit_TSD[torch.tensor(reference, device=unit_TSD.device)])
         return similarity_TS
 
     def _natural(self, per_frame: int, retention_ratio: float) -> int:
