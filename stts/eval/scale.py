@@ -49,7 +49,7 @@ from stts.eval.results.scale_result import (
 from stts.eval.run_config import RunConfig, command, notes_on_tasks
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost
-from stts.metrics.extract import LETTERS
+from stts.metrics.extract import letters
 from stts.models.pruning.context import Pruning
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
@@ -156,7 +156,7 @@ def candidates(question: Question) -> tuple[str, ...]:
     texts = [normalise(option) for option in question.options]
     if question.answer is not None and normalise(question.answer) in texts:
         return tuple(question.options)
-    return tuple(LETTERS[: len(texts)])
+    return letters(len(texts))
 
 
 # --- who answers -----------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stts.metrics.extract import LETTERS, strict
+from stts.metrics.strict import letters, strict, unmarked
+from stts.metrics.strict import normalise as normalise
 
 Z95 = 1.959963984540054
-_TRAILING = " \t\r\n.,!?;:\"'"
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,28 @@ class Estimate:
     num_videos: int
 
 
-def normalise(text: str) -> str:
-    """Trimmed, lower case, without trailing punctuation."""
-    return text.strip().lower().rstrip(_TRAILING)
-
-
 def grade(prediction: str, answer: str, options: Sequence[str] = ()) -> Graded:
     """Is the whole prediction, normalised, the answer? No guessing: a sentence that contains the word is unparsed.
 
-    With `options` a prediction must be one of them, else it is unparsed. If the answer is a letter that is not itself
-    an option, or the options are just A, B, ..., then letters are read, by `extract.strict`.
-    ValueError for an answer that is empty or none of the options: that row could never be right."""
+    With `options` a prediction must be one of them, else it is unparsed. Letters are read instead, by `strict`, where
+    the answer is a letter that is not itself an option, where the options are just A, B, ..., and where every option
+    begins with its letter ("A. red"): there the answer may be the letter, the text, or both.
+    ValueError for an answer that is empty or none of the options, as that row could never be right, and for options
+    whose letters are out of order."""
     wanted, choices = normalise(answer), [normalise(option) for option in options]
-    letters = [letter.lower() for letter in LETTERS[: len(choices)]]
-    lettered = bool(choices) and (wanted not in choices or choices == letters)
-    texts = options if choices != letters else [""] * len(choices)  # letters are no texts to find in a sentence
-    choices = letters if lettered else choices
+    names, texts = [name.lower() for name in letters(len(choices))], unmarked(options)
+    are_letters, are_marked = choices == names, texts != tuple(option.strip() for option in options)
+    if choices and (are_letters or are_marked or wanted not in choices):
+        by_text = [] if are_letters else [*choices, *map(normalise, texts)]
+        if wanted in by_text and wanted not in names:
+            wanted = names[by_text.index(wanted) % len(names)]
+        # Options that are letters are no texts to find in a sentence.
+        parsed = strict(prediction, [""] * len(choices) if are_letters else texts).lower()
+        choices = names
+    else:
+        parsed = normalise(prediction)
     if not wanted or (choices and wanted not in choices):
         raise ValueError(f"answer {answer!r} is empty or none of the options {list(options)}; correct the row")
-    parsed = strict(prediction, texts).lower() if lettered else normalise(prediction)
     if not parsed or (choices and parsed not in choices):
         return Graded(None, False)
     return Graded(parsed, parsed == wanted)

@@ -1,16 +1,17 @@
-"""Which option an answer names: one strict rule, and the public scorers' rules where published numbers depend on them.
+"""The public scorers' rules for reading an answer, where published numbers depend on them, beside our strict one.
 
 A rule takes the answer and the texts of the options (lettered A, B, ... in order) and returns a capital letter, or ""
 where it finds none. Nothing here guesses: scorers that guess at random do so in the caller, seeded by sample.
 
-    strict         ours, the default
+    strict         ours, the default (`stts.metrics.strict`, as are `yes_no` and `caption`)
     ranked         lmms-eval's shared utility before 2026: Video-MME, MLVU, LVBench
     first_capital  Video-MME's own script, VLMEvalKit, Molmo2;  first_of_five is LongVideoBench's
     smallest       lmms-eval EgoSchema;  largest: lmms-eval and Molmo2 NExT-QA
     loose          lmms-eval MVBench: the article "a" is option A
     standalone     PerceptionTest
     prefix         Molmo2: the first character
-    marked         TempCompass multiple choice;  caption: its caption matching;  yes_no: yes or no
+    marked         TempCompass multiple choice;  exact_caption: its caption matching
+    starts_yes_no  EventHallusion and TempCompass: the text begins with yes or no, also "nothing" and "not sure"
     bracketed      MLVU's own script: the character before the first ")"
 """
 
@@ -19,65 +20,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from stts.metrics.strict import LETTERS, caption, letters, strict, yes_no
+
+__all__ = [
+    "LETTERS", "Rule", "bracketed", "caption", "exact_caption", "first_capital", "first_of_five", "largest",
+    "largest_spaced", "letters", "loose", "marked", "prefix", "ranked", "smallest", "standalone", "starts_yes_no",
+    "strict", "yes_no",
+]  # fmt: skip
+
 Rule = Callable[[str, Sequence[str]], str]
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>(?:\s*<think>.*?</think>)*", re.DOTALL | re.IGNORECASE)
-_OPENING = " \t\r\n([{<\"'`*“‘（【「"
-_CLOSING = " \t\r\n)]}>\"'`*”’）】」.,;:!?。，；：！？"
-_LETTERED = re.compile(r"\(?([A-Za-z])(?:[).:：](?![A-Za-z]\.)|$)")  # the lookahead leaves out "e.g.", "a.m."
-_CAPITAL = r"(?<![A-Za-z0-9])(?![AI]\s+[a-z]|I['’])([A-Z])(?![A-Za-z0-9])"  # not the words "A" and "I"
-_LEAD_IN = re.compile(
-    r"(?i:(?<![A-Za-z0-9])(?:answer|option|choice)(?![A-Za-z0-9]))(?:(?i:is)(?![A-Za-z])|[:：\s])*"
-    r"\(?(?!I\s+[a-z]|I['’])([A-Z])(?![A-Za-z0-9])"
-)
-
-
-def strict(text: str, options: Sequence[str]) -> str:
-    """The first that applies, after a reasoning block closed by a think tag is dropped:
-
-    the whole text is one letter of either case; it starts with a letter and one of ) . : ; a capital stands right
-    after "answer", "option" or "choice" (the first such); exactly one option's letter stands alone as a capital; the
-    text is one option; it contains exactly one option's text.
-
-    A capital stands alone when it touches no ASCII letter or digit. "A" and "I" before a lower-case word are words
-    there. A letter that names no option ends the search, unless the whole text is an option ("U.S. flag")."""
-    text = _THINKING.sub("", text).strip()
-    letters, place_of = LETTERS[: len(options)], _places(options)
-    bare = text.lstrip(_OPENING).rstrip(_CLOSING)
-    named = bare if len(bare) == 1 and bare.isascii() and bare.isalpha() else ""
-    for pattern in (_LETTERED.match, _LEAD_IN.search):
-        found = None if named else pattern(text)
-        named = named or (found[1] if found else "")
-    whole = place_of.get(_folded(text))
-    if named:
-        return named.upper() if named.upper() in letters else _letter(whole)
-    alone = set(re.findall(_CAPITAL, text)) & set(letters)
-    if len(alone) == 1:
-        return alone.pop()
-    if whole is not None:
-        return _letter(whole)
-    folded = _folded(text)
-    inside = [
-        place
-        for option, place in place_of.items()
-        if re.search(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])", folded)
-    ]
-    return _letter(inside[0]) if len(inside) == 1 else ""
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?\"'")
-
-
-def _places(options: Sequence[str]) -> dict[str, int]:
-    """Place of each option's text; of equal texts the first."""
-    folded = [_folded(option) for option in options]
-    return {text: folded.index(text) for text in folded if text}
-
-
-def _letter(place: int | None) -> str:
-    return "" if place is None else LETTERS[place]
 
 
 _NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
@@ -216,7 +167,7 @@ def marked(text: str, options: Sequence[str]) -> str:
     return text[0] if text[:1] and text[0] in LETTERS[: len(options)] and text[1:2] in ("", ".", ")") else ""
 
 
-def caption(text: str, options: Sequence[str]) -> str:
+def exact_caption(text: str, options: Sequence[str]) -> str:
     """An option line such as "Caption A: a cat runs", its sentence, its label "Caption A", or "A" of the label.
 
     Here `options` are whole lines."""
@@ -230,8 +181,8 @@ def caption(text: str, options: Sequence[str]) -> str:
     return ""
 
 
-def yes_no(text: str, options: Sequence[str] = ()) -> str:
-    """ "yes" or "no" where the answer starts with it."""
+def starts_yes_no(text: str, options: Sequence[str] = ()) -> str:
+    """ "yes" or "no" where the answer starts with these letters."""
     start = text.strip().lower()
     return next((word for word in ("yes", "no") if start.startswith(word)), "")
 

@@ -30,7 +30,26 @@ from stts.metrics.accuracy import Z95, accuracy, effective_number, grade, paired
         ("E", "A", ("feed the ducks", "paint a fence"), None, False),
         ("The answer is B because A is wrong", "B", ("feed the ducks", "paint a fence"), "b", True),
         ("they paint a fence", "B", ("feed the ducks", "paint a fence"), "b", True),  # holds one option's text
-        ("It must be B, not A", "B", ("feed the ducks", "paint a fence"), None, False),
+        ("It must be B, not A", "B", ("feed the ducks", "paint a fence"), "b", True),
+        ("A or B", "B", ("feed the ducks", "paint a fence"), None, False),
+        ('"red"', "red", ("red", "blue"), "red", True),
+        ("**Red**。", "red", (), "red", True),
+        ("‘red’", '"red"', (), "red", True),
+        ("\\boxed{red}", "red", ("red", "blue"), "red", True),
+        ("<think>blue?</think>\nred", "red", ("red", "blue"), "red", True),
+        ("<think>red", "red", (), None, False),
+        ("cafe\u0301", "caf\u00e9", (), "caf\u00e9", True),
+        ("１２", "12", (), "12", True),
+        ("A", "A. red", ("A. red", "B. blue"), "a", True),
+        ("red", "A. red", ("A. red", "B. blue"), "a", True),
+        ("A. red", "A. red", ("A. red", "B. blue"), "a", True),
+        ("B. blue", "A", ("A. red", "B. blue"), "b", False),
+        ("(A)", "red", ("(A) red", "(B) blue"), "a", True),
+        ("B: 2", "B", ("A: 1", "B: 2"), "b", True),
+        ("Y: 2", "Y: 2", ("X: 1", "Y: 2"), "y: 2", True),  # no letters of options
+        ("27", "27", tuple(str(number) for number in range(28)), "27", True),
+        ("AB", "AB", tuple(f"word {number}" for number in range(28)), "ab", True),
+        ("word 27", "AB", tuple(f"word {number}" for number in range(28)), "ab", True),
         ("a red ball", "A", ("A", "B"), None, False),  # options that are the letters have no texts
         ("Answer: B", "B", ("A", "B"), "b", True),
         ("B. paint", "paint", ("feed", "paint"), None, False),  # the options are words here, not letters
@@ -46,6 +65,11 @@ def test_grading(prediction: str, answer: str, options: tuple[str, ...], parsed:
 def test_a_row_that_can_never_be_right_is_refused(answer: str, options: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="none of the options"):
         grade("red", answer, options)
+
+
+def test_options_lettered_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="lettered B, A, expected A, B"):
+        grade("B", "B. red", ("B. red", "A. blue"))
 
 
 def test_one_question_per_video_gives_the_wilson_interval() -> None:

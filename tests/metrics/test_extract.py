@@ -18,7 +18,7 @@ VECTORS = [
     ("Answer: C", "C", "C", "C", "C", "A", "C", "C", "C"),
     ("Best option: (D)", "D", "B", "D", "D", "D", "D", "D", "D"),
     ("The answer is B because A is wrong", "A", "B", "B", "B", "B", "B", "A", "B"),
-    ("It must be D, not A", "A", "D", "D", "D", "D", "A", "A", ""),
+    ("It must be D, not A", "A", "D", "D", "D", "D", "A", "A", "D"),
     ("a red ball", "", "", "A", "", "", "", "", ""),
     ("Because the kite flies, C", "C", "B", "C", "C", "B", "C", "C", "C"),
     ("The person seems to whisk eggs slowly in the bowl", "", "", "", "", "", "E", "E", "E"),
@@ -136,27 +136,60 @@ CAPTIONS = ("Caption A: a cat runs.", "Caption B: a cat: sleeping.")
 
 
 @pytest.mark.parametrize(
-    ("text", "letter"),
+    ("text", "public", "ours"),
     [
-        ("Caption B: a cat: sleeping.", "B"),
-        ("a cat: sleeping.", "B"),
-        ("Caption A", "A"),
-        ("Caption A.", "A"),
-        ("B", "B"),
-        ("B.", "B"),
-        ("A) a cat runs.", "A"),
-        ("a cat", ""),
-        ("", ""),
+        ("Caption B: a cat: sleeping.", "B", "B"),
+        ("a cat: sleeping.", "B", "B"),
+        ("Caption A", "A", "A"),
+        ("Caption A.", "A", "A"),
+        ("B", "B", "B"),
+        ("B.", "B", "B"),
+        ("A) a cat runs.", "A", "A"),
+        ("B) a cat runs.", "A", ""),  # the letter and the sentence disagree
+        ("**Caption B**", "", "B"),
+        ('"A cat runs"', "", "A"),
+        ("The answer is Caption B.", "", "B"),
+        ("<think>Caption A</think>Caption B", "", "B"),
+        ("<think>Caption A", "", ""),
+        ("Caption A or Caption B", "", ""),
+        ("a cat", "", ""),
+        ("", "", ""),
     ],
 )
-def test_caption_matching(text: str, letter: str) -> None:
-    assert extract.caption(text, CAPTIONS) == letter
+def test_caption_matching(text: str, public: str, ours: str) -> None:
+    assert (extract.exact_caption(text, CAPTIONS), extract.caption(text, CAPTIONS)) == (public, ours)
 
 
 def test_numbered_captions() -> None:
     assert extract.caption("2", ("Option 1: x", "Option 2: y")) == "B"
+    assert extract.exact_caption("2", ("Option 1: x", "Option 2: y")) == "B"
 
 
-@pytest.mark.parametrize(("text", "word"), [(" Yes, it is", "yes"), ("NO.", "no"), ("It is so", ""), ("", "")])
-def test_yes_no(text: str, word: str) -> None:
-    assert extract.yes_no(text) == word
+@pytest.mark.parametrize(
+    ("text", "public", "ours"),
+    [
+        (" Yes, it is", "yes", "yes"),
+        ("NO.", "no", "no"),
+        ("It is so", "", ""),
+        ("", "", ""),
+        ("not sure", "no", ""),
+        ("Nothing of that kind", "no", ""),
+        ("Nobody does", "no", ""),
+        ("No one does", "no", ""),
+        ("No idea", "no", ""),
+        ("Noticeably, yes", "no", ""),
+        ("Yesterday", "yes", ""),
+        ("yes or no", "yes", ""),
+        ("No / yes", "no", ""),
+        ("**No**, there is not", "", "no"),
+        ("“No”。", "", "no"),
+        ("Answer: yes", "", "yes"),
+        ("The answer is **no**", "", "no"),
+        ("<answer>Yes</answer>", "", "yes"),
+        ("<thinking>yes? no?</thinking> yes", "", "yes"),
+        ("◁think▷no", "", ""),
+        ("I think no", "", ""),
+    ],
+)
+def test_yes_no(text: str, public: str, ours: str) -> None:
+    assert (extract.starts_yes_no(text), extract.yes_no(text)) == (public, ours)

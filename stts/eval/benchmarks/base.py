@@ -150,7 +150,8 @@ class Benchmark(ABC):
         wording = self.wording if wording is None else wording
         if "{question}" not in wording:
             raise ValueError(f"wording {wording!r} must hold {{question}}, and {{options}} where there are options")
-        lines = [f"{letter}. {option}" for letter, option in zip(extract.LETTERS, question.options, strict=False)]
+        options = question.options
+        lines = [f"{name}. {text}" for name, text in zip(extract.letters(len(options)), options, strict=True)]
         filled = {"{question}": question.question, "{options}": "\n".join(lines)}
         parts = wording.replace("{options}", "\0{options}\0").replace("{question}", "\0{question}\0").split("\0")
         return "".join(filled.get(part, part) for part in parts)  # never twice: a question may hold "{options}"

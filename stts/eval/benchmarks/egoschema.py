@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from stts.eval.benchmarks.base import Benchmark, Question, check_uids
 from stts.eval.benchmarks.files import Row, find_video, rows_of
-from stts.eval.benchmarks.options import letter_at, unmarked
+from stts.eval.benchmarks.options import letter_at, place_of, unmarked
 from stts.eval.benchmarks.scores import Compat
 from stts.metrics import extract
-from stts.metrics.extract import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,5 +52,4 @@ class EgoSchema(Benchmark):
     def submission(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, int]:
         """Video -> place of the answer, -1 where it cannot be read."""
         check_uids(questions, predictions)
-        letters = {q.doc["video_idx"]: self.parse(predictions[q.uid], q) for q in questions}
-        return {video: LETTERS.index(letter) if letter else -1 for video, letter in letters.items()}
+        return {q.doc["video_idx"]: place_of(self.parse(predictions[q.uid], q), q.options) for q in questions}

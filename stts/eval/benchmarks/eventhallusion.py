@@ -4,18 +4,19 @@ The current release answers "no" in two of its three files and "yes" in the thir
 scores about half: read `macro` (the mean of the splits) and `yes_rate` next to `acc`. `Loaded.files` names the release.
 
 **Differs:** the older `mix_questions.json` is read as interleave and its ids renamed; its description task needs a
-judge and is not here."""
+judge and is not here. "Not sure" and "nothing" are no answer; the release's rule, text that begins with "no", pays on
+two of the three files (scoring "official")."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stts.eval.benchmarks.base import YES_NO_CUE, Benchmark, Question
 from stts.eval.benchmarks.files import Row, find_video, rows_of
-from stts.eval.benchmarks.scores import Scored
+from stts.eval.benchmarks.scores import Compat, Scored
 from stts.metrics import extract
 
 SPLITS = ("entire", "interleave", "misleading")
@@ -30,6 +31,7 @@ class EventHallusion(Benchmark):
     )
     wording = f"{{question}}\n{YES_NO_CUE}"
     primary = "split"
+    compat: ClassVar = {"official": Compat(extract.starts_yes_no)}
 
     def rows(self, root: Path) -> Iterable[Row]:
         for split in SPLITS:

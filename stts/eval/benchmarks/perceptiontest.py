@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 from stts.eval.benchmarks.base import Benchmark, Question, check_uids
 from stts.eval.benchmarks.files import Row, find_video, rows_of
-from stts.eval.benchmarks.options import letter_at
+from stts.eval.benchmarks.options import letter_at, place_of
 from stts.eval.benchmarks.scores import Compat
 from stts.metrics import extract
-from stts.metrics.extract import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,5 +53,5 @@ class PerceptionTest(Benchmark):
         for question in questions:
             letter = self.parse(predictions[question.uid], question)
             kept = {key: question.doc[key] for key in ("video_name", "question", "question_id")}
-            found.append({**kept, "pred_id": LETTERS.index(letter) if letter else -1})
+            found.append({**kept, "pred_id": place_of(letter, question.options)})
         return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stts.metrics.accuracy import accuracy, effective_number
-from stts.metrics.extract import LETTERS, Rule
+from stts.metrics.extract import Rule, letters
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ def apply_compat(compat: Compat, text: str, options: Sequence[str], uid: str) ->
     """(answer, counted) as that scorer has them."""
     parsed = compat.rule(text, options)
     if not parsed and compat.unparsed == "guessed":
-        return random.Random(uid).choice(LETTERS[: len(options)]), True
+        return random.Random(uid).choice(letters(len(options))), True
     left_out = compat.unparsed == "dropped" or (compat.unparsed == "empty dropped" and not text)
     return parsed or None, bool(parsed) or not left_out

@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from stts.eval.benchmarks.base import LETTER_CUE, YES_NO_CUE, Benchmark, Question, check_uids
 from stts.eval.benchmarks.files import Row, find_video, rows_of
-from stts.eval.benchmarks.options import checked_letter, split_inline
+from stts.eval.benchmarks.options import checked_letter, place_of, split_inline
 from stts.eval.benchmarks.scores import Compat, Scored, Scores, common_metrics, grouped
 from stts.metrics import extract
-from stts.metrics.extract import LETTERS
 
 Judge = Callable[[str], bool]
 """Says whether the answer in a prompt is right; see `Captioning`."""
@@ -67,6 +66,7 @@ class MultiChoice(TempCompass):
 class YesNo(TempCompass):
     folder = "yes_no"
     wording = f"{{question}}\n{YES_NO_CUE}"
+    compat: ClassVar = {"official": Compat(extract.starts_yes_no)}
 
     def options_of(self, row: Row) -> tuple[tuple[str, ...], str]:
         answer = extract.yes_no(row.text("answer"))
@@ -83,9 +83,10 @@ class CaptionMatching(TempCompass):
 
     folder = "caption_matching"
     wording = f"{{question}}\n{_BEST}"
+    compat: ClassVar = {"official": Compat(extract.exact_caption)}
 
     def options_of(self, row: Row) -> tuple[tuple[str, ...], str]:
-        lines = tuple(line.strip() for line in row.text("question").splitlines()[1:] if ": " in line)
+        lines = tuple(line.strip() for line in row.text("question").split("\n")[1:] if ": " in line)
         answer = extract.caption(row.text("answer"), lines)
         if not answer:
             raise ValueError(f"answer {row.text('answer')!r} is none of the options {list(lines)}")
@@ -109,7 +110,7 @@ class Captioning(TempCompass):
 
     def judge_prompt(self, question: Question, text: str) -> str:
         assert question.answer is not None
-        right = question.options[LETTERS.index(question.answer)]
+        right = question.options[place_of(question.answer, question.options)]
         return (
             f"Description of a video:\n{text}\n\nQuestion about the same video:\n{question.doc['mc_question']}\n\n"
             f"Does the description alone lead to the answer {question.answer}. {right}? {YES_NO_CUE}"

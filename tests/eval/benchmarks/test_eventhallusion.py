@@ -33,6 +33,9 @@ def test_both_releases(tmp_path: Path, older: bool) -> None:
     assert (found.headline, found.metrics["yes_rate"], found.metrics["parse_failures"]) == (0.5, 0.5, 1)
     assert accs(found, "split") == {"entire": 0.5, "interleave": 1.0, "misleading": 0.0}
     assert found.metrics["macro"] == 0.5
+    unsure = ["Not sure", "Nothing", "**No**", "<think>no</think>"]
+    assert score("eventhallusion", questions, unsure).metrics["parse_failures"] == 3
+    assert score("eventhallusion", questions, unsure, "official").metrics["parse_failures"] == 2
 
 
 def test_errors(tmp_path: Path) -> None:

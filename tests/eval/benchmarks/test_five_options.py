@@ -33,7 +33,7 @@ def test_egoschema_subset(tmp_path: Path) -> None:
     assert [q.options for q in questions] == [tuple(OPTIONS)] * 3 and [q.answer for q in questions] == ["E", "A", "B"]
     answers = ["They whisk eggs slowly", "It must be D, not A", "b."]
     found = score("egoschema_subset", questions, answers)
-    assert found.headline == found.metrics["score"] == pytest.approx(2 / 3) and found.metrics["parse_failures"] == 1
+    assert found.headline == found.metrics["score"] == pytest.approx(2 / 3) and found.scored[1].parsed == "D"
     # the first has 4 words and so is a guess there; "D, not A": the first of the last occurrences is A's " A "
     theirs = score("egoschema_subset", questions, answers, "lmms-eval")
     assert theirs.scored[1].correct and theirs.metrics["parse_failures"] == 0
