@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -139,8 +139,9 @@ class Adapter(Protocol):
         """Blocks whose outputs the connector reads, in its order."""
         ...
 
-    def doors(self) -> tuple[nn.Module, nn.Module]:
-        """The first module that runs in the tower, and the connector's that makes the features of the prompt."""
+    def timed_modules(self) -> tuple[nn.Module, nn.Module]:
+        """The two modules that timers hook: the first of the tower, and the connector's that makes the features of the
+        prompt."""
         ...
 
     def tower_attention(self) -> nn.Module:
@@ -153,11 +154,14 @@ class Adapter(Protocol):
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Placed:
-        """Put features into the prompt: `kwargs` get full-length `inputs_embeds`, zeros where a group was dropped.
+    ) -> tuple[dict[str, Any], Placed]:
+        """Put features into the prompt, and say what lies where.
 
-        `kept` holds the kept cells of each video, None: all. Features lie in the order they come in, on the kept
-        cells in increasing order."""
+        kwargs: arguments of the forward call, left as they are. kept: cells kept of each video, None: all. Features
+        lie in the order they come in, on the kept cells in increasing order.
+
+        Returns the arguments that replace those of the call: full-length `inputs_embeds` (B, L, d), zeros where a group
+        was dropped, `input_ids=None`, and what the stock code would have computed from the ids."""
         ...
 
 
@@ -209,6 +213,35 @@ class Placed:
             tuple(feature.repeat(times, 1) for feature in self.early),
             early_V,
         )
+
+
+def embeds_of(kwargs: Mapping[str, Any], inner: Any) -> Tensor:
+    """Embeddings (B, L, d) of a forward call's prompt. ValueError unless it got `input_ids` or `inputs_embeds`, one."""
+    input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if (input_ids is None) == (x_BLd is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    embeds: Tensor = inner.get_input_embeddings()(input_ids) if x_BLd is None else x_BLd
+    return embeds
+
+
+def check_placeholders(kind: str, places: int, filled: int) -> None:
+    """ValueError unless the prompt has as many placeholders of this kind ("image", "video") as features fill."""
+    if places != filled:
+        raise ValueError(
+            f"the prompt has {places} {kind} placeholders, the {kind} input fills {filled}; build both with the same "
+            "processor call (`load_vlm` gives the processor the layout of the model's videos) and do not truncate the "
+            "prompt"
+        )
+
+
+def as_block(layer: nn.Module) -> Block:
+    """A SigLIP-like layer, which hands its `attention_mask` on untouched, as a `Block`."""
+
+    def block(x: Tensor, mask: Any) -> Tensor:
+        y: Tensor = layer(x, None) if mask is None else layer(x[None], mask)[0]
+        return y
+
+    return block
 
 
 @functools.cache

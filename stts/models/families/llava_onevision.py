@@ -23,7 +23,17 @@ from transformers import PreTrainedModel
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from stts.data.video.stream import StreamedPixels
-from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.base import (
+    Block,
+    Connected,
+    Placed,
+    TowerInput,
+    TowerOutput,
+    Visual,
+    as_block,
+    check_placeholders,
+    embeds_of,
+)
 from stts.models.families.llava_layout import STOCK, VideoLayout
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -41,14 +51,6 @@ def pooling_cells(side: int, layout: VideoLayout = STOCK) -> tuple[Tensor, Tenso
     order_PW = torch.where(weight_PW > 0, patch_PW, side * side).argsort(dim=1)  # patches of a cell in reading order
     weight_PW, patch_PW = weight_PW.gather(1, order_PW), patch_PW.gather(1, order_PW)
     return torch.where(weight_PW > 0, patch_PW, -1), weight_PW
-
-
-def _as_block(layer: nn.Module) -> Block:
-    def block(x: Tensor, mask: Any) -> Tensor:
-        y: Tensor = layer(x, None) if mask is None else layer(x[None], mask)[0]
-        return y
-
-    return block
 
 
 class LlavaOnevision:
@@ -155,7 +157,7 @@ class LlavaOnevision:
         return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
 
     def blocks(self) -> Sequence[Block]:
-        return [_as_block(layer) for layer in self.inner.vision_tower.encoder.layers]
+        return [as_block(layer) for layer in self.inner.vision_tower.encoder.layers]
 
     def taps(self) -> tuple[int, ...]:
         depth = self.config.vision_config.num_hidden_layers
@@ -164,7 +166,7 @@ class LlavaOnevision:
         # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i - 1
         return tuple((layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers)
 
-    def doors(self) -> tuple[nn.Module, nn.Module]:
+    def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.inner.vision_tower.embeddings, self.inner.multi_modal_projector
 
     def tower_attention(self) -> nn.Module:
@@ -222,13 +224,10 @@ class LlavaOnevision:
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Placed:
-        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (input_ids is None) == (x_BLd is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if x_BLd is None:
-            x_BLd = self.inner.get_input_embeddings()(input_ids)
-        image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
+    ) -> tuple[dict[str, Any], Placed]:
+        x_BLd = embeds_of(kwargs, self.inner)
+        masks = self.inner.get_placeholder_mask(kwargs.get("input_ids"), inputs_embeds=x_BLd)
+        image_BL, video_BL = (mask.squeeze(-1) for mask in masks)
         newline = self.inner.image_newline[None]
         nothing = torch.zeros(0, dtype=torch.long, device=x_BLd.device)
         rows, flags, cells, numbers = [newline[:0]], [video_BL.new_zeros(0)], [nothing], [nothing]
@@ -246,23 +245,15 @@ class LlavaOnevision:
             numbers.append(torch.where(cell_P >= 0, video, -1))
         images = [newline[:0], *connected.images]
         for kind, mask_BL, parts in (("image", image_BL, images), ("video", video_BL, flags)):
-            places, filled = int(mask_BL.sum()), sum(map(len, parts))
-            if places != filled:
-                raise ValueError(
-                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {filled}; build both "
-                    "with the same processor call (`load_vlm` gives the processor the layout of the model's videos) "
-                    "and do not truncate the prompt"
-                )
+            check_placeholders(kind, int(mask_BL.sum()), sum(map(len, parts)))
         keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
         place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
         if any(index_K is not None for index_K in kept):
             x_BLd = x_BLd.masked_fill(~keep_BL[..., None], 0)
         # only what stays is written: an hour of video has a long prompt and few survivors
         x_Nd = x_BLd.flatten(0, 1).index_copy(0, place_V, torch.cat([*images, *rows]).to(x_BLd))
-        x_BLd = x_Nd.view_as(x_BLd)
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_BLd
         none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
-        return Placed(
+        return {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}, Placed(
             keep_BL,
             none_BL.masked_scatter(video_BL, torch.cat(numbers)),
             none_BL.masked_scatter(video_BL, torch.cat(cells)),

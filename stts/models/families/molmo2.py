@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stts.models.families.attention import stock_name
-from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.base import (
+    Block,
+    Connected,
+    Placed,
+    TowerInput,
+    TowerOutput,
+    Visual,
+    as_block,
+    check_placeholders,
+    embeds_of,
+)
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
@@ -34,14 +44,6 @@ def pooling_windows(height: int, width: int) -> Tensor:
     padding = (left // 2, left - left // 2, top // 2, top - top // 2)
     patches = F.pad(torch.arange(height * width).view(height, width), padding, value=-1)
     return patches.unfold(0, POOL, POOL).unfold(1, POOL, POOL).flatten(2).flatten(0, 1)
-
-
-def _as_block(layer: nn.Module) -> Block:
-    def block(x: Tensor, mask: Any) -> Tensor:
-        y: Tensor = layer(x, None) if mask is None else layer(x[None], mask)[0]
-        return y
-
-    return block
 
 
 class Molmo2:
@@ -179,13 +181,13 @@ class Molmo2:
         return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
 
     def blocks(self) -> Sequence[Block]:
-        return [_as_block(layer) for layer in self.inner.vision_tower.layers]
+        return [as_block(layer) for layer in self.inner.vision_tower.layers]
 
     def taps(self) -> tuple[int, ...]:
         depth = self.config.vision_config.num_hidden_layers
         return tuple(layer % depth for layer in self.config.adapter_config.vision_feature_layer)
 
-    def doors(self) -> tuple[nn.Module, nn.Module]:
+    def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.inner.vision_tower.patch_embedding, self.inner.multi_modal_projector
 
     def tower_attention(self) -> nn.Module:
@@ -212,16 +214,13 @@ class Molmo2:
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Placed:
-        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (input_ids is None) == (x_BLd is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        embed, patch = self.inner.get_input_embeddings(), self.config.image_patch_id
-        if x_BLd is None:
-            x_BLd = embed(input_ids)
-            place_BL = input_ids == patch
+    ) -> tuple[dict[str, Any], Placed]:
+        x_BLd, input_ids, patch = embeds_of(kwargs, self.inner), kwargs.get("input_ids"), self.config.image_patch_id
+        if input_ids is None:
+            patch_d = self.inner.get_input_embeddings()(torch.tensor(patch, device=x_BLd.device))
+            place_BL = (x_BLd == patch_d).all(-1)
         else:
-            place_BL = (x_BLd == embed(torch.tensor(patch, device=x_BLd.device))).all(-1)
+            place_BL = input_ids == patch
         num_image_tokens, device = sum(map(len, connected.images)), x_BLd.device
         rows = [x_BLd.new_zeros(0, x_BLd.shape[-1]), *connected.images]
         flags = [torch.ones(num_image_tokens, dtype=torch.bool, device=device)]
@@ -237,21 +236,19 @@ class Molmo2:
             flags.append(keep)
             numbers.append(torch.full((grid.num_groups,), video, device=device))
             cells.append(torch.arange(grid.num_groups, device=device))
-        features, places = torch.cat([x.to(x_BLd) for x in rows]), int(place_BL.sum())
-        if places != len(features):
-            raise ValueError(
-                f"the prompt has {places} placeholders, the visual input fills {len(features)}; "
-                "build both with the same processor call and do not truncate the prompt"
-            )
+        features = torch.cat([x.to(x_BLd) for x in rows])
+        check_placeholders("visual", int(place_BL.sum()), len(features))
         none_BL = torch.full_like(place_BL, -1, dtype=torch.long)
-        kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = x_BLd + torch.zeros_like(x_BLd).masked_scatter(place_BL[..., None], features)
-        # `Prompt` has the 2-D mask; a ready 4-D one keeps the stock code from making one for the full prompt
-        kwargs["attention_mask"] = x_BLd.new_zeros(1, 1, 1, 1)
+        arguments = {
+            "input_ids": None,
+            "inputs_embeds": x_BLd + torch.zeros_like(x_BLd).masked_scatter(place_BL[..., None], features),
+            # `Prompt` has the 2-D mask; a ready 4-D one keeps the stock code from making one for the full prompt
+            "attention_mask": x_BLd.new_zeros(1, 1, 1, 1),
+        }
         kinds_BL = kwargs.get("mm_token_type_ids")
         if kinds_BL is not None and len(kinds_BL) != len(x_BLd):  # beams: once per row
             kinds_BL = kinds_BL[:: len(kinds_BL) // len(x_BLd)]
-        return Placed(
+        return arguments, Placed(
             torch.ones_like(place_BL).masked_scatter(place_BL, torch.cat(flags)),
             none_BL.masked_scatter(place_BL, torch.cat(numbers)),
             none_BL.masked_scatter(place_BL, torch.cat(cells)),

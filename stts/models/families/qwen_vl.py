@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
-from stts.models.families.base import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.base import (
+    Block,
+    Connected,
+    Placed,
+    TowerInput,
+    TowerOutput,
+    Visual,
+    check_placeholders,
+    embeds_of,
+)
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -153,7 +162,7 @@ class QwenVision:
         """One per tap; the last makes the features of the prompt, those before it go to early LLM layers."""
         return [self.tower.merger]
 
-    def doors(self) -> tuple[nn.Module, nn.Module]:
+    def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.tower.patch_embed, self.mergers()[-1]
 
     def tower_attention(self) -> nn.Module:
@@ -182,23 +191,14 @@ class QwenVision:
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]
-    ) -> Placed:
-        input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (input_ids is None) == (x_BLd is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if x_BLd is None:
-            x_BLd = self.inner.get_input_embeddings()(input_ids)
-        image_BL, video_BL = (m.squeeze(-1) for m in self.inner.get_placeholder_mask(input_ids, inputs_embeds=x_BLd))
+    ) -> tuple[dict[str, Any], Placed]:
+        x_BLd = embeds_of(kwargs, self.inner)
+        masks = self.inner.get_placeholder_mask(kwargs.get("input_ids"), inputs_embeds=x_BLd)
+        image_BL, video_BL = (mask.squeeze(-1) for mask in masks)
         counts = [grid.num_groups for grid in visual.grids]
         tiles = [t * h * w // self.side**2 for t, h, w in visual.image_args["images"]]
         for kind, mask_BL, number in (("image", image_BL, sum(tiles)), ("video", video_BL, sum(counts))):
-            if (places := int(mask_BL.sum())) != number:
-                raise ValueError(
-                    f"the prompt has {places} {kind} placeholders, the {kind} input fills {number}; "
-                    "build both with the same processor call and do not truncate the prompt"
-                )
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = self._positions(kwargs, x_BLd, visual)
+            check_placeholders(kind, int(mask_BL.sum()), number)
         device = x_BLd.device
         cell_G = torch.cat([torch.arange(0), *map(torch.arange, counts)]).to(device)
         video_G = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long)).to(device)
@@ -214,8 +214,10 @@ class QwenVision:
 
         x_Nd = x_BLd.masked_fill(~keep_BL[..., None], 0).flatten(0, 1)
         x_Nd = x_Nd.index_copy(0, place_V, flat(connected.images, connected.videos))
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, x_Nd.view_as(x_BLd)
-        return Placed(
+        arguments: dict[str, Any] = {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}
+        if kwargs.get("position_ids") is None:
+            arguments["position_ids"] = self._positions(kwargs, x_BLd, visual)
+        return arguments, Placed(
             keep_BL,
             none_BL.masked_scatter(video_BL, video_G),
             none_BL.masked_scatter(video_BL, cell_G),

@@ -373,7 +373,9 @@ class Pruning:
         layers = [(x[0], tuple(y[:num_videos])) for x, y in zip(connected.early, early, strict=True)]
         newlines = ([stage.newlines for stage in (*self._vit, *self._pre_llm)] or ["all"])[-1]
         shown = replace(connected, videos=tuple(features[:num_videos]), early=tuple(layers), newlines=newlines)
-        placed = self.adapter.merge(kwargs, shown, replace(seen, grids=seen.grids[:num_videos]), now.cells[:num_videos])
+        real, cells = replace(seen, grids=seen.grids[:num_videos]), now.cells[:num_videos]
+        arguments, placed = self.adapter.merge(kwargs, shown, real, cells)
+        kwargs = kwargs | arguments
         if blank:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(layer[0].sum() for layer in [features, *early])
         if expand > 1:

@@ -83,7 +83,7 @@ class Phases:
     def __enter__(self) -> Phases:
         if self._handles or self._marks:
             raise ValueError("this Phases was used already; make a new one per call of generate")
-        tower, connector = self._adapter.doors()
+        tower, connector = self._adapter.timed_modules()
         first = {"prepend": True}  # before a Pruning's own hook on the same module, whichever was put on earlier
         self._handles = [
             self._adapter.inner.register_forward_pre_hook(lambda *_: self._switch("connect"), **first),

@@ -74,7 +74,7 @@ def test_time_goes_to_the_phase_it_was_spent_in(case: tuple[Any, dict[str, Any]]
     """Each phase made slow in turn by a pause inside it, before or after the Pruning is attached."""
     model, inputs = case
     pruning = stts.pruning(model, "visionzip", retention_ratio=0.5)
-    tower, connector = pruning.adapter.doors()
+    tower, connector = pruning.adapter.timed_modules()
     stage = type(pruning.pruner.stages[0])
     places = {"vit": tower, "connect": connector, "prefill": pruning.adapter.language_model.layers[0]}
     for name, module in places.items():
