@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from stts.data.collate import Batch
+from stts.files import staged
 from stts.report.overlay import draw_overlay
 
 
@@ -41,10 +41,8 @@ class Overlays(pl.Callback):
             return  # nothing was shown in this batch; the next picture comes in its turn
         frames = first_frames(batch.inputs, pl_module.processor.video_processor)
         picture = draw_overlay(frames, report, title=f"step {step}   {batch.video_uids[0]}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step-{step:08d}.png"
-        picture.save(file.with_suffix(".tmp"), format="png")
-        os.replace(file.with_suffix(".tmp"), file)
+        with staged(self.folder / f"step-{step:08d}.png") as file:
+            picture.save(file, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("overlay", [picture])

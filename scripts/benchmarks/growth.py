@@ -38,6 +38,7 @@ import stts
 from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
+from stts.files import staged
 from stts.metrics.cost import VideoCost, VlmShape, video_cost
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
@@ -217,8 +218,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Cost of one video by frames, half of the tokens kept ({content['device']}, float32)", fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with staged(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _y_axis(axes: Axes, log: bool) -> None:

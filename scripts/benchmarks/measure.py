@@ -18,6 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler announc
 import torch
 
 import stts
+from stts.files import write_whole
 from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.pruning.report import cost_of
 
@@ -154,7 +155,4 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Whole or not at all; nothing for None."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -21,7 +21,6 @@ left empty. The loss of the dense ways without padding must agree; the padded on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import write_json
 
 import stts
 from stts.budget import plan
@@ -191,10 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row.way:20}{row.batches:>8}{row.seconds:>9.2f}{row.samples_per_s:>11.2f}{row.ratio:>7.2f}"
             f"{row.waste:>8.1%}{row.unfilled:>10.1%}{row.loss:>9.4f}"
         )
-    if args.json is not None:
-        args.json.write_text(
-            json.dumps({"device": str(device), "rows": [asdict(row) for row in made]}, indent=2) + "\n"
-        )
+    write_json(args.json, {"device": str(device), "rows": [asdict(row) for row in made]})
     return 0
 
 

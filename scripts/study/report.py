@@ -20,6 +20,7 @@ from steps import Step, Study
 from stts.data.shapes.scene import OPTIONS
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Row
+from stts.files import write_whole
 from stts.metrics.accuracy import paired_difference
 
 NOT_RUN = "not run"
@@ -39,7 +40,7 @@ def write_report(study: Study, out: Path) -> Path:
         links = (path.relative_to(out) for path in others)
         shown = [f"* [{link.stem if link.stem != 'README' else link.parent}]({link})" for link in links]
         parts.append("## Also here\n\n" + "\n".join(shown))
-    _write(out / "README.md", ("\n\n".join(parts) + "\n").encode())
+    write_whole(out / "README.md", "\n\n".join(parts) + "\n")
     return out / "README.md"
 
 
@@ -54,13 +55,6 @@ range."""
 
 def _read(path: Path) -> ComparisonResult | None:
     return ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -171,7 +165,7 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
         "matters where tokens are few ([reading](reading.md))."
     )
     if frozen is not None:
-        _write(out / "retention.png", _plot_retention(study, results))
+        write_whole(out / "retention.png", _plot_retention(study, results))
         text += "\n\n![accuracy over retention](retention.png)"
     steps = [*_steps(study, "finetune"), *_steps(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
     return _section("Accuracy at equal tokens", text, _table(["method", *map(str, ratios)], rows), steps)
@@ -308,7 +302,7 @@ def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: 
         f"`{study.long}` goes on from the elastic model, on clips of {max(frames)} frames at the tokens of 16."
     )
     if any(frozen):
-        _write(out / "scaling.png", _plot_scaling(frames, lines))
+        write_whole(out / "scaling.png", _plot_scaling(frames, lines))
         text += "\n\n![accuracy over frames](scaling.png)"
     rows = [[name, *map(_percent, found)] for name, found in lines.items()]
     for title, rival in (("dense", "frozen"), ("dense, fine-tuned likewise,", "likewise")):

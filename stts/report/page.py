@@ -7,11 +7,11 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stts.files import write_whole
 from stts.report.run_data import run_data
 
 _ASSETS = Path(__file__).parents[1] / "assets" / "report"
@@ -41,21 +41,9 @@ def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
     if num_samples < 0:
         raise ValueError(f"--samples {num_samples} must be 0 or more")
     made = [run_data(run, num_samples) for run in runs]
-    return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in made)), made))
-
-
-def write_whole(out: Path, page: str) -> Path:
-    out = Path(out)
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
-    return out
+    return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in made)), made))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,9 @@ from stts.data.rows import Message, Sample
 from stts.data.video.files import read_video
 from stts.eval.answering.method import make_runners
 from stts.eval.results.table import DENSE, Cell
+from stts.files import staged, write_whole
 from stts.models.checkpoints.load import load_vlm, pruner_settings, recorded_pruner
-from stts.report.page import render_page, write_whole
+from stts.report.page import render_page
 from stts.report.run_data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.tokens import Grid
 
@@ -233,16 +233,11 @@ def write_view(view: View, out: Path) -> Path:
     """Write the file whose kind its name says; whole or not at all."""
     if out.suffix == ".html":
         return write_whole(out, draw_page(view))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with staged(out) as part:
         if out.suffix == ".png":
             draw_sheet(view).save(part, "PNG")
         else:
             draw_film(view, part)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     return out
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from stts.data.shapes.clips import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
+from stts.files import staged, write_whole
 
 Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"
@@ -100,7 +98,8 @@ def write_shapes(
                 clip = make_clip(seed, split, index, config)
                 name = f"{split}/{clip.uid}{suffix}"
                 if not (out / name).exists():
-                    _write_whole(out / name, partial(write, clip))
+                    with staged(out / name) as part:
+                        write(clip, part)
                 families = [one.family for one in clip.questions]
                 for place, one in enumerate(clip.questions):
                     turn = families[: place + 1].count(one.family)
@@ -110,7 +109,7 @@ def write_shapes(
                 bar.update()
             for file, rows in ((f"{split}.jsonl", single), (f"{split}_conversations.jsonl", whole)):
                 text = "".join(json.dumps(row) + "\n" for row in rows)
-                _write_whole(out / file, partial(_save_text, text))
+                write_whole(out / file, text)
     return out
 
 
@@ -132,22 +131,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2) + "\n"
-        _write_whole(manifest, partial(_save_text, text))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
-
-
-def _save_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+        write_whole(manifest, text)
 
 
 def _save_pictures(clip: Clip, path: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from stts.eval.answering.kept_tokens import FOLDER
 from stts.eval.answering.ranks import Ranks
+from stts.files import write_whole
 
 RESULT = "comparison.json"
 """Of `stts compare`."""
@@ -250,12 +251,3 @@ def _writing(out: Path) -> Iterator[None]:
             f"--out {out}: cannot write {error.filename or 'a file there'} ({error.strerror}); nothing half-written is "
             f"left. Make room (or check the rights), then {_AGAIN}"
         ) from error
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

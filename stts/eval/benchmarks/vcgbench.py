@@ -16,6 +16,7 @@ from pathlib import Path
 from stts.eval.benchmarks.base import Benchmark, Question, check_uids
 from stts.eval.benchmarks.files import Row, find_video, rows_of
 from stts.eval.benchmarks.scores import Scores
+from stts.files import write_whole
 
 Judge = Callable[[str], int | None]
 """Rating 0 to 5 for a prompt; None where it could give none."""
@@ -72,7 +73,7 @@ class VCGBench(Benchmark):
             {"uid": q.uid, "question": q.question, "answer": q.answer, "prediction": predictions[q.uid]}
             for q in questions
         ]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def score(
         self,

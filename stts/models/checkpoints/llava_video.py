@@ -8,9 +8,7 @@ its tower, no processor. Its parts are those of LLaVA-OneVision, so one conversi
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stts.files import new_folder
 from stts.models.families.llava_layout import Pool, VideoLayout
 
 SO400M: Mapping[str, Any] = {
@@ -98,8 +97,15 @@ def convert_llava_video(
     The folder appears whole or not at all. ValueError: `out` is not empty, `folder` holds another model or no
     tokenizer, or a tensor is missing, unknown or of another shape."""
     folder, out = Path(folder), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one or remove it")
+    with new_folder(out) as part:
+        model, config, tokenizer = _converted(folder, pool, vision_config)
+        model.save_pretrained(part)
+        _processor(config, tokenizer).save_pretrained(part)
+    return out
+
+
+def _converted(folder: Path, pool: Pool, vision_config: Mapping[str, Any]) -> tuple[Any, Any, PreTrainedTokenizerBase]:
+    """The stock model with the weights of `folder`, its config and its tokenizer."""
     original = _original_config(folder)
     tokenizer = _tokenizer(folder, original["vocab_size"])
     config = _config(original, vision_config, tokenizer)
@@ -111,15 +117,7 @@ def convert_llava_video(
     _fill(model, folder, vision_config["num_hidden_layers"])
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        staged = Path(scratch) / out.name
-        model.save_pretrained(staged)
-        _processor(config, tokenizer).save_pretrained(staged)
-        if out.exists():
-            out.rmdir()
-        os.replace(staged, out)
-    return out
+    return model, config, tokenizer
 
 
 def _original_config(folder: Path) -> dict[str, Any]:

@@ -10,9 +10,6 @@ and the name of the base whose weights it needs.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from stts.files import staged
 from stts.models.checkpoints.card import model_card
 from stts.models.families.base import check_family, check_transformers, host_info
 from stts.models.families.llava_layout import VideoLayout, lay_out
@@ -174,13 +172,11 @@ def save_pruned(
     "scorer.<name>"."""
     given = None if tensors is None else {part: _below(part, tensors) for part in ("model", "scorer")}
     path, base = Path(path), absolute(model.name_or_path if base is None else base)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        staged = Path(scratch) / "new"
-        staged.mkdir()
+    with staged(path) as part:
+        part.mkdir()
         if not scorer_only:
-            model.save_pretrained(staged, state_dict=None if given is None else given["model"])
-            processor.save_pretrained(staged)
+            model.save_pretrained(part, state_dict=None if given is None else given["model"])
+            processor.save_pretrained(part)
         if pruning is not None and pruning.name is not None and pruning.pruner.stages:
             settings = {
                 "pruner": pruning.name,
@@ -193,16 +189,12 @@ def save_pruned(
             }
             if pruning.retention_trained is not None:
                 settings["retention_trained"] = dict(pruning.retention_trained)
-            (staged / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-            (staged / CARD_FILE).write_text(model_card(settings, pruning.pruner, scorer_only=scorer_only))
+            (part / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            (part / CARD_FILE).write_text(model_card(settings, pruning.pruner, scorer_only=scorer_only))
             if pruning.module is not None:
                 state = pruning.module.state_dict() if given is None else given["scorer"]
                 state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-                save_file(state, staged / WEIGHTS_FILE)
-        if path.exists():
-            os.replace(path, Path(scratch) / "old")
-        os.replace(staged, path)
-        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+                save_file(state, part / WEIGHTS_FILE)
     return path
 
 

@@ -8,7 +8,6 @@ larger frames), and a real checkpoint takes its place by changing one line.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from stts.data.shapes.clips import vocabulary
+from stts.files import new_folder
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
@@ -72,20 +72,13 @@ def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **siz
     """
     config = config or SmallVlmConfig(**sizes)
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        staged = Path(scratch) / out.name
+    with new_folder(out) as part:
         processor = _processor(config)
         model = _model(config, processor.tokenizer)
         if config.start is not None:
             _begin_with(model, processor.tokenizer, config.start)
-        model.save_pretrained(staged)
-        processor.save_pretrained(staged)
-        if out.exists():
-            out.rmdir()
-        os.replace(staged, out)
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
     return out
 
 
