@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator, Step
 from stts.data.datasets import Example, Skipped
 from stts.data.mixture import Mixture
+from stts.data.rows import OnError
 from stts.packing.pack import pack_samples
 
 _WINDOW = 1024  # shuffled samples packed together, and as many more for every 32 ranks: first-fit is quadratic
@@ -22,12 +24,12 @@ _WINDOW = 1024  # shuffled samples packed together, and as many more for every 3
 class Collate:
     """A batch from items, also when every one of them was skipped; picklable for loader workers."""
 
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, on_error: OnError = "raise") -> None:
+        self.collator, self.on_error = collator, on_error
 
     def __call__(self, items: Items) -> Batch:
-        skipped = [item for item in items if isinstance(item, Skipped)]
-        return self.collator(items) or self.collator.blank(skipped)
+        batch, skipped = make_batch(self.collator, items, self.on_error)
+        return batch or self.collator.blank(skipped)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class VideoData(pl.LightningDataModule):
         sampler: which frames of a video are read (see stts/data/video/samplers.py).
         num_frames: at most so many frames per video.
         max_fps: upper bound on frames per second of video.
-        on_error: 'raise' stops at a broken file, 'skip' counts and lists it.
+        on_error: 'raise' stops at a sample that cannot be used (a broken file, text or picture beyond a limit), 'skip'
+            counts and lists it.
         timeout_s: seconds one sample's files may take to read before they count as broken; null: no limit.
         cache_gib: memory per rank, in GiB, for decoded frames that later epochs read again; 0: none.
         shapes: form of the clips (kind 'shapes').
@@ -85,6 +86,7 @@ class VideoData(pl.LightningDataModule):
             raise ValueError("data.kind=shapes has samples of one length; use data.batch_size, not data.max_tokens")
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
         self.num_workers, self.seed, self.num_frames, self.max_fps = num_workers, seed, num_frames, max_fps
+        self.on_error: OnError = on_error
         self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
         self._told = 0, 0  # look-ups in the frame cache and hits, of the epochs that were reported
         self.sources: list[Source] = []
@@ -150,7 +152,13 @@ class VideoData(pl.LightningDataModule):
         assert self.trainer is not None
         per_step = self.trainer.accumulate_grad_batches
         loader = ResumableLoader(
-            self.train_data, order, Collate(collator), self.num_workers, per_step, self._tell, self.cache is not None
+            self.train_data,
+            order,
+            Collate(collator, self.on_error),
+            self.num_workers,
+            per_step,
+            self._tell,
+            self.cache is not None,
         )
         if not len(loader):
             raise ValueError(
@@ -181,7 +189,7 @@ class VideoData(pl.LightningDataModule):
         return DataLoader(
             self.val_data,
             batch_sampler=order.batches(0),
-            collate_fn=Collate(self._collator()),
+            collate_fn=Collate(self._collator(), self.on_error),
             num_workers=self.num_workers,
             worker_init_fn=_outlive_sigterm,
         )
@@ -202,7 +210,7 @@ class VideoData(pl.LightningDataModule):
         module: Any = self.trainer.lightning_module
         counts = range(1, self.num_frames + 1) if self.max_fps is not None else [self.num_frames]
         tokens = {count: module.tokens_per_video(count) for count in counts}
-        pieces = _TokenCounts(samples, collator, tokens, self.num_frames, self.max_fps)
+        pieces = _TokenCounts(samples, collator, tokens, self.num_frames, self.max_fps, self.on_error)
         num_workers = self.num_workers if len(pieces) > 1 else 0
         counted = []
         for piece in DataLoader(pieces, batch_size=None, num_workers=num_workers):

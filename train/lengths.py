@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
 from stts.data.collate import Collator
-from stts.data.rows import Sample, Samples
+from stts.data.rows import OnError, Sample, Samples
 from stts.data.video.samplers import most_frames
 from stts.tokens import Grid
 
@@ -57,6 +57,8 @@ class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
     """By number of frames."""
     num_frames: int
     max_fps: float | None
+    on_error: OnError = "raise"
+    """skip: a sample whose text cannot be counted has length 0; the collator skips it by name."""
 
     def __len__(self) -> int:
         return -(-len(self.samples) // _COUNTED_AT_ONCE)
@@ -70,10 +72,18 @@ class _TokenCounts(Dataset[NDArray[np.int32] | ValueError]):
                     f"sample {pictured!r} has images, whose token count depends on their size; data.max_tokens needs "
                     "rows without: use data.batch_size"
                 )
-            texts = np.asarray(self.collator.num_text_tokens(samples, self.num_frames), np.int32)
+            texts = np.asarray(self._of_texts(samples), np.int32)
         except ValueError as error:
             return error
         return texts + np.asarray([self._of_video(sample) for sample in samples], np.int32)
+
+    def _of_texts(self, samples: list[Sample]) -> list[int]:
+        try:
+            return self.collator.num_text_tokens(samples, self.num_frames)
+        except ValueError:
+            if self.on_error == "raise":
+                raise
+            return [0] if len(samples) == 1 else [self._of_texts([sample])[0] for sample in samples]
 
     def _of_video(self, sample: Sample) -> int:
         """At most, by what the row tells: its `clip`, or `duration` in seconds."""

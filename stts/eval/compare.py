@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stts.budget import check_ratio
+from stts.data.batches import make_batch
 from stts.data.collate import Collator
 from stts.eval.answering.equal_flops import match_flops
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
@@ -192,7 +193,7 @@ def _first_grid(source: Source, collate: Collator, dense: Runner) -> Grid:
     """Of the first video that can be read. ValueError when there is none."""
     assert dense.pruning is not None
     for place in range(len(source)):
-        batch = collate([source[place]])
+        batch, _ = make_batch(collate, [source[place]], source.on_error)
         if batch is not None:
             visual = dense.pruning.adapter.take_visual(dict(batch.inputs))
             assert visual is not None

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
 from stts.eval.answering.kept_tokens import kept_tensors
@@ -148,12 +149,12 @@ class _Batches(Dataset[Any]):
         try:
             items = [self._source[place] for place in places]
             decoded = time.perf_counter()
-            batch = self._collate(items)
+            batch, skipped = make_batch(self._collate, items, self._source.on_error)
         except ValueError as error:
             return error
         end = time.perf_counter()
         ms = {"video": 1000 * (decoded - begin) / len(places), "preprocess": 1000 * (end - decoded) / len(places)}
-        return _Loaded(batch, tuple(item for item in items if isinstance(item, Skipped)), ms)
+        return _Loaded(batch, skipped, ms)
 
 
 def _answer_batch(

@@ -161,17 +161,17 @@ class Source:
         return [asked.key for asked in self.asked]
 
     def __getitem__(self, place: int) -> Example | Skipped:
-        """ValueError, naming the question, for a video that cannot be read, unless on_error is "skip"."""
+        """ValueError, naming the question, for one that cannot be shown or worded, unless on_error is "skip"."""
         key, task, question = self.asked[place].key, self.asked[place].task, self.asked[place].question
+        wording = self.wordings[task.name] if self.prompt == "official" else None
         try:
             video = self.shown(place)
-        except (VideoError, TimeoutError) as error:
+            sample = task.benchmark.sample(question, video.timestamps_s.tolist(), wording)
+        except (ValueError, TimeoutError) as error:
             reason = str(error) or f"{question.video}: not read within {self.timeout_s} s"
             if self.on_error == "raise":
                 raise VideoError(f"sample {key!r}: {reason}") from error
             return Skipped(key, reason)
-        wording = self.wordings[task.name] if self.prompt == "official" else None
-        sample = task.benchmark.sample(question, video.timestamps_s.tolist(), wording)
         return Example(replace(sample, uid=key), video.frames, video.timestamps_s, duration_s=video.duration_s)
 
     def shown(self, place: int) -> Decoded:
