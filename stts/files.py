@@ -32,8 +32,7 @@ def staged(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """`staged` for a folder that must not hold anything yet. ValueError when it does, before anything is written."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        state = "not empty" if path.is_dir() else "a file"
-        raise ValueError(f"{path} exists and is {state}; choose another folder or remove it")
+        raise ValueError(f"{path} exists and is not an empty folder; choose another folder or remove it")
     with staged(path) as part:
         yield part
 

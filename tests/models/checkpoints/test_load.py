@@ -25,7 +25,7 @@ def test_the_small_vlm_is_a_function_of_its_seed(tmp_path: Path) -> None:
     for file in one.iterdir():
         assert (two / file.name).read_bytes() == file.read_bytes(), file.name
     assert (other / "model.safetensors").read_bytes() != (one / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         write_small_vlm(one, None, **TINY)
 
 
