@@ -1,6 +1,7 @@
 """The LightningModule: a stock VLM under a pruner, the sum of its named losses, and the optimizer over its parts.
 
-It knows no method: what a pruner adds to the loss arrives by name, and `loss_weights` says what each name weighs.
+It names no method: what a pruner adds to the loss arrives by name and is weighted in `loss_weights`; losses computed
+from the batch and the forward pass are listed in `step_losses`.
 
 Shape suffixes:  B = rows,  L = text length,  A = places where some row has an answer,  V = vocabulary"""
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn.utils import get_total_norm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan
-from stts.data.collate import IGNORED, Batch, Step
+from stts.data.collate import IGNORED, Batch
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings, save_pruned
 from stts.models.pruning.context import Pruning
 from stts.pruners.base import Positions
@@ -31,6 +33,7 @@ from .lora import Lora, add_lora, merge
 from .loss import answer_loss
 from .parts import _UNUSED, PARTS, _check, cosine, learns, part_of
 from .retention import Setting, make_retention
+from .step_losses import StepLoss, StepLosses, TrainingPass
 from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
 
 
@@ -48,6 +51,8 @@ class VideoFinetune(pl.LightningModule):
         positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as the
             pruner declares.
         loss_weights: weight of each loss by name; a loss without a weight stops the run at step 0.
+        step_losses: more losses, computed from the batch and the pass, as class_path and init_args; see
+            docs/add_a_loss.md.
         llm_lr: peak learning rate of the language model; 0 or null freezes it, as for every part.
         vit_lr: of the vision tower.
         connector_lr: of the projector between them.
@@ -75,6 +80,7 @@ class VideoFinetune(pl.LightningModule):
         pruner_options: dict[str, Any] | None = None,
         positions: Positions | None = None,
         loss_weights: dict[str, float] | None = None,
+        step_losses: list[StepLoss] | None = None,
         llm_lr: float | None = 1e-5,
         vit_lr: float | None = 5e-6,
         connector_lr: float | None = 5e-6,
@@ -94,7 +100,8 @@ class VideoFinetune(pl.LightningModule):
         rates = dict(zip(PARTS, (llm_lr, vit_lr, connector_lr, scorer_lr), strict=True))
         self.learning_rates = {part: rate for part, rate in rates.items() if rate}
         _check(self.learning_rates, warmup_steps, min_lr_ratio)
-        self.loss_weights = {"answer": 1.0, "temporal": 0.5} if loss_weights is None else dict(loss_weights)
+        weights = {"answer": 1.0, "temporal": 0.5} if loss_weights is None else loss_weights
+        self.losses = StepLosses(weights, step_losses or ())
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.max_grad_norm, self.clip_per_part = max_grad_norm, clip_per_part
@@ -125,9 +132,6 @@ class VideoFinetune(pl.LightningModule):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
         self._family_counts: dict[str, list[int]] = {}
         self._answer_losses: list[tuple[float, int]] = []
-        self._totals = [0.0, 0.0]
-        self._step_losses: dict[str, float] = {}
-        self._step_uids: list[str] = []
         self._started, self._attached = time.perf_counter(), False
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -135,90 +139,45 @@ class VideoFinetune(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
         losses = self._forward(batch)
-        # Indexing, not .get(): a loss without a weight must fail on step 0, not train silently at zero.
-        unknown = sorted(set(losses) - set(self.loss_weights))
-        if unknown:
-            raise ValueError(
-                f"the pruner gives the losses {unknown}, which model.loss_weights={self.loss_weights} does not name; "
-                "add a weight for each (0 to leave it out on purpose)"
-            )
-        # A blank batch has a share of 0: every rank runs every module, also when all its files were bad.
-        shares = self._shares(batch)
-        parts = {name: shares["answer" if name == "answer" else "videos"] * value for name, value in losses.items()}
-        self._note_losses(batch, parts)
+        total = self.losses.add(batch, losses, self.device, self.global_step)
         self._log_step(batch)
         # Ranks are averaged, and so are the batches of a step: what each contributes to the sum is scaled up before.
-        scale = self.trainer.world_size * (1 if batch.step is None else self.trainer.accumulate_grad_batches)
-        return scale * torch.stack([self.loss_weights[name] * value for name, value in parts.items()]).sum()
-
-    def _shares(self, batch: Batch) -> dict[str, float]:
-        """How much this batch is of the whole optimizer step, over all ranks and accumulated batches: of its answer
-        tokens, and of its videos.
-
-        A step's answer loss is then the mean over its answer tokens, however ranks and batches share them; a mean of
-        means would weigh a token of a short answer more. Losses of stages are means over the videos of their batch."""
-        step = batch.step or Step(batch.num_answer_tokens, batch.num_videos, 1, 0)
-        if step.place == 0:
-            self._totals = self._sum_over_ranks([step.num_tokens, step.num_videos])
-            self._step_losses, self._step_uids = {}, []
-        tokens, videos = self._totals
-        return {"answer": batch.num_answer_tokens / max(tokens, 1.0), "videos": batch.num_videos / max(videos, 1.0)}
-
-    def _note_losses(self, batch: Batch, parts: Mapping[str, Tensor]) -> None:
-        """Sum up the losses of the step over ranks and batches; ValueError on every rank when one is not finite."""
-        self._step_uids += batch.uids
-        names = sorted(self.loss_weights)  # the same on every rank, whatever its batch gave
-        values = self._sum_over_ranks([parts[name].detach() if name in parts else 0.0 for name in names])
-        self._check_finite("loss", dict(zip(names, values, strict=True)))
-        for name, value in zip(names, values, strict=True):
-            if name in parts:
-                self._step_losses[name] = self._step_losses.get(name, 0.0) + value
-
-    def _check_finite(self, what: str, values: Mapping[str, float]) -> None:
-        """ValueError with the samples of all ranks. The values must be equal on every rank: then none is left behind.
-
-        What one rank alone saw would end that rank alone, and the others would wait for it."""
-        scaled = what == "gradient" and self.trainer.precision.startswith("16")  # fp16: overflow is met by rescaling
-        if scaled or all(math.isfinite(value) for value in values.values()):
-            return
-        uids: list[Any] = [None] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(uids, self._step_uids)
-        else:
-            uids = [self._step_uids]
-        raise ValueError(
-            f"the {what} is not finite at step {self.global_step}: {dict(values)}, samples "
-            f"{[uid for rank in uids for uid in rank]}; look at these samples, lower the learning rates or train in "
-            "fp32"
-        )
-
-    def _sum_over_ranks(self, values: Sequence[float | Tensor]) -> list[float]:
-        """One collective, in which every rank takes part."""
-        row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values])
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(row)
-        return row.tolist()
+        return total * self.trainer.world_size * (1 if batch.step is None else self.trainer.accumulate_grad_batches)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """One model call; losses by name, unweighted.
+        """The losses of one batch by name, before their weights."""
+        with ExitStack() as hooks:
+            for loss in self.losses.extra:
+                hooks.enter_context(loss.during(self, batch))
+            now = self.run_model(batch)
+            losses = {"answer": answer_loss(now.logits_BAV, now.labels_BA)}
+            losses |= now.report.losses if now.report is not None else {}
+            return losses | {loss.name: loss(now) for loss in self.losses.extra}
+
+    def run_model(self, batch: Batch, retention_ratio: float | None = None) -> TrainingPass:
+        """One model call. `retention_ratio`: for this call alone, which then leaves no trace in `pruning`.
 
         The head runs where an answer is due and nowhere else: over a whole video its logits would take more memory than
-        all layers together (10,000 tokens of 152,000 words: 6 GB in fp32, several times). The loss is the stock one."""
-        self.pruning.last = None
-        self.pruning.describe(batch.video_uids, batch.timestamps_s)
+        all layers together (10,000 tokens of 152,000 words: 6 GB in fp32, several times)."""
+        pruning, before = self.pruning, (self.pruning.retention_ratio, self.pruning.last)
+        pruning.last = None
+        if retention_ratio is not None:
+            pruning.retention_ratio = retention_ratio
+        pruning.describe(batch.video_uids, batch.timestamps_s)
         inputs = dict(batch.inputs)
         labels_BL = inputs.pop("labels")[:, 1:]
         place_A = (labels_BL != IGNORED).any(0).nonzero().flatten()
         logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
-        answer = answer_loss(logits_BAV, labels_BL[:, place_A])
-        report = self.pruning.last
-        return {"answer": answer, **(report.losses if report is not None else {})}
+        now = TrainingPass(self, batch, labels_BL[:, place_A], logits_BAV, pruning.last)
+        if retention_ratio is not None:
+            pruning.retention_ratio, pruning.last = before
+        return now
 
     def _log_step(self, batch: Batch) -> None:
         """Losses are those of the step so far, over all ranks; the rest is this rank's."""
-        values: dict[str, Any] = {f"train/{name}_loss": value for name, value in self._step_losses.items()}
+        values: dict[str, Any] = {f"train/{name}_loss": value for name, value in self.losses.values.items()}
         if batch.blank:
-            self.log_dict(values if any(self._totals) else {}, batch_size=1)
+            self.log_dict(values if self.losses.num_tokens else {}, batch_size=1)
             return
         now, report = time.perf_counter(), self.pruning.last
         if report is not None and report.llm_padded:
@@ -317,7 +276,7 @@ class VideoFinetune(pl.LightningModule):
         grads = {part: [p.grad for p in group if p.grad is not None] for part, group in self.parts().items()}
         norms = {part: get_total_norm(group) for part, group in grads.items()}
         values = {f"{part}_grad_norm": _number(norm) for part, norm in norms.items()}
-        self._check_finite("gradient", values)
+        self._check_gradient(values)
         self.log_dict(values, batch_size=1)
         for group, norm in zip(grads.values(), values.values(), strict=True):
             norm = norm if self.clip_per_part else math.hypot(*values.values())
@@ -328,8 +287,12 @@ class VideoFinetune(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         norm = engine_norm(self.trainer)
         if norm is not None:
-            self._check_finite("gradient", {"grad_norm": norm})
+            self._check_gradient({"grad_norm": norm})
             self.log("grad_norm", norm, batch_size=1)
+
+    def _check_gradient(self, norms: Mapping[str, float]) -> None:
+        if not self.trainer.precision.startswith("16"):  # fp16: an overflow is met by rescaling
+            self.losses.check_finite("gradient", norms, self.global_step)
 
     # --- start and end -----------------------------------------------------------------------------------------------
 

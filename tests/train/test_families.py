@@ -101,7 +101,7 @@ def test_every_parameter_that_should_learn_has_a_gradient_and_its_part(family: s
     names = dict(module.named_parameters())
     with module.pruning:
         losses = module._forward(batch_of(module))
-        torch.stack([module.loss_weights[name] * value for name, value in losses.items()]).sum().backward()
+        torch.stack([module.losses.weights[name] * value for name, value in losses.items()]).sum().backward()
     without = {name for name, p in names.items() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert without == set()
     frozen = {name for name, p in names.items() if not p.requires_grad}

@@ -44,7 +44,7 @@ def fit(module: VideoFinetune, batches: Iterable[Batch], **settings: Any) -> pl.
 
 def loss_of(module: VideoFinetune, batch: Batch) -> float:
     with module.pruning, torch.no_grad():
-        return sum(module.loss_weights[name] * loss.item() for name, loss in module._forward(batch).items())
+        return sum(module.losses.weights[name] * loss.item() for name, loss in module._forward(batch).items())
 
 
 @pytest.mark.parametrize("pruner", ["none", "stts", "novelty"])
