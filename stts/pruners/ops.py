@@ -215,21 +215,29 @@ def distances(x_BND: Tensor) -> Tensor:
 
 
 def density_peaks(
-    distance_BNN: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None
+    distance_BNN: Tensor,
+    num_neighbours: int,
+    *,
+    count_self: bool,
+    valid_BN: Tensor | None = None,
+    fewer_B: Tensor | None = None,
 ) -> Tensor:
     """(B, N) fp32 score rho * delta of DPC-KNN: dense points far from any denser one are good centres.
 
         rho_i = exp(-mean of the k smallest d_ij^2),   delta_i = min d_ij over denser j, the largest d for the densest
 
     count_self: whether the distance of a point to itself is one of the k (HoliTom, FastVID: yes; Tango: no). k is cut
-    to the points there are. valid_BN: bool, False at padding, which scores -inf. Equally dense: the earlier is denser
-    (the releases break ties by noise), so the result is the same on every device and every run."""
+    to the points there are, and to `fewer_B` where given. valid_BN: bool, False at padding, which scores -inf. Equally
+    dense: the earlier is denser (the releases break ties by noise), so the result is the same on every device and every
+    run."""
     num_points = distance_BNN.shape[-1]
     valid_BN = torch.ones_like(distance_BNN[..., 0], dtype=torch.bool) if valid_BN is None else valid_BN
     masked_BNN = distance_BNN.masked_fill(~valid_BN[:, None, :], torch.inf)
     skip = 0 if count_self else 1
     sorted_BNK = masked_BNN.topk(min(num_neighbours + skip, num_points), dim=-1, largest=False).values[..., skip:]
     finite_BNK = sorted_BNK.isfinite()
+    if fewer_B is not None:
+        finite_BNK &= torch.arange(sorted_BNK.shape[-1], device=fewer_B.device) < fewer_B[:, None, None]
     near_BNK = sorted_BNK.masked_fill(~finite_BNK, 0)
     sparse_BN = near_BNK.square().sum(-1) / finite_BNK.sum(-1).clamp_min(1)  # ranked itself: exp(-x) may underflow
     rho_BN = torch.exp(-sparse_BN)

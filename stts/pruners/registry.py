@@ -16,6 +16,8 @@ from stts.pruners.dycoke import DyCoke
 from stts.pruners.evs import EVS
 from stts.pruners.fastv import FastV
 from stts.pruners.fastvid import FastVID
+from stts.pruners.flashvid import FlashVID, FlashVIDInner
+from stts.pruners.framefusion import FrameFusion
 from stts.pruners.holitom import HoliTom, HoliTomInner
 from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
@@ -84,6 +86,9 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "prunevid": PruneVid.for_host,
     "dycoke": DyCoke.for_host,
     "vcast": VCAST.for_host,
+    "framefusion": FrameFusion.for_host,
+    "flashvid": FlashVID.for_host,
+    "flashvid+inner": _chain(FlashVID, FlashVIDInner),
 }
 
 

@@ -13,11 +13,13 @@ from stts.pruners.check import HOST, example_video
 from stts.pruners.registry import make_pruner
 from stts.tokens import Budget, Grid
 
-OWN_COUNT = ("prunevid",)  # loops that follow the release's count only
+OWN_COUNT = ("prunevid", "flashvid")  # loops that follow the release's count only
 METHODS: dict[str, dict[str, Any]] = {  # name -> options of the method and its loops
     "divprune": {},
     "prunevid": {},
     "dycoke": {},
+    "framefusion": {"threshold": 0.9},
+    "flashvid": {"min_segments": 3},
     "vcast": {},
 }
 
