@@ -195,7 +195,8 @@ def _paired(runs: Sequence[ComparisonResult | None], cell: str, other: Compariso
             found.append(paired_difference(ours, rival, [record.video for record in records]))
     if not found:
         return NOT_RUN
-    low, high = min(one.low for one in found), max(one.high for one in found)
+    low = min(one.low for one in found if one.low is not None)  # a study has more than one video
+    high = max(one.high for one in found if one.high is not None)
     return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 

@@ -20,8 +20,9 @@ from stts.eval.answering.run_folder import Store
 from stts.eval.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.dense_reference import DenseReference
 from stts.eval.results.grading import score_tasks
-from stts.eval.results.table import aligned
+from stts.eval.results.table import aligned, interval
 from stts.eval.run_config import EvalConfig, command
+from stts.metrics.accuracy import note_on_videos
 
 
 def run_eval(
@@ -105,17 +106,17 @@ def render(results: Mapping[str, Any]) -> str:
         if row["acc"] is None:
             shown += ["- (no public answers)", "-", "-"]
         else:
-            shown += [f"{100 * row['acc']:.1f} [{100 * row['acc_low']:.1f}, {100 * row['acc_high']:.1f}]"]
-            shown += [str(row["parse_failures"]), "-"]
+            shown += [interval(row["acc"], row["acc_low"], row["acc_high"]), str(row["parse_failures"]), "-"]
         if (paired := row.get("dense")) is not None:
-            low, high = 100 * paired["difference_low"], 100 * paired["difference_high"]
-            shown[-1] = f"{100 * paired['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            shown[-1] = interval(paired["difference"], paired["difference_low"], paired["difference_high"], "+")
         shown += [f"{row['retention_measured']:.3f}", f"{row['kept_per_frame']:.3g}"]
         shown += [f"{100 * row['flops_share']:.1f} %", "-" if row["ms"] is None else f"{row['ms']:.1f}"]
         body.append(shown)
     lines = aligned(head, body)
     pruner = "every token" if own["pruner"] == "none" else f"{own['pruner']} at {own['retention_ratio']:g}"
     notes = [*own["notes"], *(f"Suite {name}: {100 * score:.1f} %." for name, score in own["suites"].items() if score)]
+    scored = [row["num_videos"] for row in own["tasks"].values() if row["acc"] is not None]
+    notes += filter(None, map(note_on_videos, dict.fromkeys(scored)))
     if skipped := own["skipped"]:
         notes.insert(0, f"Skipped, video not readable: {len(skipped)} (first {skipped[0]['uid']}).")
     return "\n".join(

@@ -12,6 +12,9 @@ const PANELS = {
     { title: "seconds per question", value: (row) => row.seconds },
   ],
 };
+// Ends of an interval, for places on an axis; a single video has none and gives the point itself.
+const ends = (row) => [row.accuracy_low ?? row.accuracy, row.accuracy_high ?? row.accuracy];
+const range = (low, high, write) => (low === null || low === undefined ? "[-]" : `[${write(low)}, ${write(high)}]`);
 const BOX = { width: 420, height: 330, left: 44, right: 14, top: 28, bottom: 46 };
 
 function legend() {
@@ -67,8 +70,8 @@ function draw(panel, rows) {
   const spread = (Math.max(...xs) - Math.min(...xs)) || Math.max(...xs) || 1;
   const [x0, x1] = log ? [Math.min(...xs) * pad[0], Math.max(...xs) * pad[1]]
     : [Math.max(0, Math.min(...xs) - 0.12 * spread), Math.max(...xs) + 0.12 * spread];
-  const y0 = Math.max(0, Math.floor(20 * Math.min(...rows.map((row) => row.accuracy_low)) - 0.2) / 20);
-  const y1 = Math.min(1, Math.ceil(20 * Math.max(...rows.map((row) => row.accuracy_high)) + 0.2) / 20);
+  const y0 = Math.max(0, Math.floor(20 * Math.min(...rows.map((row) => ends(row)[0])) - 0.2) / 20);
+  const y1 = Math.min(1, Math.ceil(20 * Math.max(...rows.map((row) => ends(row)[1])) + 0.2) / 20);
   const across = BOX.width - BOX.left - BOX.right, down = BOX.height - BOX.top - BOX.bottom;
   const share = (x) => (log ? Math.log(x / x0) / Math.log(x1 / x0) : (x - x0) / (x1 - x0));
   const X = (x) => BOX.left + across * share(x);
@@ -89,8 +92,8 @@ function draw(panel, rows) {
   const dense = rows.find((row) => row.method === "dense");
   if (dense)
     picture.append(
-      svg("rect", { class: "band", x: BOX.left, width: across, y: Y(dense.accuracy_high),
-        height: Y(dense.accuracy_low) - Y(dense.accuracy_high) }),
+      svg("rect", { class: "band", x: BOX.left, width: across, y: Y(ends(dense)[1]),
+        height: Y(ends(dense)[0]) - Y(ends(dense)[1]) }),
       svg("line", { class: "dense", x1: BOX.left, x2: BOX.left + across, y1: Y(dense.accuracy), y2: Y(dense.accuracy) }));
   // Methods at one budget would cover each other: where x is a budget, each is moved a little to the side.
   const methods = [...new Set(rows.filter((row) => row.kind !== "unpruned").map((row) => row.method))];
@@ -133,12 +136,12 @@ function point(row, [x, y], panel, Y, crowd) {
   const text = [
     (row.kind === "unpruned" ? row.method : `${row.method}, kept ${short(row.retention_configured)}`)
       + (row.num_frames ? `, ${row.num_frames} frames` : "") + (row.equal_flops_to ? `\nat the FLOPs of ${row.equal_flops_to}` : ""),
-    `accuracy ${percent(row.accuracy)} % [${percent(row.accuracy_low)}, ${percent(row.accuracy_high)}]`,
-    ...(row.difference === null ? [] : [`vs ${run.kind === "scale" ? "first " : ""}dense ${signed(row.difference)} [${signed(row.difference_low)}, ${signed(row.difference_high)}]`]),
+    `accuracy ${percent(row.accuracy)} % ${range(row.accuracy_low, row.accuracy_high, percent)}`,
+    ...(row.difference === null ? [] : [`vs ${run.kind === "scale" ? "first " : ""}dense ${signed(row.difference)} ${range(row.difference_low, row.difference_high, signed)}`]),
     `${panel.title}: ${(panel.units ? scaled : short)(panel.value(row))}`,
   ].join("\n");
   const bar = panel.beside ? [svg("line", { class: "bar", opacity: Math.min(0.55, 4 / (crowd || 1)),  // many bars fade
-    x1: 0, x2: 0, y1: Y(row.accuracy_low) - y, y2: Y(row.accuracy_high) - y })] : [];
+    x1: 0, x2: 0, y1: Y(ends(row)[0]) - y, y2: Y(ends(row)[1]) - y })] : [];
   return paint(svg("g", { class: "point", role: "img", tabindex: "-1", transform: `translate(${x},${y})`, "aria-label": text },
     ...bar, svg("circle", { class: "halo", r: 11 }), svg("path", { class: "mark", d: MARKS[styles.get(row.method).mark] })), row.method);
 }

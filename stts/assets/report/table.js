@@ -1,6 +1,6 @@
 // --- table: accuracy and cost ----------------------------------------------------------------------------------------
 
-const interval = (value, low, high, write) => (low === null || low === undefined ? [write(value)]
+const interval = (value, low, high, write) => (low === null || low === undefined ? [write(value), " ", el("small", {}, "[-]")]
   : [write(value), " ", el("small", {}, `[${write(low)}, ${write(high)}]`)]);
 const METHOD = { name: "method", value: (row) => row.method, words: true };
 const KEPT = { name: "kept", value: (row) => row.retention_configured, write: short };

@@ -79,20 +79,20 @@ def common_metrics(scored: Sequence[Scored], macro: float | None) -> dict[str, f
     """Of the counted answers: acc, macro, n, parse_failures, and standard errors.
 
     stderr is sqrt(p (1 - p) / n); stderr_clustered has the effective number of answers in place of n, allowing for
-    several questions per video."""
+    several questions per video; None, as are the ends of the interval, where there is one video."""
     if not scored:
         return {"acc": None, "macro": None, "stderr": None, "stderr_clustered": None, "n": 0, "parse_failures": 0}
     correct, videos = [item.correct for item in scored], [item.video for item in scored]
     found = accuracy(correct, videos)
     spread = found.value * (1 - found.value)
-    num_effective, _ = effective_number([float(right) for right in correct], videos)
+    num_effective, num_videos = effective_number([float(right) for right in correct], videos)
     return {
         "acc": found.value,
         "acc_low": found.low,
         "acc_high": found.high,
         "macro": macro,
         "stderr": math.sqrt(spread / len(scored)),
-        "stderr_clustered": math.sqrt(spread / num_effective),
+        "stderr_clustered": None if num_videos == 1 else math.sqrt(spread / num_effective),
         "n": len(scored),
         "parse_failures": sum(item.parsed is None for item in scored),
     }

@@ -50,8 +50,9 @@ class DenseReference:
         ]
         return cls(folder, {line["uid"]: line["correct"] for line in lines if line["counted"]})
 
-    def paired(self, correct: Mapping[str, bool], videos: Mapping[str, str]) -> dict[str, float] | None:
-        """Of the questions that both answered, by key; None where there are none."""
+    def paired(self, correct: Mapping[str, bool], videos: Mapping[str, str]) -> dict[str, float | str | None] | None:
+        """Of the questions that both answered, by key; None where there are none. Ends of intervals are None where the
+        videos carry none (`stts.metrics.accuracy`)."""
         keys = [key for key in correct if key in self.correct]
         if not keys:
             return None
@@ -66,10 +67,11 @@ class DenseReference:
             "difference_low": change.low,
             "difference_high": change.high,
             "retained": sum(here) / len(here) / dense if dense else 0.0,
-            "p_mcnemar": mcnemar(here, there),
+            "p_mcnemar": mcnemar(here, there, shown),
             "p_bootstrap": drawn.p_value,
             "bootstrap_low": drawn.low,
             "bootstrap_high": drawn.high,
+            "bootstrap_note": drawn.reason,
         }
 
 

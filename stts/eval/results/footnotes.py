@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stts.eval.answering.cell import DENSE
+from stts.metrics.accuracy import note_on_videos
 
 if TYPE_CHECKING:
     from stts.eval.results.result import ComparisonResult
@@ -29,6 +30,7 @@ def notes_on(result: ComparisonResult) -> list[str]:
     notes = [
         f"Positions of surviving tokens: {positions}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
+        *_notes_on_videos(result),
         "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "
         "embedding and connector.",
         *_notes_on_tasks(result),
@@ -53,6 +55,12 @@ def notes_on(result: ComparisonResult) -> list[str]:
             refused.setdefault((row.retention_configured, row.reason), []).append(row.method)
     notes += [f"Not run at {ratio:g}: {_names(names)}: {reason}" for (ratio, reason), names in refused.items()]
     return notes
+
+
+def _notes_on_videos(result: ComparisonResult) -> list[str]:
+    """Where the videos are too few for an interval or a small p-value."""
+    counts = dict.fromkeys(task["num_videos"] for row in result.rows for task in row.tasks.values())
+    return [note for note in map(note_on_videos, counts) if note]
 
 
 def _notes_on_tasks(result: ComparisonResult) -> list[str]:

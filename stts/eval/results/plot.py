@@ -101,7 +101,7 @@ def _references(axes: Axes, rows: list[Row]) -> None:
             continue
         style = "--" if row.method == DENSE else ":"
         axes.axhline(100 * row.accuracy, color=_GREY, linestyle=style, linewidth=1.4, label=row.method, zorder=1)
-        if row.method == DENSE:
+        if row.method == DENSE and row.accuracy_low is not None:
             axes.axhspan(100 * (row.accuracy_low or 0), 100 * (row.accuracy_high or 0), color=_GREY, alpha=0.12, lw=0)
 
 
@@ -110,6 +110,8 @@ def _bars(axes: Axes, x: list[float], curve: Curve, fade: float) -> None:
         np.array([100 * (value or 0) for value in values])
         for values in zip(*((r.accuracy_low, r.accuracy, r.accuracy_high) for r in curve.points), strict=True)
     )
+    if any(row.accuracy_low is None for row in curve.points):  # one video: no interval
+        return
     colour = (*curve.colour[:3], fade)
     axes.errorbar(x, middle, (middle - low, high - middle), fmt="none", ecolor=colour, elinewidth=1, zorder=2)
 

@@ -62,7 +62,7 @@ class Row:
     num_timed_batches: int = 0
     signals: Mapping[str, str] = field(default_factory=dict)
     """Signal the method asked for -> what it was made from."""
-    families: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    families: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     equal_flops_to: str = ""
     """Title of the row whose FLOPs this ratio was solved for; "": the ratio is the user's."""
     mean: float | None = None
@@ -72,7 +72,8 @@ class Row:
     retained_by_task: float | None = None
     """Mean over tasks of headline / headline of dense (mean_of_rel)."""
     p_value: float | None = None
-    """Exact McNemar test against dense on the same samples; None for dense itself."""
+    """Exact McNemar test against dense on the same samples, never below what the number of videos allows; None for
+    dense itself."""
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By task: headline, headline_dense, accuracy and difference with their intervals, p_value, retained, num_samples,
     num_videos, num_unparsed."""
@@ -112,7 +113,11 @@ def make_row(
     low, high = np.percentile([outcome.retention for outcome in outcomes], [5, 95]).tolist()
     flops = _flops(outcomes, dense)
     exact = flops["exact"]
-    pairs = [(record.outcomes[cell.key].correct, record.outcomes[DENSE].correct) for record in records if dense]
+    pairs = [
+        (record.outcomes[cell.key].correct, record.outcomes[DENSE].correct, f"{record.task}/{record.video}")
+        for record in records
+        if dense
+    ]
     return Row(
         method=cell.title,
         kind=cell.kind,
@@ -192,7 +197,7 @@ def _tasks(
             if cell.method != DENSE:
                 change = paired_difference(right, dense, videos)
                 made |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high}
-                made["p_value"] = mcnemar(right, dense)
+                made["p_value"] = mcnemar(right, dense, videos)
         found[task] = made
     return found
 
@@ -203,14 +208,18 @@ def _estimate(task: Mapping[str, Any], name: str) -> Estimate:
 
 
 def _mean_estimate(tasks: Sequence[Estimate]) -> Estimate:
-    """Of tasks with their own questions: distances to the ends add up as squares (Zou and Donner 2008)."""
+    """Of tasks with their own questions: distances to the ends add up as squares (Zou and Donner 2008). No interval
+    where one of the tasks has none."""
+    if len(tasks) == 1:
+        return tasks[0]
     value = sum(task.value for task in tasks) / len(tasks)
-    below, above = (
-        math.sqrt(sum(end**2 for end in ends)) / len(tasks)
-        for ends in ([task.value - task.low for task in tasks], [task.high - task.value for task in tasks])
-    )
-    low, high = (tasks[0].low, tasks[0].high) if len(tasks) == 1 else (value - below, value + above)
-    return Estimate(value, low, high, sum(t.num_samples for t in tasks), sum(t.num_videos for t in tasks))
+    counts = sum(task.num_samples for task in tasks), sum(task.num_videos for task in tasks)
+    ends = [(task.value, task.low, task.high) for task in tasks if task.low is not None and task.high is not None]
+    if len(ends) < len(tasks):
+        return Estimate(value, None, None, *counts)
+    below = math.sqrt(sum((middle - low) ** 2 for middle, low, _ in ends)) / len(tasks)
+    above = math.sqrt(sum((high - middle) ** 2 for middle, _, high in ends)) / len(tasks)
+    return Estimate(value, value - below, value + above, *counts)
 
 
 def _retained(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None, float | None]:
@@ -246,8 +255,8 @@ def _parts(outcomes: Sequence[Outcome], formula: str) -> dict[str, float]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _families(key: str, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    found = {}
+def _families(key: str, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
     several = len({record.task for record in records}) > 1
     for task, family in sorted({(record.task, record.family) for record in records if record.family}):
         chosen = [record for record in records if (record.task, record.family) == (task, family)]

@@ -116,8 +116,8 @@ def _cells_of(result: ComparisonResult) -> Lines:
         line += [_percent(row.tasks[task]["headline"] if task in row.tasks else None) for task in shown]
         if several:
             line += [*(_percent(row.suites.get(suite)) for suite in suites), _percent(row.mean), _percent(row.retained)]
-        line += [_interval(row.accuracy, row.accuracy_low, row.accuracy_high, "")]
-        line += [_interval(row.difference, row.difference_low, row.difference_high, "+")]
+        line += [interval(row.accuracy, row.accuracy_low, row.accuracy_high, "")]
+        line += [interval(row.difference, row.difference_low, row.difference_high, "+")]
         line += [_scaled(part, size) for part in (row.flops_vit, row.flops_llm, row.flops_pruner, row.flops_total)]
         line += [f"{100 * row.flops_share:.1f} %", "-" if row.ms_per_sample is None else f"{row.ms_per_sample:.1f}"]
         body.append(line)
@@ -178,7 +178,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _interval(value: float | None, low: float | None, high: float | None, sign: str) -> str:
-    if value is None or low is None or high is None:
+def interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """In percent, such as "66.7 [42.0, 85.1]"; sign "+" for differences."""
+    if value is None:
         return "-"
+    if low is None or high is None:  # all questions are about one video: a note under the table says so
+        return f"{100 * value:{sign}.1f} [-]"
     return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Cell, render_csv, render_markdown, render_text
 from tests.eval.made_up import FULL, result_with, zoo
@@ -104,3 +105,15 @@ def test_signals_and_options_are_named_once_and_kept() -> None:
     written = json.loads(json.dumps(result.to_json()))
     assert written["rows"][2]["signals"] == {"attn": "last block"}
     assert ComparisonResult.from_json(written).rows == result.rows
+
+
+def test_one_video_has_no_interval_and_the_table_says_so() -> None:
+    made = result_with(FULL)
+    one = replace(made, records=tuple(replace(record, video="only.mp4") for record in made.records))
+    line = next(line for line in render_text(one).splitlines() if line.startswith("stts"))
+    assert "83.3 [-]" in line and "-8.3 [-]" in line
+    assert "no interval, as all questions are about one video" in render_text(one)
+    assert "no p-value is below 0.125" in render_text(made), "four videos"
+    [row] = [row for row in one.rows if row.method == "stts"]
+    assert (row.accuracy_low, row.difference_high, row.p_value) == (None, None, 1.0)
+    assert draw(one)
