@@ -158,7 +158,9 @@ class Benchmark(ABC):
 
     def sample(self, question: Question, times_s: Sequence[float] = (), wording: str | None = None) -> Sample:
         """The conversation that asks this question; `times_s` and `wording` as for `prompt`."""
-        text = self.prompt(question, times_s, wording).replace("<video>", "< video>")  # the marker stands for the video
+        text = self.prompt(question, times_s, wording)
+        for kind in ("video", "image"):  # a marker stands for a file, and the text only mentions it
+            text = text.replace(f"<{kind}>", f"< {kind}>")
         return Sample(
             uid=question.uid,
             messages=(Message("user", f"<video>\n{text}"),),
