@@ -26,14 +26,14 @@ from stts.budget import plan
 from stts.data.collate import IGNORED, Batch
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings, save_pruned
 from stts.models.pruning.context import Pruning
-from stts.pruners.base import Positions
+from stts.pruners.base import Positions, soft_in_training
 
 from .lengths import largest_grid, num_placed_tokens
 from .lora import Lora, add_lora, merge
 from .loss import answer_loss
 from .parts import _UNUSED, PARTS, _check, cosine, learns, part_of
 from .retention import Setting, make_retention
-from .step_losses import StepLoss, StepLosses, TrainingPass
+from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
 from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
 
 
@@ -50,7 +50,8 @@ class VideoFinetune(pl.LightningModule):
         pruner_options: options of the pruner.
         positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as the
             pruner declares.
-        loss_weights: weight of each loss by name; a loss without a weight stops the run at step 0.
+        loss_weights: weight of each loss by name, or a ramp {from, to, steps}; a loss without a weight stops the run at
+            step 0.
         step_losses: more losses, computed from the batch and the pass, as class_path and init_args; see
             docs/add_a_loss.md.
         llm_lr: peak learning rate of the language model; 0 or null freezes it, as for every part.
@@ -79,7 +80,7 @@ class VideoFinetune(pl.LightningModule):
         retention_ratio: Setting = 0.5,
         pruner_options: dict[str, Any] | None = None,
         positions: Positions | None = None,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, Weight] | None = None,
         step_losses: list[StepLoss] | None = None,
         llm_lr: float | None = 1e-5,
         vit_lr: float | None = 5e-6,
@@ -100,7 +101,7 @@ class VideoFinetune(pl.LightningModule):
         rates = dict(zip(PARTS, (llm_lr, vit_lr, connector_lr, scorer_lr), strict=True))
         self.learning_rates = {part: rate for part, rate in rates.items() if rate}
         _check(self.learning_rates, warmup_steps, min_lr_ratio)
-        weights = {"answer": 1.0, "temporal": 0.5} if loss_weights is None else loss_weights
+        weights: dict[str, Weight] = {"answer": 1.0, "temporal": 0.5} if loss_weights is None else loss_weights
         self.losses = StepLosses(weights, step_losses or ())
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
@@ -235,6 +236,8 @@ class VideoFinetune(pl.LightningModule):
         sites = [stage.site for stage in self.pruning.pruner.stages]
         planned = plan(sites, self.retention.highest, [grid], host.llm_layers)
         kept = planned[-1][0].num_kept if planned else grid.num_groups
+        if any(soft_in_training(stage) for stage in self.pruning.pruner.stages):
+            kept = grid.num_groups
         return int(whole - grid.num_groups + kept)
 
     # --- the optimizer -----------------------------------------------------------------------------------------------

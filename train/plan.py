@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan as plan_budget
 from stts.models.pruning.context import Pruning
+from stts.pruners.base import soft_in_training
 from stts.tokens import Grid
 
 from .lora import Lora, add_lora
@@ -108,7 +109,8 @@ def make_plan(run: Run) -> Plan:
     grid = grid_of(run, pruning)
     sites = [stage.site for stage in pruning.pruner.stages]
     planned = plan_budget(sites, run.retention_ratio, [grid], pruning.adapter.host.llm_layers)
-    kept = planned[-1][0].num_kept if planned else grid.num_groups
+    soft = any(soft_in_training(stage) for stage in pruning.pruner.stages)
+    kept = planned[-1][0].num_kept if planned and not soft else grid.num_groups
     sample = kept + _MARKS[run.config.model_type] * grid.t + run.text_tokens
     samples = run.batch_size or max(1, run.max_tokens // sample)
     row = max(samples * sample, run.max_tokens)

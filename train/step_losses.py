@@ -22,6 +22,8 @@ from stts.data.collate import Batch, Step
 from stts.models.pruning.report import Report
 
 MeanOver = Literal["answer tokens", "videos"]
+Weight = float | dict[str, float]
+"""Of a loss: a number, or a ramp {from: 0.1, to: 2.0, steps: 1000} over so many optimizer steps, then `to`."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,16 @@ class StepLosses:
     weights: of the answer loss and of what stages return, by name. extra: losses computed from the pass.
     ValueError for an extra loss whose name is taken."""
 
-    def __init__(self, weights: Mapping[str, float], extra: Sequence[StepLoss] = ()) -> None:
+    def __init__(self, weights: Mapping[str, Weight], extra: Sequence[StepLoss] = ()) -> None:
         names = [loss.name for loss in extra]
         if twice := sorted({name for name in names if names.count(name) > 1 or name in weights}):
             raise ValueError(
                 f"model.step_losses has the names {names} and model.loss_weights {sorted(weights)}: {twice} stand "
                 "there twice; list each loss once, and give the weight of a step loss in its init_args"
             )
-        self.weights = {**weights, **{loss.name: loss.weight for loss in extra}}
+        self.weights: dict[str, Weight] = {**weights, **{loss.name: loss.weight for loss in extra}}
+        for name, weight in self.weights.items():
+            _check_weight(name, weight)
         self.extra = list(extra)
         self._mean_over: dict[str, MeanOver] = {"answer": "answer tokens"}
         self._mean_over |= {loss.name: loss.mean_over for loss in extra}
@@ -108,7 +112,7 @@ class StepLosses:
         for name, value in zip(names, values, strict=True):
             if name in parts:
                 self.values[name] = self.values.get(name, 0.0) + value
-        return torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
+        return torch.stack([weight_at(self.weights[name], step) * value for name, value in parts.items()]).sum()
 
     def _shares(self, batch: Batch, device: torch.device) -> dict[MeanOver, float]:
         """How much this batch is of the whole optimizer step, over all ranks and accumulated batches: of its answer
@@ -138,6 +142,21 @@ class StepLosses:
         raise ValueError(
             f"the {what} is not finite at step {step}: {dict(values)}, samples {[uid for rank in uids for uid in rank]}"
             "; look at these samples, lower the learning rates or train in fp32"
+        )
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """The weight of a loss in optimizer step `step`, from 0."""
+    if not isinstance(weight, Mapping):
+        return weight
+    return weight["from"] + (weight["to"] - weight["from"]) * min(step / weight["steps"], 1.0)
+
+
+def _check_weight(name: str, weight: Weight) -> None:
+    if isinstance(weight, Mapping) and (set(weight) != {"from", "to", "steps"} or not weight["steps"] >= 1):
+        raise ValueError(
+            f"model.loss_weights.{name}={dict(weight)} must be a number, or a ramp {{from: 0.1, to: 2.0, steps: 1000}} "
+            "of at least 1 optimizer step"
         )
 
 

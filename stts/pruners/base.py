@@ -65,6 +65,19 @@ class InPieces(Stage, Protocol):
         ...
 
 
+@runtime_checkable
+class SoftInTraining(Stage, Protocol):
+    """A stage that may weigh every token and drop none while it learns: such a step costs what a dense one costs."""
+
+    @property
+    def soft(self) -> bool: ...
+
+
+def soft_in_training(stage: Stage) -> bool:
+    """True: whatever the budget, the LLM sees every token in training."""
+    return isinstance(stage, SoftInTraining) and stage.soft
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """What the host model offers; read from its config by the family's adapter, never hard-coded."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stts.budget import plan
-from stts.pruners.base import HostInfo, Newlines, Positions, Pruner, Stage
+from stts.pruners.base import HostInfo, Newlines, Positions, Pruner, Stage, soft_in_training
 from stts.tokens import Budget, Grid, Kept, PromptTokens, Signal, Site, VideoTokens
 
 Scene = Literal["cuts", "still", "flat"]
@@ -62,6 +62,8 @@ def _try_stage(stage: Stage) -> Iterator[tuple[str, str, str]]:
     if not isinstance(stage, Stage):
         return  # nothing else can be asked of it
     yield "", "flops: an int that does not shrink", _attempt(lambda: _flops(stage))
+    if isinstance(stage, nn.Module) and soft_in_training(stage):
+        stage.eval()  # in training it keeps every token, whatever the budget
     videos: list[tuple[str, VideoTokens]] = [
         (f"{grid.t}x{grid.h}x{grid.w} {scene}", example_video(stage, grid, seed=seed, scene=scene))
         for seed, grid in enumerate(GRIDS)
@@ -217,6 +219,8 @@ def _flops(stage: Stage) -> str:
 
 def _count(stage: Stage, kept: Kept, video: VideoTokens, budget: Budget) -> str:
     count = len(kept.index_K)
+    if isinstance(stage, nn.Module) and stage.training and soft_in_training(stage):
+        return "" if count == video.num_groups else f"kept {count} in training, which is soft"
     right = count == budget.num_kept if budget.exact or stage.count_known else 1 <= count <= video.num_groups
     return "" if right else f"kept {count}"
 

@@ -23,7 +23,7 @@ NO_PREDECESSOR = -2.0
 
 @dataclass(frozen=True, kw_only=True)
 class FrameFusion(PerVideo):
-    """Merge each token into its predecessor, the token before it at the same place, where their cosine is highest.
+    """Merge each token into the one before it at the same place, where their cosine is highest.
 
     Tokens of a place form a chain; every run of merged tokens is absorbed by the token before the run, which becomes
     the plain mean of all and keeps its position. arXiv:2501.01986, `framefusion/main.py` of thu-nics/FrameFusion. This

@@ -28,6 +28,7 @@ from stts.pruners.stts import STTS
 from stts.pruners.tango import Tango, TangoInner
 from stts.pruners.vcast import VCAST
 from stts.pruners.vidcom2 import VidCom2
+from stts.pruners.visionselector import VisionSelector
 from stts.pruners.visionzip import VisionZip
 
 
@@ -89,6 +90,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "framefusion": FrameFusion.for_host,
     "flashvid": FlashVID.for_host,
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
+    "visionselector": VisionSelector.for_host,
 }
 
 

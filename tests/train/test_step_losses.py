@@ -14,7 +14,7 @@ import stts_train.cli as cli
 from stts.data.collate import IGNORED
 from stts_train.distillation import Distillation, divergence
 from stts_train.module import VideoFinetune
-from stts_train.step_losses import StepLoss, StepLosses, TrainingPass
+from stts_train.step_losses import StepLoss, StepLosses, TrainingPass, weight_at
 from tests.train.launch import RATES, ROOT, logged
 from tests.train.test_module import FAST, batch_for, fit
 
@@ -109,6 +109,15 @@ def test_a_config_names_a_loss_in_one_line(tiny_folder: Path, tmp_path: Path) ->
     assert len(logged(tmp_path, "train/brightness_loss")) == 2
 
 
+def test_a_weight_may_follow_a_ramp() -> None:
+    ramp = {"from": 0.1, "to": 2.1, "steps": 4.0}
+    assert [round(weight_at(ramp, step), 6) for step in (0, 1, 4, 9)] == [0.1, 0.6, 2.1, 2.1]
+    assert weight_at(0.5, 3) == 0.5
+    for wrong in ({"from": 0.1, "to": 1.0}, {"from": 0.1, "to": 1.0, "steps": 0}):
+        with pytest.raises(ValueError, match=r"loss_weights\.sharpen=.*steps: 1000"):
+            StepLosses({"answer": 1.0, "sharpen": wrong})
+
+
 def test_names_are_given_once() -> None:
     with pytest.raises(ValueError, match=r"\['distillation'\] stand there twice"):
         StepLosses({"answer": 1.0}, [Distillation(), Distillation()])
@@ -118,3 +127,17 @@ def test_names_are_given_once() -> None:
         Distillation(-1)
     with pytest.raises(ValueError, match="temperature=0"):
         Distillation(temperature=0)
+
+
+def test_a_stage_that_is_soft_in_training_sees_every_token_there(tiny_folder: Path, tmp_path: Path) -> None:
+    argv = [f"--config={ROOT / 'configs' / 'shapes_tiny.yaml'}", f"--model.model={tiny_folder}", f"--out={tmp_path}"]
+    argv += ["--model.llm_lr=0", "--model.vit_lr=0", "--model.connector_lr=0", "--model.scorer_lr=1e-2"]
+    argv += ["--data.phases=[{num_clips: 8}]", "--data.batch_size=2", "--data.num_val_clips=0", "--data.num_workers=0"]
+    argv += ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1", "--checkpoint_every=0", "--progress_every=1"]
+    argv += ["--trainer.accelerator=cpu", "--model.retention_ratio=0.3", "--model.pruner=visionselector"]
+    argv += ["--model.pruner_options={std: 0.1}"]
+    argv += ["--model.loss_weights={answer: 1.0, sharpen: {from: 0.1, to: 2.0, steps: 2}}"]
+    assert cli.fit(argv) == 0
+    losses = logged(tmp_path, "train/sharpen_loss")
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert set(logged(tmp_path, "retention_measured")) == {1.0}
