@@ -143,6 +143,7 @@ def _row(run: Run, task: Task, asked: Sequence[Asked], graded: Mapping[str, Scor
         "num_samples": len(asked),
         "num_videos": len({one.video for one in asked}),
         "missing_video": len(task.loaded.missing_video),
+        "bad_rows": len(task.loaded.bad_rows),
         **{name: scores.metrics.get(name) if scores else None for name in own},
         "headline": scores.headline if scores else None,
         "retention_measured": _mean([one.retention for one in said]),
@@ -182,9 +183,10 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
         "higher_is_better": {task: {"acc": True} for task in tasks},
         "n-samples": {
             task: {
-                "original": len(tasks[task].loaded.questions) + rows[task]["missing_video"],
+                "original": len(tasks[task].loaded.questions) + rows[task]["missing_video"] + rows[task]["bad_rows"],
                 "effective": rows[task]["num_samples"],
                 "missing_video": rows[task]["missing_video"],
+                "bad_rows": rows[task]["bad_rows"],
             }
             for task in tasks
         },
@@ -219,6 +221,7 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
             "signals": dict(run.answers.signals.get(run.cell.key, {})),
             "skipped": [dict(item) for item in run.answers.skipped],
             "missing_video": [why for task in run.source.tasks for why in task.loaded.missing_video],
+            "bad_rows": [why for task in run.source.tasks for why in task.loaded.bad_rows],
             "notes": list(notes_on_tasks(run.source.tasks)),
             "tasks": dict(rows),
             "suites": suites,

@@ -98,7 +98,7 @@ def test_files_hold_what_lmms_eval_readers_look_for(config: EvalConfig) -> None:
     assert [line["doc_id"] for line in lines] == list(range(3 * CLIPS))
     accuracy = sum(line["acc"] for line in lines) / len(lines)
     assert results["results"]["jsonl"]["acc,none"] == accuracy == results["stts"]["tasks"]["jsonl"]["acc"]
-    assert results["n-samples"]["jsonl"] == {"original": 9, "effective": 9, "missing_video": 0}
+    assert results["n-samples"]["jsonl"] == {"original": 9, "effective": 9, "missing_video": 0, "bad_rows": 0}
     for line in lines:
         own = line["stts"]
         assert (
@@ -285,7 +285,7 @@ def test_bad_rows_stop_the_run_or_are_counted(config: EvalConfig) -> None:
         run_eval(config, progress=False)
     made = run_eval(replace(config, skip_missing=True, save_kept=2), progress=False)
     assert made is not None
-    assert made["n-samples"]["jsonl"] == {"original": 9, "effective": 6, "missing_video": 3}
+    assert made["n-samples"]["jsonl"] == {"original": 9, "effective": 6, "missing_video": 3, "bad_rows": 0}
     assert len(list((config.out / "kept").glob("*.safetensors"))) == 2, "one question a batch"
 
 

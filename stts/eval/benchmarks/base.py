@@ -59,6 +59,8 @@ class Loaded:
     questions: tuple[Question, ...]
     missing_video: tuple[str, ...]
     """Why each skipped row was skipped."""
+    bad_rows: tuple[str, ...]
+    """Rows that cannot be asked, left out, and why: an answer that is no option, a range of no length, ..."""
     notes: tuple[str, ...]
     """What a reader of the results should know, such as another number of rows than published."""
     files: Mapping[str, str]
@@ -88,6 +90,8 @@ class Benchmark(ABC):
     """False: frames are images between texts, which video pruners do not touch."""
     needs_judge: ClassVar[bool] = False
     """True: answers are free texts that somebody must rate; without a judge they are written down, not scored."""
+    published: ClassVar[bool] = True
+    """True: nobody here can correct a bad row, so it is left out and counted. False: it is an error."""
 
     @abstractmethod
     def rows(self, root: Path) -> Iterable[Row]: ...
@@ -97,48 +101,67 @@ class Benchmark(ABC):
         """None for a row that is not part of this task."""
 
     def load(self, root: str | Path, *, skip_missing: bool = False) -> Loaded:
-        """Every question of the task. With `skip_missing`, rows whose video is absent are left out and listed.
+        """Every question of the task. Rows that cannot be asked, and with `skip_missing` those whose video is absent,
+        are left out, counted and listed.
 
-        ValueError for absent or broken files, a missing video, a uid that comes twice, an answer that is no option."""
+        ValueError for absent or broken files, a missing video, and where more rows are bad than good.
+
+        **Differs:** public scorers treat bad rows each in their own way (MVBench's shows one frame where a range has no
+        length, and counts an answer that is no option as wrong); here no method is asked, so they change no score."""
         root = Path(root)
         questions: list[Question] = []
         missing: list[str] = []
+        bad: list[str] = []
         row_of: dict[str, Row] = {}
         files: dict[Path, None] = {}
         try:
             for row in self.rows(root):
                 files[row.file] = None
                 try:
-                    question = self.read(row, len(questions) + len(missing))
+                    if row.fault:
+                        raise ValueError(row.fault)
+                    question = self.read(row, len(questions) + len(missing) + len(bad))
+                    if question is not None and question.uid in row_of:
+                        raise ValueError(f"uid {question.uid!r} is already on {row_of[question.uid]}")
                 except MissingVideoError as error:
                     missing.append(f"{row}: {error}")
                     continue
                 except ValueError as error:
-                    raise ValueError(f"{self.title}: {row}: {error}") from error
+                    bad.append(f"{row}: {error}")
+                    if not self.published:
+                        raise ValueError(f"{self.title}: {bad[0]}") from error
+                    continue
                 if question is None:
                     continue
-                if question.uid in row_of:
-                    raise ValueError(f"{self.title}: {row}: uid {question.uid!r} is already on {row_of[question.uid]}")
                 row_of[question.uid] = row
                 questions.append(question)
         except FileNotFoundError as error:
             layouts = "".join(f"\n  {layout}" for layout in self.layouts)
             raise ValueError(f"{self.title} ({self.name}): {error}; accepted under the root:{layouts}") from error
+        found = len(questions) + len(missing) + len(bad)
+        if 2 * len(bad) > found:
+            raise ValueError(
+                f"{self.title}: {len(bad)} of {found} rows cannot be asked, first {bad[0]}; is this another release?"
+            )
         if missing and not skip_missing:
             raise ValueError(
-                f"{self.title}: {len(missing)} of {len(missing) + len(questions)} rows have no video, first "
+                f"{self.title}: {len(missing)} of {found} rows have no video, first "
                 f"{missing[0]}; fetch them, or leave these rows out and count them: --skip_missing true "
                 "(skip_missing=True)"
             )
         if not questions:
             raise ValueError(f"{self.title} ({self.name}): no questions in {', '.join(map(str, files)) or root}")
-        found = len(questions) + len(missing)
         notes = [f"{self.name}: skipped {len(missing)} rows without video"] if missing else []
+        if bad:
+            more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+            listed = "; ".join(bad[:5]).replace(f"{root}/", "")
+            notes.append(f"{self.name}: left out {len(bad)} of {found} rows, which cannot be asked: {listed}{more}")
         if self.expected_rows not in (None, found):
             notes.append(f"{self.name}: {found} rows, published {self.expected_rows}")
         return Loaded(
             tuple(questions),
             tuple(missing),
+            tuple(bad),
             tuple(notes),
             {path.relative_to(root).as_posix(): hashlib.sha1(path.read_bytes()).hexdigest() for path in files},
         )

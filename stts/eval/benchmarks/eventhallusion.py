@@ -37,9 +37,10 @@ class EventHallusion(Benchmark):
         for split in SPLITS:
             older = ("questions/mix_questions.json",) if split == "interleave" else ()
             for row in rows_of(root, f"questions/{split}_questions.json", *older):
-                asked = row.value("questions")
+                asked = row.values.get("questions")
                 if not isinstance(asked, list) or not all(isinstance(item, dict) for item in asked):
-                    raise ValueError(f"{self.title}: {row}: 'questions' must be a list of objects")
+                    yield row.bad("'questions' must be a list of objects")
+                    continue
                 yield from (row.inside({"split": split, "place": n, **item}) for n, item in enumerate(asked))
 
     def read(self, row: Row, doc_id: int) -> Question:

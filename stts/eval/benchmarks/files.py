@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ class Row:
     number: int
     """Counted from 0."""
     values: Mapping[str, Any]
+    fault: str = ""
+    """Why this row cannot be read at all; its `values` are empty then."""
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.number}"
@@ -61,7 +65,11 @@ class Row:
 
     def inside(self, values: Mapping[str, Any]) -> Row:
         """A row nested in this one; its columns go before those of this row."""
-        return Row(self.root, self.file, self.number, {**self.values, **values})
+        return replace(self, values={**self.values, **values})
+
+    def bad(self, fault: str) -> Row:
+        """The same row as one that cannot be read, so that the rows behind it are."""
+        return replace(self, values={}, fault=fault)
 
 
 def first_file(root: Path, *names: str) -> Path:
@@ -73,22 +81,25 @@ def first_file(root: Path, *names: str) -> Path:
 
 
 def rows_of(root: Path, *names: str) -> Iterator[Row]:
-    """Rows of the first of these files that exists: .parquet, .jsonl, .csv, or .json (a list)."""
+    """Rows of the first of these files that exists: .parquet, .jsonl, .csv, or .json (a list).
+
+    ValueError, naming the file, where it cannot be read as a whole."""
     path = first_file(root, *names)
     for number, values in enumerate(_read(path)):
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}, row {number}: expected an object with columns, got {type(values).__name__}")
-        yield Row(root, path, number, values)
+        row = Row(root, path, number, values if isinstance(values, dict) else {})
+        yield row if isinstance(values, dict) else row.bad(f"expected an object with columns, got {values!r:.80}")
 
 
 def _read(path: Path) -> Iterable[Any]:
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
+        try:
+            return list(csv.DictReader(io.StringIO(read_text(path, legacy=True), newline="")))
+        except csv.Error as error:
+            raise ValueError(f"{path} is no readable CSV file ({error}); fetch it again") from error
     if path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).split("\n")  # not splitlines: a text may hold U+2028 and other ends of line
         return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     made = read_json(path)
     if not isinstance(made, list):
@@ -96,8 +107,27 @@ def _read(path: Path) -> Iterable[Any]:
     return made
 
 
+def read_text(path: Path, *, legacy: bool = False) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where it begins with its mark or is full of zero bytes.
+
+    `legacy`: what is neither is read as Windows-1252, as old spreadsheets and subtitles are; else a ValueError."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif b"\0" in content[:200]:
+        encodings = ["utf-16-be" if content[:1] == b"\0" else "utf-16-le"]
+    else:
+        encodings = ["utf-8-sig", *(["cp1252"] if legacy else [])]
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError as error:
+            reason = error
+    raise ValueError(f"{path} is not {' or '.join(encodings)} text ({reason}); save it as UTF-8")
+
+
 def read_json(path: Path) -> Any:
-    return parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -109,12 +139,12 @@ def parse_json(text: str, where: str) -> Any:
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArrowException) as error:
         raise ValueError(f"{path} is no readable Parquet file ({error}); fetch it again") from error
     return rows
 

@@ -72,7 +72,7 @@ class LongVideoBenchInterleaved(LongVideoBench):
     def read_subtitles(self, row: Row) -> tuple[Subtitle, ...]:
         path = confined(row.root / "subtitles", row.text("subtitle_path"))
         if not path.is_file():
-            raise ValueError(f"no subtitles at {path}; fetch them, or use longvideobench_val_v")
+            raise FileNotFoundError(f"no subtitles at {path}; fetch them, or use longvideobench_val_v")
         shift = row.seconds("starting_timestamp_for_subtitles") or 0.0
         return read_json_subtitles(path, shift, row.seconds("duration") or 0.0)
 

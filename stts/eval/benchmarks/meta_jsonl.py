@@ -20,9 +20,10 @@ from stts.metrics import extract
 class MetaJsonl(Benchmark):
     def rows_in(self, root: Path, *names: str) -> Iterable[Row]:
         for row in rows_of(root, *names):
-            asked = row.value("qa")
+            asked = row.values.get("qa")
             if not isinstance(asked, list) or not all(isinstance(item, dict) for item in asked):
-                raise ValueError(f"{self.title}: {row}: 'qa' must be a list of objects")
+                yield row.bad("'qa' must be a list of objects")
+                continue
             yield from (row.inside(item) for item in asked)
 
     def question(self, row: Row, doc_id: int, video: Path, group: Mapping[str, str | tuple[str, ...]]) -> Question:

@@ -39,7 +39,7 @@ class NextQA(Benchmark):
     def rows(self, root: Path) -> Iterable[Row]:
         nested = _nested(root / "map_vid_vidorID.json")
         for row in rows_of(root, *self.tables):
-            yield row.inside({"vidor": nested.get(row.text("video"))})
+            yield row.inside({"vidor": nested.get(str(row.values.get("video")))})
 
     def read(self, row: Row, doc_id: int) -> Question:
         video, kind = row.text("video"), row.text("type")

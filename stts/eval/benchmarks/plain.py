@@ -22,6 +22,7 @@ class PlainJsonl(Benchmark):
     title = "JSONL"
     layouts = ("questions.jsonl: {id, video, clip?, conversations or messages, options?, family?}",)
     wording = "{question}"
+    published = False
     primary = "family"
 
     def rows(self, root: Path) -> Iterable[Row]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stts.eval.benchmarks.files import read_json
+from stts.eval.benchmarks.files import read_json, read_text
 
-_TIMES = re.compile(r"(\d+):(\d+):(\d+[,.]?\d*)\s*-->\s*(\d+):(\d+):(\d+[,.]?\d*)")
-_MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+_TIME = r"((?:\d+:)?\d+:\d+[,.]?\d*)"
+_TIMES = re.compile(rf"^[^\S\n]*{_TIME}\s*-->\s*{_TIME}(.*)$", re.MULTILINE)
+_SETTINGS = re.compile(r"(?:\s+(?:align|line|position|size|vertical|region|[XY][12]):\S+)+\s*$")
+_NOTE = re.compile(r"\n\s*\n(?:NOTE|STYLE|REGION)\b.*?(?=\n\s*\n|\Z)", re.DOTALL)
+_MARKUP = re.compile(
+    r"</?(?:b|i|u|s|c|v|p|br|em|rt|font|lang|ruby|span|strong)(?=[\s.>/])[^<>]*>|<\d+:[\d:.]+>|\{\\[^{}]*\}",
+    re.IGNORECASE,
+)
 
 
 class Subtitle(NamedTuple):
@@ -20,19 +28,43 @@ class Subtitle(NamedTuple):
 
 
 def read_srt(path: Path) -> tuple[Subtitle, ...]:
-    """Entries with text, in time order, without markup; blocks without times are passed over."""
+    """Entries of a SubRip or WebVTT file with text, in time order, without markup.
+
+    An entry begins at its line of times and ends at the next: blank lines may stand inside it or be missing behind it.
+    UTF-8, UTF-16 or Windows-1252."""
+    text = re.sub(r"\r\n?", "\n", read_text(path, legacy=True))
+    if text.startswith("WEBVTT"):
+        text = _NOTE.sub("", text)
+    times = list(_TIMES.finditer(text))
+    numbered = bool(times) and text[: times[0].start()].rstrip("\n").rpartition("\n")[2].strip().isdigit()
     found = []
-    for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig", errors="replace").replace("\r", "")):
-        head, times, text = block, _TIMES.search(block), ""
-        if times:
-            text = " ".join(_MARKUP.sub("", head[times.end() :]).split())
-        if times and text:
-            found.append(Subtitle(_clock(*times.group(1, 2, 3)), _clock(*times.group(4, 5, 6)), text))
+    for this, following in pairwise([*times, None]):
+        assert this is not None
+        body = text[this.end() : following.start() if following else len(text)]
+        if following:
+            body = _without_name(body, numbered)
+        said = html.unescape(_MARKUP.sub("", f"{_SETTINGS.sub('', this[3])} {body}")).split()
+        if said:
+            found.append(Subtitle(_seconds(this[1]), _seconds(this[2]), " ".join(said)))
     return tuple(sorted(found, key=lambda entry: entry.start_s))
 
 
-def _clock(hours: str, minutes: str, seconds: str) -> float:
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+def _without_name(body: str, numbered: bool) -> str:
+    """`body` without the number or name of the next entry: the line right above its times, if it is a number in a file
+    of numbered entries, or stands behind a blank line in another."""
+    if body.endswith("\n\n"):
+        return body
+    rest, _, last = body.rstrip("\n").rpartition("\n")
+    named = last.strip().isdigit() if numbered else bool(rest) and not rest.rpartition("\n")[2].strip()
+    return rest if named else body
+
+
+def _seconds(clock: str) -> float:
+    """Of "h:m:s" or "m:s", with a period or comma before the fraction."""
+    seconds = 0.0
+    for part in clock.replace(",", ".").split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
 
 
 def shown_at(subtitles: Sequence[Subtitle], times_s: Sequence[float]) -> list[str]:
@@ -47,7 +79,7 @@ def read_json_subtitles(path: Path, shift_s: float, duration_s: float) -> tuple[
         raise ValueError(f"{path}: expected a list of subtitles")
     try:
         entries = [_entry(row, duration_s) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: a subtitle is neither {{timestamp: [s, e], text}} nor {{start: 'h:m:s', end, line}}: {error!r}"
         ) from error
@@ -58,7 +90,7 @@ def _entry(row: Mapping[str, Any], duration_s: float) -> Subtitle:
     if "timestamp" in row:
         start, end = row["timestamp"]
         return Subtitle(float(start), end if isinstance(end, float) else duration_s, str(row["text"]))
-    return Subtitle(_clock(*row["start"].split(":")), _clock(*row["end"].split(":")), str(row["line"]))
+    return Subtitle(_seconds(row["start"]), _seconds(row["end"]), str(row["line"]))
 
 
 def interleave(subtitles: Sequence[Subtitle], times_s: Sequence[float], frame: str) -> list[str]:

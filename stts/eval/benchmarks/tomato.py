@@ -28,10 +28,12 @@ class Tomato(Benchmark):
         for kind in KINDS:
             path = first_file(root, f"data/{kind}.json")
             made = read_json(path)
-            if not isinstance(made, dict) or not all(isinstance(item, dict) for item in made.values()):
+            if not isinstance(made, dict):
                 raise ValueError(f"{self.title}: {path}: expected an object of id -> question")
             for number, (uid, values) in enumerate(made.items()):
-                yield Row(root, path, number, {**values, "id": uid, "kind": kind})
+                row = Row(root, path, number, values if isinstance(values, dict) else {})
+                named = row.inside({"id": uid, "kind": kind})
+                yield named if isinstance(values, dict) else row.bad(f"expected an object, got {values!r:.80}")
 
     def read(self, row: Row, doc_id: int) -> Question:
         options, demonstration = row.texts("options"), row.text("demonstration_type")

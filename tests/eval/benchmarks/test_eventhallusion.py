@@ -40,6 +40,8 @@ def test_both_releases(tmp_path: Path, older: bool) -> None:
 
 def test_errors(tmp_path: Path) -> None:
     write_json(tmp_path, "questions/entire_questions.json", [{"id": "entire_001", "questions": "x"}])
+    for split in ("interleave", "misleading"):
+        write_json(tmp_path, f"questions/{split}_questions.json", [])
     with pytest.raises(ValueError, match="'questions' must be a list of objects"):
         load("eventhallusion", tmp_path)
     write_json(tmp_path, "questions/entire_questions.json", [row("entire_001", "Perhaps")])
