@@ -26,7 +26,7 @@ step "2/4 fine-tuning $vlm with STTS into $out/stts"
 step "3/4 comparing dense, learned and training-free at equal token budgets"
 "$stts" compare --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" \
   --out "$out/compare" --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' \
-  --retention_ratios '[0.5,0.3]' --positions original --save_kept 20 --name 'ShapesQA, small LLaVA-OneVision'
+  --retention_ratios '[0.5,0.3]' --save_kept 20 --name 'ShapesQA, small LLaVA-OneVision'
 
 step "4/4 writing the report"
 "$stts" report "$out/compare" --out "$out/report.html"

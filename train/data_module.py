@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -87,6 +88,10 @@ class VideoData(pl.LightningDataModule):
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
         self.num_workers, self.seed, self.num_frames, self.max_fps = num_workers, seed, num_frames, max_fps
         self.on_error: OnError = on_error
+        self.frames = frames_of(
+            {"kind": kind, "num_frames": num_frames, "sampler": sampler, "max_fps": max_fps}
+            | {"shapes": vars(shapes), "phases": [vars(phase) for phase in phases or []]}
+        )
         self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
         self._told = 0, 0  # look-ups in the frame cache and hits, of the epochs that were reported
         self.sources: list[Source] = []
@@ -225,3 +230,11 @@ class VideoData(pl.LightningDataModule):
                 f"{self.max_tokens}; raise it, or use fewer frames or a lower retention_ratio"
             )
         return lengths
+
+
+def frames_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How videos were sampled under these arguments of `VideoData`, as exported folders record it."""
+    if settings["kind"] == "jsonl":
+        return {name: settings[name] for name in ("num_frames", "sampler", "max_fps")}
+    last = settings["phases"][-1].get("num_sampled")
+    return {"num_frames": last or settings["shapes"]["num_sampled"], "sampler": "uniform_inclusive"}

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from stts.models.checkpoints.hub import check_empty, export
 
 from .checkpoints import Saved
+from .data_module import frames_of
 from .module import VideoFinetune
 
 _DEEPSPEED = "_forward_module."  # what its engine wraps around the module
@@ -66,6 +67,7 @@ def _module(saved: Saved, base_model: str | Path | None) -> VideoFinetune:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VideoFinetune, "model")
     made: VideoFinetune = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    made.trained |= frames_of(saved.settings["data"])
     return made
 
 

@@ -24,7 +24,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan
 from stts.data.collate import IGNORED, Batch
-from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings, save_pruned
+from stts.models.checkpoints.load import (
+    as_recorded,
+    load_pruner,
+    load_vlm,
+    pruner_settings,
+    recorded_options,
+    resize_videos,
+    save_pruned,
+)
 from stts.models.pruning.context import Pruning
 from stts.pruners.base import Positions, soft_in_training
 
@@ -47,9 +55,9 @@ class VideoFinetune(pl.LightningModule):
         pruner: registry name, or 'package.module:Class'; 'none' trains on every token.
         retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed. Or one per step: a range
             {low, high} to draw from, or a schedule {from, to, steps, shape}; see train/retention.py.
-        pruner_options: options of the pruner.
-        positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as the
-            pruner declares.
+        pruner_options: options of the pruner, on top of those that a trained `model` records for it.
+        positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as a
+            trained `model` records, else as the pruner declares.
         loss_weights: weight of each loss by name, or a ramp {from, to, steps}; a loss without a weight stops the run at
             step 0.
         step_losses: more losses, computed from the batch and the pass, as class_path and init_args; see
@@ -112,12 +120,14 @@ class VideoFinetune(pl.LightningModule):
         self.model, self.processor = load_vlm(model)
         if video_size is not None:
             resize_videos(self.processor, video_size)
-        options = dict(pruner_options or {})
+        options = recorded_options(model, pruner, pruner_options)
+        positions = as_recorded(model, positions=positions)["positions"]
         self.pruning = Pruning(
             self.model, pruner, retention_ratio=self.retention.target, positions=positions, **options
         )
         self.pruning.check_trainable()
-        self.pruning.retention_trained = self.retention.record
+        self.trained: dict[str, Any] = {"retention_trained": self.retention.record}
+        """What exported folders record of the training beside the pruner's settings (`load.TRAINED`)."""
         self.scorer = self.pruning.module  # registered, so that checkpoints and devices include it
         settings = pruner_settings(model)
         if self.scorer is not None and settings is not None and settings["pruner"] == pruner:
@@ -310,6 +320,7 @@ class VideoFinetune(pl.LightningModule):
         used = [(n, p) for n, p in self.named_parameters() if not any(unused in n for unused in _UNUSED)]
         check_frozen(self.trainer.strategy, [name for name, parameter in used if not parameter.requires_grad])
         self._widen()
+        self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
         self.pruning.in_step = self.trainer.world_size > 1
         if isinstance(self.trainer.strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
@@ -365,20 +376,11 @@ class VideoFinetune(pl.LightningModule):
         self.pruning.retention_ratio = self.retention.target
         try:
             if writes:
-                save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors)
+                save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors, trained=self.trained)
             return path
         finally:
             if self._attached:
                 self.pruning.attach()
-
-
-def resize_videos(processor: Any, size: dict[str, int]) -> None:
-    """Set the limits of a video processor. ValueError for other words than its own."""
-    own = processor.video_processor.size
-    names = set(dict(own))
-    if set(size) != names:
-        raise ValueError(f"video_size={size} must give {sorted(names)}, as the video processor of this model does")
-    processor.video_processor.size = type(own)(**size)
 
 
 def _number(norm: Tensor) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from stts.models.checkpoints.load import recorded_options
 from stts.models.families.published import config_of
 
 from .cli import read_config
@@ -67,7 +69,7 @@ def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
     return Run(
         config=config_of(model["model"], args.model_config),
         pruner=model["pruner"],
-        pruner_options=dict(model["pruner_options"] or {}),
+        pruner_options=_options(model),
         retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
         rates=rates,
         lora=lora,
@@ -84,6 +86,11 @@ def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
         text_tokens=args.text_tokens,
         answer_tokens=args.answer_tokens,
     )
+
+
+def _options(model: Any) -> dict[str, Any]:
+    given = dict(model["pruner_options"] or {})
+    return recorded_options(model["model"], model["pruner"], given) if Path(model["model"]).is_dir() else given
 
 
 def read_strategy(given: Any) -> Strategy:

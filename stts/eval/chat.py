@@ -22,6 +22,7 @@ from stts.data.video.files import read_picture, read_video
 from stts.data.video.sample import VideoClip
 from stts.eval.answering.method import question_of
 from stts.models.checkpoints.hub import PrunedVLM
+from stts.models.checkpoints.load import as_recorded
 from stts.models.pruning.siglip import load_siglip
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -55,20 +56,24 @@ class Chat:
         pruner: str | None = None,
         retention_ratio: float | None = None,
         *,
-        num_frames: int = 32,
-        sampler: str = "uniform_inclusive",
+        num_frames: int | None = None,
+        sampler: str | None = None,
         max_fps: float | None = None,
         siglip: str | Path | None = None,
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
         """`pretrained`, `pruner`, `retention_ratio` and `options` as in `PrunedVLM.from_pretrained`: what is None comes
-        from a folder of ours. `none` as pruner is the stock model. ValueError when anything does not fit."""
+        from a folder of ours. `none` as pruner is the stock model. Frames that are None are sampled as the folder
+        records of its training, else 32 of them by uniform_inclusive. ValueError when anything does not fit."""
         self.vlm = PrunedVLM.from_pretrained(
             pretrained, pruner, retention_ratio, device=device,
             siglip=None if siglip is None else load_siglip(siglip), **options,
         )  # fmt: skip
-        self.sampler, self.num_frames, self.max_fps = sampler, num_frames, max_fps
+        frames = as_recorded(pretrained, num_frames=num_frames, sampler=sampler, max_fps=max_fps)
+        self.num_frames: int = frames["num_frames"] or 32
+        self.sampler: str = frames["sampler"] or "uniform_inclusive"
+        self.max_fps: float | None = frames["max_fps"]
         self._collate = Collator(self.vlm.processor, training=False)
 
     def example(self, uid: str, turns: Sequence[tuple[Role, Sequence[Piece]]]) -> Example:

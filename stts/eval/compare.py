@@ -92,6 +92,7 @@ def run_compare(
 
     None on ranks other than 0. ValueError: `out` holds something else, a question has no video or no usable answer, a
     learned pruner has no weights, a video is broken (unless on_error="skip")."""
+    config, recorded = config.as_recorded()
     tasks = config.open_tasks()
     _check(tasks)
     identity = config.identity(tasks, config.baseline_model)
@@ -107,7 +108,7 @@ def run_compare(
         config.model,
         pruners=config.pruners,
         retention_ratios=config.retention_ratios,
-        exact=config.exact,
+        exact=config.exact is not False,
         positions=config.positions,
         options=config.pruner_options,
         siglip=siglip,
@@ -131,6 +132,7 @@ def run_compare(
     if answers is None:
         return None
     result = make_result(config, source, runners, answers, environment(model), weights_gib)
+    result = replace(result, notes=(*recorded, *result.notes))
     store.finish(
         {
             FILES[3]: draw(result),

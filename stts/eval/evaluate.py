@@ -35,6 +35,7 @@ def run_eval(
 
     None on ranks other than 0. ValueError: `out` holds something else, a question has no video, the pruner cannot be
     run or refuses a video, a video is broken (unless on_error="skip"), the dense reference is of another run."""
+    config, recorded = config.as_recorded()
     tasks = config.open_tasks()
     for task in tasks:  # now, not after hours of answers
         known = ("strict", "compat", *task.benchmark.compat)
@@ -51,9 +52,10 @@ def run_eval(
 
     source = config.make_source(tasks)
     model, processor, siglip = config.load(ranks)
+    assert config.pruner is not None
     runner = _runner(config, make_runners(
         model, config.model, pruners=() if config.pruner == "none" else (config.pruner,),
-        retention_ratios=(config.retention_ratio or 1.0,), exact=config.exact, positions=config.positions,
+        retention_ratios=(config.retention_ratio or 1.0,), exact=config.exact is not False, positions=config.positions,
         options={config.pruner: config.pruner_options}, siglip=siglip, seed=config.seed,
     ))  # fmt: skip
     options = LoopOptions(
@@ -82,6 +84,7 @@ def run_eval(
         config_hash=store.config_hash,
         began=store.began,
         weights_gib=model.get_memory_footprint() / 2**30,
+        recorded=recorded,
     )
     results, files = result_files(run)
     store.finish(files)

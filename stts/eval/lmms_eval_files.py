@@ -50,6 +50,8 @@ class Run:
     config_hash: str
     began: str
     weights_gib: float
+    recorded: Sequence[str] = ()
+    """Notes on settings that come from the model's folder."""
 
     @property
     def said(self) -> Mapping[str, Said]:
@@ -213,6 +215,7 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
             "label": run.cell.label,
             "retention_ratio": config.retention_ratio or 1.0,
             "stage": run.cell.kind,
+            "positions": run.cell.positions or None,
             "config_hash": run.config_hash,
             "identity": dict(run.identity),
             "checkpoint": str(config.model),
@@ -222,7 +225,7 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
             "skipped": [dict(item) for item in run.answers.skipped],
             "missing_video": [why for task in run.source.tasks for why in task.loaded.missing_video],
             "bad_rows": [why for task in run.source.tasks for why in task.loaded.bad_rows],
-            "notes": list(notes_on_tasks(run.source.tasks)),
+            "notes": [*run.recorded, *notes_on_tasks(run.source.tasks)],
             "tasks": dict(rows),
             "suites": suites,
             "efficiency": _efficiency(run),

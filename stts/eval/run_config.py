@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -19,12 +19,14 @@ from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import file_stamps
-from stts.models.checkpoints.load import load_vlm, pruner_settings
+from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
 from stts.models.families.base import host_info
 from stts.models.pruning.siglip import SiglipSource, load_siglip
 from stts.pruners.registry import PRUNERS
 
 Positions = Literal["original", "compact"]
+_RECORDED: dict[str, Any] = {"num_frames": 16, "sampler": None, "max_fps": None, "exact": True, "positions": None}
+"""Settings that a trained folder may record, with what counts where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,13 @@ class RunConfig:
     """Benchmarks (videomme, mvbench, ...) and suites (prune4, molmo2_13, ...); --data_root says where they are."""
     data_root: Path | None = None
     """Folder that holds the benchmarks' own folders (videomme/, MVBench/, ...), or the one benchmark asked for."""
-    num_frames: int = 16
-    """Frames per video, at most."""
+    num_frames: int | None = None
+    """Frames per video, at most; None: as many as the model's folder records of its training, else 16."""
     sampler: str | None = None
-    """How frames are chosen, see stts/data/video/samplers.py; None: as each task does, mostly uniform_inclusive."""
+    """How frames are chosen, see stts/data/video/samplers.py; None: as the model's folder records, else as each task
+    does, mostly uniform_inclusive."""
+    max_fps: float | None = None
+    """Upper bound on frames per second of video; None: as the model's folder records, else none."""
     prompt: Prompt = "letter"
     """letter: the same short prompt everywhere; official: the words given in `wordings`."""
     wordings: dict[str, str] = field(default_factory=dict)
@@ -66,10 +71,12 @@ class RunConfig:
     siglip: str | Path | None = None
     """Folder or hub id of a SigLIP checkpoint whose pooling head and text tower make the signals that the model itself
     lacks; None: fallbacks, named under the table."""
-    exact: bool = True
-    """Every method keeps exactly the planned count; false: each release's own count, which is measured."""
+    exact: bool | None = None
+    """Every method keeps exactly the planned count; false: each release's own count, which is measured. None: as the
+    model's folder records, else true."""
     positions: Positions | None = None
-    """Positions of surviving tokens in the LLM; None: as each pruner declares."""
+    """Positions of surviving tokens in the LLM; None: as the model's folder records, for every method, else as each
+    pruner declares."""
     seed: int = 0
     """Of the random pruners; decoding is greedy."""
     save_kept: int | Literal["all"] = 0
@@ -116,6 +123,17 @@ class RunConfig:
     def title(self) -> str:
         return self.name or Path(self.model).resolve().name
 
+    def as_recorded(self) -> tuple[Self, tuple[str, ...]]:
+        """The same settings, with those that are None taken from what the model's folder records of its training; and a
+        note that names what was."""
+        empty = [name for name in _RECORDED if getattr(self, name) is None]
+        known = {
+            name: value for name, value in as_recorded(self.model, **dict.fromkeys(empty)).items() if value is not None
+        }
+        shown = ", ".join(f"{name} {value}" for name, value in known.items())
+        notes = (f"As the folder of the model records: {shown}.",) if known else ()
+        return replace(self, **{**{name: _RECORDED[name] for name in empty}, **known}), notes
+
     def open_tasks(self) -> list[Task]:
         if self.data is not None:
             return [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
@@ -123,10 +141,12 @@ class RunConfig:
         return open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
 
     def make_source(self, tasks: Sequence[Task]) -> Source:
+        assert self.num_frames is not None, "`as_recorded` comes first"
         return Source(
             tasks=tasks,
             num_frames=self.num_frames,
             sampler=self.sampler,
+            max_fps=self.max_fps,
             on_error=self.on_error,
             timeout_s=self.timeout_s,
             prompt=self.prompt,
@@ -220,8 +240,9 @@ def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Call
 class EvalConfig(RunConfig):
     """Evaluate a model under one pruner, on a data set or on benchmarks."""
 
-    pruner: str = "none"
-    """Name (see `stts pruners`) or module:Class; none: every token."""
+    pruner: str | None = None
+    """Name (see `stts pruners`) or module:Class; none: every token. None: the one that the model's folder was trained
+    with, else none."""
     pruner_options: dict[str, Any] = field(default_factory=dict)
     """Options of the pruner, such as {compat: official}."""
     retention_ratio: float | None = None
@@ -234,21 +255,29 @@ class EvalConfig(RunConfig):
     """Questions answered at once."""
 
     def __post_init__(self) -> None:
-        if self.pruner not in PRUNERS and ":" not in self.pruner:
+        if self.pruner is not None and self.pruner not in PRUNERS and ":" not in self.pruner:
             raise ValueError(
                 f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
             )
         if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
             raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
         super().__post_init__()
-        if self.pruner == "none":
-            return
-        saved = pruner_settings(self.model) if Path(self.model).is_dir() else None
-        if self.retention_ratio is None and saved and saved["pruner"] == self.pruner:
-            object.__setattr__(self, "retention_ratio", saved["retention_ratio"])
-        if self.retention_ratio is None:
-            raise ValueError(f"--pruner {self.pruner} needs --retention_ratio, the fraction of visual tokens kept")
-        try:
-            check_ratio(self.retention_ratio)
-        except ValueError as error:
-            raise ValueError(f"--retention_ratio: {error}") from error
+        if self.retention_ratio is not None:
+            try:
+                check_ratio(self.retention_ratio)
+            except ValueError as error:
+                raise ValueError(f"--retention_ratio: {error}") from error
+
+    def as_recorded(self) -> tuple[Self, tuple[str, ...]]:
+        """Also the ratio of the folder's own pruner. ValueError where a pruner is left without any."""
+        config, notes = super().as_recorded()
+        saved = pruner_settings(self.model)
+        if self.pruner is None:
+            if saved is None and (self.pruner_options or self.retention_ratio is not None):
+                raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
+            config = replace(config, pruner=recorded_pruner(self.model, saved) if saved else "none")
+        if config.pruner == "none" or config.retention_ratio is not None:
+            return config, notes
+        if saved is None or saved["pruner"] != config.pruner:
+            raise ValueError(f"--pruner {config.pruner} needs --retention_ratio, the fraction of visual tokens kept")
+        return replace(config, retention_ratio=saved["retention_ratio"]), notes

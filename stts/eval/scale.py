@@ -213,6 +213,7 @@ def run_scale(
 
     None on ranks other than 0. ValueError: `out` holds something else, a prompt exceeds the context (unless it is to be
     skipped), a question has no options (parts), a video is broken (unless skipped)."""
+    config, recorded = config.as_recorded()
     tasks = config.open_tasks()
     store = Store(
         Path(config.out), config.identity(tasks), kind="scaling run", result=FILES, overwrite=config.overwrite,
@@ -229,7 +230,7 @@ def run_scale(
             config.model,
             pruners=config.pruners,
             retention_ratios=(1.0,) if config.mode == "budget" else config.retention_ratios,
-            exact=config.exact,
+            exact=config.exact is not False,
             positions=config.positions,
             options=config.pruner_options,
             siglip=siglip,
@@ -266,7 +267,7 @@ def run_scale(
         return None
     settings = {**config.settings(), "data": str(config.data or config.data_root), "name": config.title}
     where = environment(model)
-    notes = (*notes_on(settings, where, found), *notes_on_tasks(tasks))
+    notes = (*notes_on(settings, where, found), *recorded, *notes_on_tasks(tasks))
     result = ScaleResult(config=settings, environment=where, rows=tuple(found), notes=notes)
     store.finish(
         {
@@ -284,7 +285,7 @@ def _point(
     """Source and runners of one point."""
     base = config.make_source(tasks)
     settings = {name: getattr(base, name) for name in base.__dataclass_fields__ if base.__dataclass_fields__[name].init}
-    settings |= {"num_frames": multiple * config.num_frames, "looks": multiple if config.looks else 1}
+    settings |= {"num_frames": multiple * base.num_frames, "looks": multiple if config.looks else 1}
     source = PointSource(**settings)
     made: list[Runner] = []
     for runner in runners:
@@ -298,7 +299,7 @@ def _point(
             runner = LookRunner(runner.cell, runner.pruning, options, config.mode == "packed")
         elif config.mode == "budget" and runner.pruning is not None and runner.cell.kind != "unpruned":
             grid = _grid(source, runner.pruning, collate)
-            budget = config.budget or runner.pruning.adapter.grid(1).per_frame * config.num_frames
+            budget = config.budget or runner.pruning.adapter.grid(1).per_frame * base.num_frames
             runner.pruning.max_tokens = budget
             ratio = min(1.0, budget / grid.num_groups)
             runner = replace(runner, cell=replace(runner.cell, retention_configured=ratio))

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -30,7 +31,8 @@ from stts.data.video.files import read_video
 from stts.eval.answering.method import make_runners
 from stts.eval.results.table import DENSE, Cell
 from stts.files import staged, write_whole
-from stts.models.checkpoints.load import load_vlm, pruner_settings, recorded_pruner
+from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
+from stts.pruners.base import Positions
 from stts.report.page import render_page
 from stts.report.run_data import cell_data, encode_frames, first_of_cells, kept_data
 from stts.tokens import Grid
@@ -73,21 +75,24 @@ def look(
     model: str | Path,
     pruner: str | None = None,
     retention_ratio: float | None = None,
-    num_frames: int = 16,
-    sampler: str = "uniform_inclusive",
+    num_frames: int | None = None,
+    sampler: str | None = None,
+    positions: Positions | None = None,
     clip: tuple[float, float] | None = None,
     folder_fps: float = 1.0,
     max_new_tokens: int = 32,
 ) -> View:
-    """Ask once densely and once pruned; pruner and ratio are those of a folder of ours unless given.
+    """Ask once densely and once pruned. Pruner, ratio, frames and positions that are None are those that a folder of
+    ours records; else a ratio of 0.5, 16 frames by uniform_inclusive, and positions as the pruner declares.
 
     video: a file, or a folder with its frames as pictures, `folder_fps` of them a second. clip: seconds (start, end) to
     look at. ValueError: the video is broken, the pruner unknown or out of reach."""
     if not 0 < folder_fps < math.inf:
         raise ValueError(f"--folder_fps {folder_fps} must be a positive number of pictures a second")
+    frames = as_recorded(model, num_frames=num_frames, sampler=sampler, max_fps=None)
     shown = read_video(
-        Path(video), sampler=sampler, num_frames=num_frames, clip=clip, max_fps=None, timeout_s=None,
-        folder_fps=folder_fps,
+        Path(video), sampler=frames["sampler"] or "uniform_inclusive", num_frames=frames["num_frames"] or 16, clip=clip,
+        max_fps=frames["max_fps"], timeout_s=None, folder_fps=folder_fps,
     )  # fmt: skip
     own = pruner_settings(model) or {}
     if pruner is None and not own:
@@ -99,7 +104,7 @@ def look(
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
     dense, *others = make_runners(
         vlm, model, pruners=(pruner,), retention_ratios=(retention_ratio,),
-        exact=True, positions=None, options={}, siglip=None, seed=0,
+        exact=own.get("exact", True), positions=positions or own.get("positions"), options={}, siglip=None, seed=0,
     )  # fmt: skip
     if not others:
         raise ValueError(f"--pruner {pruner!r} keeps everything; name one that drops tokens (see `stts pruners`)")
@@ -251,8 +256,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--pruner", help="name (see `stts pruners`) or module:Class (default: the model's own)")
     parser.add_argument("--retention_ratio", type=float, help="fraction kept (default: the model's own, else 0.5)")
-    parser.add_argument("--num_frames", type=int, default=16, help="frames, at most (default: 16)")
-    parser.add_argument("--sampler", default="uniform_inclusive", help="how frames are chosen (uniform_inclusive)")
+    parser.add_argument("--num_frames", type=int, help="frames, at most (default: as the model was trained, else 16)")
+    parser.add_argument("--sampler", help="how frames are chosen (default: as trained, else uniform_inclusive)")
+    parser.add_argument(
+        "--positions", choices=get_args(Positions), help="of kept tokens in the LLM (default: as trained)"
+    )
     parser.add_argument("--clip", type=float, nargs=2, metavar=("START", "END"), help="seconds of the video to look at")
     parser.add_argument("--folder_fps", type=float, default=1.0, help="pictures of a folder per second (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
@@ -263,7 +271,7 @@ def main(argv: Sequence[str]) -> int:
     out = args.pop("out") or Path(args["video"].stem + ".png")
     if out.suffix not in _CHOICES:
         raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
-    if args["num_frames"] < 1 or args["max_new_tokens"] < 1:
+    if args["num_frames"] == 0 or min(args["num_frames"] or 1, args["max_new_tokens"]) < 1:
         raise ValueError("--num_frames and --max_new_tokens must be at least 1")
     view = look(**args)
     write_view(view, out)

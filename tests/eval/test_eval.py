@@ -293,7 +293,7 @@ def test_a_trained_folder_brings_its_own_ratio(config: EvalConfig, tmp_path: Pat
     model, processor = load_vlm(config.model)
     folder = save_pruned(tmp_path / "model", model, processor, stts.pruning(model, "stts", retention_ratio=0.75))
     own = replace(config, model=folder, pruner="stts", retention_ratio=None)
-    assert own.retention_ratio == 0.75
+    assert own.as_recorded()[0].retention_ratio == 0.75
     made = run_eval(replace(own, limit=1), progress=False)
     assert made is not None and made["stts"]["retention_ratio"] == 0.75
     assert made["stts"]["efficiency"]["tokens"]["err"] == 0.75

@@ -76,7 +76,9 @@ def test_a_run_from_files_to_folders(tiny_folder: Path, files: Path, tmp_path: P
     ):
         assert expected in done.stdout
     for name in ("model", "best"):
-        assert json.loads((out / name / "stts.json").read_text())["pruner"] == "stts"
+        recorded = json.loads((out / name / "stts.json").read_text())
+        expected = {"pruner": "stts", "positions": "original", "num_frames": 8, "sampler": "uniform_inclusive"}
+        assert {key: recorded[key] for key in expected} == expected, "what it trained with"
         assert (out / name / "scorer.safetensors").is_file()
         assert "_attn" not in (out / name / "config.json").read_text()
     [broken] = {line.split("\t")[0].rsplit("-", 1)[0] for line in (out / "skipped.txt").read_text().splitlines()}

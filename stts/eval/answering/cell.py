@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stts.pruners.base import Positions
+
 DENSE = "dense"
 BEFORE = "dense (before fine-tuning)"
 Kind = Literal["unpruned", "learned", "in the ViT", "before the LLM", "inside the LLM"]
@@ -24,6 +26,9 @@ class Cell:
     """What a reader must know wherever the name stands ("our reconstruction")."""
     equal_flops_to: str = ""
     """Title of the cell whose FLOPs this ratio was solved for; "": the ratio is the user's."""
+
+    positions: Positions | Literal[""] = ""
+    """Of surviving tokens in the LLM; "": nothing was dropped, or not noted."""
 
     @property
     def title(self) -> str:

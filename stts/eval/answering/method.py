@@ -21,7 +21,7 @@ from stts.data.rows import Sample
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
-from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
+from stts.models.checkpoints.load import load_pruner, load_vlm
 from stts.models.families.base import host_info
 from stts.models.pruning.context import Phase, Pruning
 from stts.models.pruning.phases import Phases
@@ -215,14 +215,13 @@ def make_runners(
             except ValueError as error:
                 reason = str(error)
             labels = sorted({part.label for part in (pruner, *pruner.stages) if isinstance(part, Labelled)})
-            runners.append(Runner(Cell(name, ratio, reason, kind_of(pruner), ", ".join(labels)), pruning))
+            at = pruning.positions if pruning is not None else ""
+            runners.append(Runner(Cell(name, ratio, reason, kind_of(pruner), ", ".join(labels), positions=at), pruning))
     return runners
 
 
 def _load(path: str | Path, model: PreTrainedModel, name: str, seed: int, options: Mapping[str, Any]) -> Pruner:
-    saved = pruner_settings(path)
-    trained = saved["options"] if saved and saved["pruner"] == name else {}
-    return load_pruner(path, model, name, {**trained, **({"seed": seed} if name in _SEEDED else {}), **options})
+    return load_pruner(path, model, name, {**({"seed": seed} if name in _SEEDED else {}), **options})
 
 
 def kind_of(pruner: Pruner) -> Kind:

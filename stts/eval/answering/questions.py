@@ -125,6 +125,8 @@ class Source:
     num_frames: int
     sampler: str | None = None
     """None: each task's own."""
+    max_fps: float | None = None
+    """Upper bound on frames per second of video."""
     on_error: OnError = "raise"
     timeout_s: float | None = None
     """Longest time that reading one video may take."""
@@ -189,7 +191,7 @@ class Source:
                 sampler=sampler,
                 num_frames=self.num_frames,
                 clip=question.clip,
-                max_fps=None,
+                max_fps=self.max_fps,
                 timeout_s=self.timeout_s,
                 folder_fps=question.fps or 1.0,
             )

@@ -10,7 +10,10 @@ from typing import Any, Self
 
 from stts.metrics.accuracy import mcnemar, paired_bootstrap, paired_difference
 
-_SAME = ("model", "questions", "num_frames", "sampler", "prompt", "wordings", "scoring", "limit", "max_new_tokens")
+_SAME = (
+    "model", "questions", "num_frames", "sampler", "max_fps", "prompt", "wordings", "scoring", "limit",
+    "max_new_tokens",
+)  # fmt: skip
 """Of an identity: what both must share."""
 
 

@@ -26,9 +26,8 @@ def notes_on(result: ComparisonResult) -> list[str]:
     """What the numbers rest on, a line each."""
     timed = max((row.num_timed_batches for row in result.rows), default=0)
     where = f"{result.environment['device']}, {result.environment['dtype']}"
-    positions = result.config["positions"] or "as each pruner declares"
     notes = [
-        f"Positions of surviving tokens: {positions}.",
+        f"Positions of surviving tokens: {_positions(result)}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
         *_notes_on_videos(result),
         "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "
@@ -61,6 +60,16 @@ def _notes_on_videos(result: ComparisonResult) -> list[str]:
     """Where the videos are too few for an interval or a small p-value."""
     counts = dict.fromkeys(task["num_videos"] for row in result.rows for task in row.tasks.values())
     return [note for note in map(note_on_videos, counts) if note]
+
+
+def _positions(result: ComparisonResult) -> str:
+    users: dict[str, list[str]] = {}
+    for cell in result.cells:
+        if cell.positions:
+            users.setdefault(cell.positions, []).append(cell.title)
+    if not users:  # nothing was pruned, or a file of before cells said it
+        return result.config["positions"] or "as each pruner declares"
+    return "; ".join(users) if len(users) == 1 else "; ".join(f"{at}: {_names(names)}" for at, names in users.items())
 
 
 def _notes_on_tasks(result: ComparisonResult) -> list[str]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.models.checkpoints.load import (
     PRUNER_FILE,
-    WEIGHTS_FILE,
+    TRAINED,
     absolute,
+    as_recorded,
     fill,
     load_vlm,
     load_weights,
+    own_files,
     pruner_settings,
+    recorded_options,
     recorded_pruner,
+    resize_videos,
     save_pruned,
 )
 from stts.models.checkpoints.stts_release import read_reference
@@ -35,10 +40,18 @@ class PrunedVLM:
     Holds the model and is none itself, so every tool for the stock class works on `.model`, pruned."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, pruning: Pruning, *, base: str | None = None
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        pruning: Pruning,
+        *,
+        base: str | None = None,
+        trained: Mapping[str, Any] | None = None,
     ) -> None:
-        """base: the checkpoint the model was started from (default: where it was loaded from)."""
+        """base: the checkpoint the model was started from (default: where it was loaded from). trained: how it was
+        trained (`load.TRAINED`), to be written with it."""
         self.model, self.processor, self.pruning = model, processor, pruning
+        self.trained: Mapping[str, Any] = trained or {}
         self.base = absolute(model.name_or_path if base is None else base)
         pruning.attach()
 
@@ -54,6 +67,7 @@ class PrunedVLM:
         device: str | torch.device | None = None,
         positions: Positions | None = None,
         exact: bool | None = None,
+        chunk_frames: int | None = None,
         siglip: SiglipSource | None = None,
         **options: Any,
     ) -> PrunedVLM:
@@ -62,7 +76,7 @@ class PrunedVLM:
         What is None, and options left out, come from what we wrote there; for a stock checkpoint `pruner` must be
         named, and the rest is as in `Pruning`. base_model: where to load the model of a scorer alone from (default:
         the base it names). ValueError when anything does not fit; a pruner that learns is never left random."""
-        folder = _our_files(base)
+        folder = own_files(base)
         settings = pruner_settings(folder) or {}
         alone = bool(settings) and not (folder / "config.json").is_file()
         if base_model is not None and not alone:
@@ -72,23 +86,26 @@ class PrunedVLM:
         name = pruner or recorded_pruner(folder, settings)
         origin = str(base_model or settings.get("base") or base)
         model, processor = _load_base(folder, origin, dtype) if alone else load_vlm(base, dtype=dtype)
+        if alone and "video_size" in settings:
+            resize_videos(processor, settings["video_size"])
         if device is not None:
             model.to(device)
-        if name == settings.get("pruner"):
-            options = {**settings["options"], **options}
+        chosen = as_recorded(folder, retention_ratio=retention_ratio, exact=exact, positions=positions)
         pruning = Pruning(
             model,
             name,
-            retention_ratio=settings.get("retention_ratio", 0.5) if retention_ratio is None else retention_ratio,
-            exact=settings.get("exact", True) if exact is None else exact,
-            positions=positions or settings.get("positions"),
+            retention_ratio=0.5 if chosen["retention_ratio"] is None else chosen["retention_ratio"],
+            exact=chosen["exact"] is not False,
+            positions=chosen["positions"],
+            chunk_frames=chunk_frames,
             siglip=siglip,
-            **options,
+            **recorded_options(folder, name, options),
         )
-        if name == settings.get("pruner"):
-            pruning.retention_trained = settings.get("retention_trained")
         load_weights(folder, model, name, pruning.pruner)
-        return cls(model, processor, pruning, base=origin)
+        trained = {key: settings[key] for key in TRAINED if key in settings}
+        if name != settings.get("pruner"):
+            trained.pop("retention_trained", None)
+        return cls(model, processor, pruning, base=origin, trained=trained)
 
     @property
     def last(self) -> Report | None:
@@ -146,7 +163,9 @@ class PrunedVLM:
         self.pruning.detach()  # the switched-on attention must not end up in config.json
         try:
             parts = (self.model, self.processor, self.pruning)
-            return save_pruned(directory, *parts, base=self.base, scorer_only=scorer_only, public=public)
+            return save_pruned(
+                directory, *parts, base=self.base, scorer_only=scorer_only, public=public, trained=self.trained
+            )
         finally:
             if attached:
                 self.pruning.attach()
@@ -218,13 +237,3 @@ def _load_base(folder: Path, base: str, dtype: torch.dtype | None) -> tuple[PreT
         raise ValueError(
             f"{folder} holds a scorer for the base {base!r}; name its place with base_model=: {error}"
         ) from error
-
-
-def _our_files(base: str | Path) -> Path:
-    """The local folder with what we wrote; for a hub id a download of just that. It may hold nothing of ours."""
-    if Path(base).exists():
-        return Path(base)
-    try:
-        return Path(snapshot_download(str(base), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json"]))
-    except (OSError, ValueError):
-        return Path(base)  # no such repository, or no way to it: loading the model says so

@@ -4,7 +4,8 @@ The stock class is loaded as it is, never a subclass: transformers skips its own
 stay silently random. What we learn lives in its own safetensors file: `save_pretrained` renames attached modules.
 
 A folder of ours is complete (a stock folder, `stts.json`, `scorer.safetensors`) or holds a scorer alone: the last two,
-and the name of the base whose weights it needs.
+and the name of the base whose weights it needs. `stts.json` records what the model was trained with; every verb reads
+it through `as_recorded` and `recorded_options`, so that a setting left out is the one that was trained.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -33,6 +35,8 @@ PRUNER_FILE = "stts.json"
 WEIGHTS_FILE = "scorer.safetensors"
 CARD_FILE = "README.md"
 _SETTINGS = ("pruner", "options", "retention_ratio", "positions")
+TRAINED = ("num_frames", "sampler", "max_fps", "retention_trained")
+"""What a folder records of its training beside the pruner's settings."""
 
 
 def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -79,15 +83,37 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
     return model.eval(), processor
 
 
+def own_files(path: str | Path) -> Path:
+    """The local folder with what we wrote; for a hub id a download of just that. It may hold nothing of ours."""
+    if Path(path).exists():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json"]))
+    except (OSError, ValueError):
+        return Path(path)  # no such repository, or no way to it: loading the model says so
+
+
 def pruner_settings(path: str | Path) -> dict[str, Any] | None:
-    """What `save_pruned` wrote about the pruner, or None for a folder without one."""
-    file = Path(path) / PRUNER_FILE
+    """What `save_pruned` wrote about pruner and training in this folder or hub id, or None where it did not."""
+    file = own_files(path) / PRUNER_FILE
     if not file.is_file():
         return None
     settings: dict[str, Any] = json.loads(file.read_text())
     if lacking := [name for name in _SETTINGS if name not in settings]:
         raise ValueError(f"{file} lacks {lacking}; expected a file written by `stts fit` or `stts export`")
     return settings
+
+
+def as_recorded(path: str | Path, **settings: Any) -> dict[str, Any]:
+    """`settings`, each that is None replaced by what the folder or hub id records under its name, if it does."""
+    saved = pruner_settings(path) or {}
+    return {name: saved.get(name) if value is None else value for name, value in settings.items()}
+
+
+def recorded_options(path: str | Path, name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Options of the pruner `name`: those that the folder records for it, where it does, with `options` on top."""
+    saved = pruner_settings(path)
+    return {**(saved["options"] if saved is not None and saved["pruner"] == name else {}), **(options or {})}
 
 
 def recorded_pruner(path: str | Path, settings: Mapping[str, Any]) -> str:
@@ -101,14 +127,13 @@ def recorded_pruner(path: str | Path, settings: Mapping[str, Any]) -> str:
 def load_pruner(
     path: str | Path, model: PreTrainedModel, name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Pruner:
-    """The pruner `name` for this model (default: the one the folder was trained with), with its trained weights.
+    """The pruner `name` for this model (default: the one the folder was trained with), with its trained weights and
+    options; `options` come on top of those.
 
     ValueError when the pruner learns but the folder holds no weights for it."""
     settings = pruner_settings(path)
     name = name or (recorded_pruner(path, settings) if settings else "none")
-    if options is None:
-        options = settings["options"] if settings is not None and settings["pruner"] == name else {}
-    pruner = make_pruner(name, host_info(model), **options)
+    pruner = make_pruner(name, host_info(model), **recorded_options(path, name, options))
     load_weights(path, model, name, pruner)
     return pruner
 
@@ -119,6 +144,7 @@ def load_weights(path: str | Path, model: PreTrainedModel, name: str, pruner: Pr
     ValueError: there are none for it, they were trained on another family, or tensors differ in name or shape."""
     if not isinstance(pruner, nn.Module):
         return
+    path = own_files(path)
     settings = pruner_settings(path)
     if settings is None or settings["pruner"] != name:
         have = f"weights of {settings['pruner']!r}" if settings else f"no {PRUNER_FILE}"
@@ -163,13 +189,14 @@ def save_pruned(
     scorer_only: bool = False,
     public: bool = False,
     tensors: Mapping[str, Tensor] | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write model, processor and pruner to a folder that appears whole or not at all; an older one is replaced.
 
     base: checkpoint to name as what the model was started from (default: where it was loaded from). scorer_only: leave
     out model and processor; the caller knows that the weights are those of the base. public: do not name a base that is
     a local folder. tensors: written in place of the modules' own, where those are cut over ranks: "model.<name>" and
-    "scorer.<name>"."""
+    "scorer.<name>". trained: what `TRAINED` names, where it is known."""
     given = None if tensors is None else {part: _below(part, tensors) for part in ("model", "scorer")}
     path, base = Path(path), absolute(model.name_or_path if base is None else base)
     with staged(path) as part:
@@ -187,8 +214,9 @@ def save_pruned(
                 "family": model.config.model_type,
                 "base": None if public and Path(base).exists() else base,
             }
-            if pruning.retention_trained is not None:
-                settings["retention_trained"] = dict(pruning.retention_trained)
+            settings |= {name: value for name, value in (trained or {}).items() if value is not None}
+            if scorer_only:  # the processor that comes with the base may have other limits
+                settings["video_size"] = dict(processor.video_processor.size)
             (part / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             (part / CARD_FILE).write_text(model_card(settings, pruning.pruner, scorer_only=scorer_only))
             if pruning.module is not None:
@@ -200,6 +228,15 @@ def save_pruned(
 
 def _below(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+
+
+def resize_videos(processor: Any, size: Mapping[str, int]) -> None:
+    """Set the limits of a video processor. ValueError for other words than its own."""
+    own = processor.video_processor.size
+    names = set(dict(own))
+    if set(size) != names:
+        raise ValueError(f"video_size={dict(size)} must give {sorted(names)}, as this model's video processor does")
+    processor.video_processor.size = type(own)(**size)
 
 
 def absolute(path: str) -> str:

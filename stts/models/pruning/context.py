@@ -87,8 +87,6 @@ class Pruning:
         lower ratio than `retention_ratio`, by its own length."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Told where work for pruning alone begins and ends in a pass; set by `stts.models.pruning.phases`."""
-        self.retention_trained: Mapping[str, Any] | None = None
-        """How the ratio varied in training, where it did; written to exported folders beside the ratio in use."""
         if siglip is not None:
             siglip.check(self.adapter.host)
         self.siglip = siglip
