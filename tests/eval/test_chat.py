@@ -104,7 +104,7 @@ def test_two_videos_and_a_stock_folder_without_a_pruner_are_refused(chat: Chat) 
 def test_the_vlmevalkit_wrapper_answers_its_message_lists(
     asked: list[tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / "docs" / "vlmevalkit.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "other_frameworks.md").read_text(encoding="utf-8")
     package = tmp_path / "vlmeval" / "vlm"
     package.mkdir(parents=True)
     (package / "base.py").write_text("class BaseModel:\n    INTERLEAVE, allowed_types = False, ['text', 'image']\n")
