@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -27,26 +28,59 @@ _LEGEND = """vit 3>4: decides on the output of block 3, drops behind block 4; ll
 Papers are arXiv numbers. One method and its options: stts pruners NAME; its promises: stts pruners --check NAME."""
 
 
+@dataclass(frozen=True)
+class PrunerLine:
+    """One pruner as every list shows it; words are joined by spaces, "-" where there are none."""
+
+    name: str
+    sites: str
+    """`vit 3>4`, `pre_llm`, `llm 2-16`, joined by commas."""
+    signals: str
+    learned: bool
+    positions: str
+    newlines: str
+    papers: tuple[str, ...]
+    """arXiv numbers."""
+    keeps: tuple[str, ...]
+    """The first line of every part's docstring, behind its label if it has one."""
+    modules: tuple[str, ...]
+    """Where the parts are defined."""
+
+
+def pruner_lines() -> list[PrunerLine]:
+    """Every registered pruner, in the order of the registry."""
+    return [_line(name) for name in PRUNERS]
+
+
+def _line(name: str) -> PrunerLine:
+    pruner = make_pruner(name, EXAMPLE_HOST)
+    stages, parts = pruner.stages, _parts(pruner)
+    label = _joined(label for part in parts if (label := getattr(part, "label", None)))
+    keeps = [_doc(part).partition("\n")[0] for part in parts]
+    keeps[0] = f"{label}: " * (label != "-") + keeps[0]
+    return PrunerLine(
+        name=name,
+        sites=_sites(stages),
+        signals=_joined(sorted({signal for stage in stages for signal in stage.signals})),
+        learned=any(isinstance(stage, nn.Module) for stage in stages),
+        positions=_joined(stage.positions for stage in stages),
+        newlines=_joined(stage.newlines for stage in stages),
+        papers=tuple(dict.fromkeys(paper for part in parts if (paper := getattr(part, "paper", None)))),
+        keeps=tuple(keeps),
+        modules=tuple(dict.fromkeys(type(part).__module__ for part in parts)),
+    )
+
+
 def describe_pruners() -> str:
     """Lines per pruner: where it acts and what it needs, and what it keeps."""
     rows = [("name", "site", "signals", "learned", "positions", "newlines", "paper")]
     keeps = ["what it keeps"]
-    for name in PRUNERS:
-        pruner = make_pruner(name, EXAMPLE_HOST)
-        stages, parts = pruner.stages, _parts(pruner)
+    for line in pruner_lines():
+        learned = "yes" if line.learned else "no"
         rows.append(
-            (
-                name,
-                _sites(stages),
-                _joined(sorted({signal for stage in stages for signal in stage.signals})),
-                "yes" if any(isinstance(stage, nn.Module) for stage in stages) else "no",
-                _joined(stage.positions for stage in stages),
-                _joined(stage.newlines for stage in stages),
-                _joined(paper for part in parts if (paper := getattr(part, "paper", None))),
-            )
+            (line.name, line.sites, line.signals, learned, line.positions, line.newlines, _joined(line.papers))
         )
-        label = _joined(label for part in parts if (label := getattr(part, "label", None)))
-        keeps.append(f"{label}: " * (label != "-") + "\n    ".join(_doc(part).partition("\n")[0] for part in parts))
+        keeps.append("\n    ".join(line.keeps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"{'  '.join(map(str.ljust, row, widths)).rstrip()}\n    {text}" for row, text in zip(rows, keeps, strict=True)

@@ -1,3 +1,4 @@
+// What the other scripts of a report share: its data, colours and marks of methods, numbers as text, elements.
 "use strict";
 const { runs } = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);

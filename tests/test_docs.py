@@ -1,0 +1,150 @@
+"""The pages of docs/: generated ones equal the code, links lead somewhere, commands are understood by the parsers."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stts import cli
+from stts.data.rows import Samples
+from stts.pruners.registry import PRUNERS
+from tests.scripts import load_script
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["methods.md", "families.md", "code_map.md"])
+def test_generated_pages_equal_the_code(name: str) -> None:
+    made = load_script("make_docs").pages()[name]
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == made, "run `python scripts/make_docs.py`"
+
+
+def test_files_named_in_the_walks_exist() -> None:
+    text = (ROOT / "docs" / "code_map.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:stts|train|scripts|configs)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_site_shows_every_page() -> None:
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"]
+    shown = [page for entry in nav for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))]
+    names = [page if isinstance(page, str) else next(iter(page.values())) for page in shown]
+    assert sorted(names) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
+
+
+def _commands() -> Iterator[Any]:
+    for page in PAGES:
+        for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            if kind == "bash":
+                for line in block.replace("\\\n", " ").splitlines():
+                    for command in line.split("&&"):
+                        words = shlex.split(command, comments=True)
+                        if words:
+                            yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", {param.id: param for param in _commands()}.values())
+def test_commands_are_understood(words: list[str]) -> None:
+    while "=" in words[0]:  # VARIABLE=value
+        words = words[1:]
+    match words:
+        case ["stts", *rest] | ["torchrun", "--nproc-per-node", _, "-m", "stts.cli", *rest]:
+            _check_verb(rest)
+        case ["sbatch", *rest] | ["bash", *rest]:
+            script = next(word for word in rest if not word.startswith("-"))
+            assert (ROOT / script).is_file(), script
+        case ["python", "-m", "pytest", *rest]:
+            for path in (word for word in rest if word.startswith("tests/")):
+                assert (ROOT / path).exists(), path
+        case ["python", script, *rest]:
+            text = (ROOT / script).read_text(encoding="utf-8")
+            for option in (word for word in rest if word.startswith("--")):
+                assert f'"{option}"' in text, f"{script} has no {option}"
+        case _:
+            assert words[0] in ("pip", "mkdocs", "source", "export", "ruff", "mypy", "mkdir", "tar"), words
+    for word in words:
+        if word.startswith("configs/"):
+            assert (ROOT / word).is_file(), word
+
+
+def _check_verb(words: list[str]) -> None:
+    verb, rest = words[0], words[1:]
+    assert verb in cli.VERBS
+    if verb in ("fit", "plan"):
+        from stts_train.cli import read_config
+
+        own = re.findall(r"--\w+", _help("plan")) if verb == "plan" else ["--dry-run"]
+        known, others = _split(rest, set(own) - {"--config"})
+        settings = read_config([*others, *([] if "--out" in others else ["--out", "runs/x"])])
+        assert settings and (verb == "plan" or not known or known == ["--dry-run"])
+        return
+    if verb == "pruners":
+        assert not rest or rest[-1] == "--matrix" or rest[-1] in PRUNERS or ":" in rest[-1]
+        return
+    text = _help(verb, *(["shapes"] if verb == "data" else []))
+    for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+        assert re.search(rf"{re.escape(option)}[ ,=\n]", text), f"stts {verb} has no {option}"
+    for place, word in enumerate(rest):
+        if word in ("--pruner", "--pruners"):
+            for name in rest[place + 1].strip("[]").split(","):
+                assert name in PRUNERS or ":" in name, name
+
+
+def _split(words: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """Options in `own` with their values, and the rest."""
+    known: list[str] = []
+    others: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            into = known if word in own else others
+        into.append(word)
+    return known, others
+
+
+@functools.cache
+def _help(*words: str) -> str:
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(io.StringIO()), suppress(SystemExit):
+        cli.main([*words, "--help"])
+    return out.getvalue()
+
+
+def test_the_rows_shown_are_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    [rows] = [block for kind, block in BLOCK.findall(text) if kind == "json"]
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    samples = Samples(tmp_path / "rows.jsonl")
+    assert [sample.uid for sample in samples] == ["a1", "a2", "a3"]
+    assert [bool(sample.video) for sample in samples] == [True, True, False] and samples[1].clip == (3.0, 9.5)
+
+
+def test_the_pruner_of_the_page_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "add_a_pruner.md").read_text(encoding="utf-8")
+    [code] = [block for kind, block in BLOCK.findall(text) if kind == "python"]
+    (tmp_path / "my_pruner.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["pruners", "--check", "my_pruner:MyNovelty"]) == 0
