@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, type check, every test. Arguments go to pytest: bash scripts/test.sh -k packing
+# Lint, type check, the site of docs/, every test. Arguments go to pytest: bash scripts/test.sh -k packing
 # Needs what quickstart.sh needs, and g++ with the Python headers, with which DeepSpeed compiles its operators before
 # the first run. Ten to twelve minutes on 2 CPU cores after that.
 set -euo pipefail
@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 check_basics
 check_compiler
-set_up train,test
+set_up train,test,docs
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH" # torch looks for ninja there
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the models are tiny: two tests at once are faster than two threads
@@ -23,6 +23,9 @@ python -m ruff format --check .
 
 step "mypy"
 python -m mypy stts train
+
+step "docs: the site of docs/, no dead link"
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 step "pytest"
 python -m pytest -n 2 --dist worksteal "$@"

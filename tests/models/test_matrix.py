@@ -1,6 +1,6 @@
 """Which pruner runs on which family, in training, forward and generate: found by running them, kept as a table.
 
-The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and the README shows it. Every cell that
+The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and docs/families.md shows it. Every cell that
 runs is compared with its own, so that tests may run in any order and process.
 """
 
@@ -23,7 +23,7 @@ from tests.conftest import make_inputs as llava_inputs
 from tests.models.checkpoints import test_llava_video
 from tests.models.families import qwen_tiny, test_molmo2
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Inputs = Callable[[Any, str], dict[str, Any]]
 """(processor, padding side) -> a batch with videos of two sizes or lengths, and text."""
 
@@ -106,7 +106,7 @@ def test_every_pruner_on_every_family(made: Any, family: str, name: str) -> None
             assert ids.shape[1] == inputs["input_ids"].shape[1] + 2
             works.append("generate")
     found = "all" if works == ["fit", "forward", "generate"] else ", ".join(works)
-    assert table_cells()[name, family] == found, f"correct {MATRIX.name} and the README if this change is meant"
+    assert table_cells()[name, family] == found, f"correct {MATRIX.name} and run scripts/make_docs.py if this change is meant"
 
 
 def table_cells() -> dict[tuple[str, str], str]:
@@ -115,6 +115,6 @@ def table_cells() -> dict[tuple[str, str], str]:
     return {(name, family): cell for name, *cells in rows for family, cell in zip(head[1:], cells, strict=True)}
 
 
-def test_the_table_has_every_cell_and_stands_in_the_readme() -> None:
+def test_the_table_has_every_cell_and_stands_in_the_docs() -> None:
     assert set(table_cells()) == {(name, family) for name in PRUNERS for family in FAMILIES}
-    assert MATRIX.read_text() in README.read_text(), f"paste {MATRIX.name} into the README"
+    assert MATRIX.read_text() in PAGE.read_text(), "run `python scripts/make_docs.py`"
