@@ -2,7 +2,8 @@
 
     python scripts/make_docs.py
 
-writes them. What stands above the marker of a page is written by hand and stays. A test compares the pages with the code."""
+writes them. What stands above the marker of a page is written by hand and stays. A test compares the pages with the
+code."""
 
 from __future__ import annotations
 
@@ -84,11 +85,11 @@ def code_map() -> str:
 
 
 def described_files(top: Path) -> list[Path]:
-    """The files under `top` that have a place for a comment and are not empty; a folder stands for those without one."""
+    """The files under `top` that have a place for a comment and are not empty; a folder stands for the other ones."""
     files = sorted(path for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     speaking = {path for path in files if path.suffix in _COMMENTS and path.stat().st_size}
     silent = {path.parent for path in files if path.suffix not in _COMMENTS}
-    return sorted(speaking | silent, key=lambda path: (path.is_file() and path.parent or path, path))
+    return sorted(speaking | silent, key=lambda path: (path.parent if path.is_file() else path, path))
 
 
 def summary(path: Path) -> str:

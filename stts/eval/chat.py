@@ -1,7 +1,7 @@
 """A question in pieces (texts, a video, images) to an answer: how other evaluation frameworks ask.
 
-Our lmms-eval model (`stts.eval.lmms_eval`) and the VLMEvalKit wrapper (docs/other_frameworks.md) are thin layers over this;
-frames, prompts and pruning are those of `stts compare`."""
+Our lmms-eval model (`stts.eval.lmms_eval`) and the VLMEvalKit wrapper (docs/other_frameworks.md) are thin layers over
+this; frames, prompts and pruning are those of `stts compare`."""
 
 from __future__ import annotations
 

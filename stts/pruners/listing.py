@@ -77,9 +77,7 @@ def describe_pruners() -> str:
     keeps = ["what it keeps"]
     for line in pruner_lines():
         learned = "yes" if line.learned else "no"
-        rows.append(
-            (line.name, line.sites, line.signals, learned, line.positions, line.newlines, _joined(line.papers))
-        )
+        rows.append((line.name, line.sites, line.signals, learned, line.positions, line.newlines, _joined(line.papers)))
         keeps.append("\n    ".join(line.keeps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

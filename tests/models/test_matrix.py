@@ -1,7 +1,7 @@
 """Which pruner runs on which family, in training, forward and generate: found by running them, kept as a table.
 
-The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and docs/families.md shows it. Every cell that
-runs is compared with its own, so that tests may run in any order and process.
+The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and docs/families.md shows it. Every cell
+that runs is compared with its own, so that tests may run in any order and process.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_every_pruner_on_every_family(made: Any, family: str, name: str) -> None
             assert ids.shape[1] == inputs["input_ids"].shape[1] + 2
             works.append("generate")
     found = "all" if works == ["fit", "forward", "generate"] else ", ".join(works)
-    assert table_cells()[name, family] == found, f"correct {MATRIX.name} and run scripts/make_docs.py if this change is meant"
+    assert table_cells()[name, family] == found, f"if meant, correct {MATRIX.name}, run scripts/make_docs.py"
 
 
 def table_cells() -> dict[tuple[str, str], str]:
