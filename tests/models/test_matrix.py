@@ -1,7 +1,7 @@
 """Which pruner runs on which family, in training, forward and generate: found by running them, kept as a table.
 
-The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and docs/families.md shows it. Every cell
-that runs is compared with its own, so that tests may run in any order and process.
+The table is `stts/assets/support/matrix.md`: `stts pruners --matrix` prints it and docs/families.md shows it. Every
+cell that runs is compared with its own, so that tests may run in any order and process.
 """
 
 from __future__ import annotations
