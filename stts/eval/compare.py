@@ -18,14 +18,14 @@ from stts.data.collate import Collator
 from stts.eval.answering.equal_flops import match_flops
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
 from stts.eval.answering.method import Runner, environment, make_baseline, make_runners
-from stts.eval.answering.questions import Source, Task
+from stts.eval.answering.questions import Source
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import RESULT, Store
 from stts.eval.results.grading import TaskScore, make_records, score_tasks
 from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_csv, render_markdown, render_text
-from stts.eval.run_config import RunConfig, command, notes_on_tasks
+from stts.eval.run_config import RunConfig, check_answers, command, notes_on_tasks
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 
@@ -94,7 +94,7 @@ def run_compare(
     learned pruner has no weights, a video is broken (unless on_error="skip")."""
     config, recorded = config.as_recorded()
     tasks = config.open_tasks()
-    _check(tasks)
+    check_answers(tasks)
     identity = config.identity(tasks, config.baseline_model)
     store = Store(Path(config.out), identity, kind="comparison", result=FILES, overwrite=config.overwrite, ranks=ranks)
     if store.finished is not None:
@@ -201,15 +201,6 @@ def _first_grid(source: Source, collate: Collator, dense: Runner) -> Grid:
             assert visual is not None
             return visual.grids[0]
     raise ValueError(f"none of the {len(source)} videos can be read")
-
-
-def _check(tasks: Sequence[Task]) -> None:
-    """Before anything slow: every answer can be right or wrong."""
-    for task in tasks:
-        hidden = sum(question.answer is None for question in task.questions)
-        if task.benchmark.needs_judge or hidden:
-            why = "needs a judge" if task.benchmark.needs_judge else f"has {hidden} answers that are not public"
-            raise ValueError(f"task {task.name} {why}, so methods cannot be compared on it; `stts eval` writes answers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

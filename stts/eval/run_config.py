@@ -105,6 +105,9 @@ class RunConfig:
                 raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
         for flag in ("model", "baseline_model", "siglip"):
             path = getattr(self, flag, None)
+            if isinstance(path, str):  # one folder, one name
+                path = path.rstrip("/") or path
+                object.__setattr__(self, flag, path)
             hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
             if path is not None and not Path(path).is_dir() and not hub_id:
                 raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")
@@ -115,6 +118,11 @@ class RunConfig:
             raise ValueError("give either --data FILE.jsonl, or --tasks with --data_root")
         if self.tasks and self.data_root is None:
             raise ValueError(f"--tasks {list(self.tasks)} needs --data_root, the folder that holds the benchmarks")
+        if self.data is not None and self.data_root is not None:
+            raise ValueError(
+                f"--data_root {self.data_root} goes with --tasks, and --data names a file of its own, beside which its "
+                "videos are; leave one of them out"
+            )
         if self.data is not None and not Path(self.data).is_file():
             hint = "it is a folder: name the JSONL file in it" if Path(self.data).is_dir() else "check the path"
             raise ValueError(f"--data {str(self.data)!r} is no file; {hint}")
@@ -135,10 +143,17 @@ class RunConfig:
         return replace(self, **{**{name: _RECORDED[name] for name in empty}, **known}), notes
 
     def open_tasks(self) -> list[Task]:
+        """ValueError, before anything slow, for whatever a task refuses, such as a --scoring that it does not know."""
         if self.data is not None:
-            return [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
-        assert self.data_root is not None
-        return open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
+            tasks = [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
+        else:
+            assert self.data_root is not None
+            tasks = open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
+        for task in tasks:
+            known = ("strict", "compat", *task.benchmark.compat)
+            if self.scoring not in known:
+                raise ValueError(f"--scoring {self.scoring!r} is unknown for {task.name}; known: {', '.join(known)}")
+        return tasks
 
     def make_source(self, tasks: Sequence[Task]) -> Source:
         assert self.num_frames is not None, "`as_recorded` comes first"
@@ -183,6 +198,15 @@ class RunConfig:
         if siglip is not None:
             siglip.check(host_info(model))
         return model, processor, siglip
+
+
+def check_answers(tasks: Sequence[Task]) -> None:
+    """Before anything slow, for verbs that compare: every answer can be right or wrong. ValueError otherwise."""
+    for task in tasks:
+        hidden = sum(question.answer is None for question in task.questions)
+        if task.benchmark.needs_judge or hidden:
+            why = "needs a judge" if task.benchmark.needs_judge else f"has {hidden} answers that are not public"
+            raise ValueError(f"task {task.name} {why}, so methods cannot be compared on it; `stts eval` writes answers")
 
 
 def notes_on_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:

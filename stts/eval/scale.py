@@ -46,7 +46,7 @@ from stts.eval.results.scale_result import (
     render_text,
     right_of_dense,
 )
-from stts.eval.run_config import RunConfig, command, notes_on_tasks
+from stts.eval.run_config import RunConfig, check_answers, command, notes_on_tasks
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost
 from stts.metrics.extract import letters
@@ -215,6 +215,7 @@ def run_scale(
     skipped), a question has no options (parts), a video is broken (unless skipped)."""
     config, recorded = config.as_recorded()
     tasks = config.open_tasks()
+    check_answers(tasks)
     store = Store(
         Path(config.out), config.identity(tasks), kind="scaling run", result=FILES, overwrite=config.overwrite,
         ranks=ranks,
@@ -357,7 +358,12 @@ def _check_context(config: ScaleConfig, source: PointSource, runners: list[Runne
 
 
 def _longest_text(source: Source, collate: Collator) -> int:
-    samples = [one.task.benchmark.sample(one.question, [], None) for one in source.asked]
+    """Of a subtitle task no more entries are shown than there are frames: here the longest are."""
+    samples = []
+    for one in source.asked:
+        longest = sorted(one.question.subtitles, key=lambda entry: -len(entry.text))[: source.num_frames]
+        wording = source.wordings[one.task.name] if source.prompt == "official" else None
+        samples.append(one.task.benchmark.sample(one.question, [entry.start_s for entry in longest], wording))
     return max(collate.num_text_tokens(samples))
 
 
