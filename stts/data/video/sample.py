@@ -15,15 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from stts.data.video.samplers import choose_frames
-
-if TYPE_CHECKING:  # it imports PyAV, which frame folders and drawn clips do without
-    from stts.data.video.decode import Reader
 
 _REMEDY = "fetch the file again, re-encode it (ffmpeg -i IN -c:v libx264 OUT.mp4), or drop it from the data"
 
@@ -77,9 +73,9 @@ def sample_frames(
     from stts.data.video.decode import NotShownError, Reader
 
     with _naming(name, timeout_s):
-        reader = Reader(name, math.inf if timeout_s is None else time.monotonic() + timeout_s)
+        reader = Reader(name, _deadline_s(timeout_s))
         try:
-            index = reader.index_packets()
+            index = reader.index()
             chosen_T = choose_frames(index.timeline, sampler, num_frames, clip, max_fps)
             frames = reader.collect(index, chosen_T)
         except NotShownError:
@@ -96,8 +92,9 @@ class FrameStream:
     """The frames that `sample_frames` would choose, decoded a few at a time when asked for, so that an hour of video
     never lies in memory as pixels.
 
-    Arguments and errors as there (`timeout_s` holds for each call); a file whose packets do not say which frames are
-    shown cannot be read in pieces. Decoding jumps to keyframes: re-encode files that have few of them."""
+    Arguments and errors as there (`timeout_s` holds for each call). Decoding jumps to keyframes: re-encode files that
+    have few of them. Containers without reliable times (AVI, MPEG program streams, joined transport streams) are
+    decoded in order instead, so pieces should be asked for in order too."""
 
     def __init__(
         self,
@@ -110,27 +107,58 @@ class FrameStream:
         timeout_s: float | None = None,
     ) -> None:
         self._name, self._timeout_s = os.fspath(path), timeout_s
+        self._picture_shape: tuple[int, ...] | None = None
+        self._ahead: Iterator[tuple[int, npt.NDArray[np.uint8]]] | None = None  # of a file decoded in order
+        self._newest: tuple[int, npt.NDArray[np.uint8]]
         _check_file(self._name)
+        from stts.data.video.decode import Reader
+
+        self._reader = Reader(self._name, _deadline_s(timeout_s))
         with _naming(self._name, timeout_s):
-            self._index = self._reader().index_packets()
+            self._index = self._reader.index()
             timeline = self._index.timeline
             self._chosen_T = choose_frames(timeline, sampler, num_frames, clip, max_fps)
         self.timestamps_s: npt.NDArray[np.float64] = timeline.timestamps_N[self._chosen_T]
         self.source = VideoSource(self._name, timeline.native_fps, timeline.duration_s, sampler, timeline.num_frames)
-        self.shape: tuple[int, int, int, int] = (len(self._chosen_T), *self.read(0, 1).shape[1:])
+        _, height, width, channels = self.read(0, 1).shape
+        self._picture_shape = height, width, channels
+        self.shape: tuple[int, int, int, int] = (len(self._chosen_T), height, width, channels)
 
     def __len__(self) -> int:
         return len(self._chosen_T)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_ahead": None}  # an open file does not cross to another process
+
     def read(self, first: int, last: int) -> npt.NDArray[np.uint8]:
         """uint8 (last - first, H, W, 3), RGB, upright: frames first to last - 1 of those chosen."""
+        self._reader.deadline_s = _deadline_s(self._timeout_s)
         with _naming(self._name, self._timeout_s):
-            return self._reader().collect(self._index, self._chosen_T[first:last])
+            if self._index.can_jump:
+                return self._reader.collect(self._index, self._chosen_T[first:last], self._picture_shape)
+            try:
+                return self._read_on(first, last)
+            except BaseException:
+                self._ahead = None  # a generator that raised is at its end
+                raise
 
-    def _reader(self) -> Reader:
-        from stts.data.video.decode import Reader
+    def _read_on(self, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """Go on decoding where the last piece ended; from the start of the file where this piece lies before that."""
+        pictures = []
+        for number in self._chosen_T[first:last].tolist():
+            if self._ahead is None or number < self._newest[0]:
+                numbers = np.unique(self._chosen_T[first:])
+                self._ahead = self._reader.pictures(self._index, numbers, False, self._picture_shape)
+                self._newest = next(self._ahead)
+            while self._newest[0] < number:
+                self._newest = next(self._ahead)
+            pictures.append(self._newest[1])
+        return np.stack(pictures)
 
-        return Reader(self._name, math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s)
+
+def _deadline_s(timeout_s: float | None) -> float:
+    """On the clock of `time.monotonic()`."""
+    return math.inf if timeout_s is None else time.monotonic() + timeout_s
 
 
 def _check_file(name: str) -> None:
@@ -139,7 +167,7 @@ def _check_file(name: str) -> None:
     except OSError as error:
         raise VideoError(f"{name}: {error.strerror}; expected a video file: check the path and data root") from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise VideoError(f"{name}: found a directory or device, expected a regular video file; name the file itself")
+        raise VideoError(f"{name}: got a directory or device, expected a regular video file; name the file itself")
     if status.st_size == 0:
         raise VideoError(f"{name}: the file is empty (0 bytes), expected a video; {_REMEDY}")
 
@@ -149,7 +177,7 @@ def _naming(name: str, timeout_s: float | None) -> Iterator[None]:
     """Turn what goes wrong inside into a VideoError that names the file."""
     import av
 
-    from stts.data.video.decode import UnusableFileError
+    from stts.data.video.container import UnusableFileError
 
     try:
         yield
