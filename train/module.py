@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,11 @@ class VideoFinetune(pl.LightningModule):
         options = recorded_options(model, pruner, pruner_options)
         positions = as_recorded(model, positions=positions)["positions"]
         self.pruning = Pruning(
-            self.model, pruner, retention_ratio=self.retention.target, positions=positions, **options
+            self.model,
+            pruner,
+            retention_ratio=self.retention.target,
+            positions=positions,
+            **options,
         )
         self.pruning.check_trainable()
         self.trained: dict[str, Any] = {"retention_trained": self.retention.record}
@@ -170,19 +174,13 @@ class VideoFinetune(pl.LightningModule):
 
         The head runs where an answer is due and nowhere else: over a whole video its logits would take more memory than
         all layers together (10,000 tokens of 152,000 words: 6 GB in fp32, several times)."""
-        pruning, before = self.pruning, (self.pruning.retention_ratio, self.pruning.last)
-        pruning.last = None
-        if retention_ratio is not None:
-            pruning.retention_ratio = retention_ratio
-        pruning.describe(batch.video_uids, batch.timestamps_s)
+        self.pruning.describe(batch.video_uids, batch.timestamps_s)
         inputs = dict(batch.inputs)
         labels_BL = inputs.pop("labels")[:, 1:]
         place_A = (labels_BL != IGNORED).any(0).nonzero().flatten()
-        logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
-        now = TrainingPass(self, batch, labels_BL[:, place_A], logits_BAV, pruning.last)
-        if retention_ratio is not None:
-            pruning.retention_ratio, pruning.last = before
-        return now
+        with nullcontext() if retention_ratio is None else self.pruning.aside(retention_ratio):
+            logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
+            return TrainingPass(self, batch, labels_BL[:, place_A], logits_BAV, self.pruning.last)
 
     def _log_step(self, batch: Batch) -> None:
         """Losses are those of the step so far, over all ranks; the rest is this rank's."""
@@ -321,7 +319,7 @@ class VideoFinetune(pl.LightningModule):
         check_frozen(self.trainer.strategy, [name for name, parameter in used if not parameter.requires_grad])
         self._widen()
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
-        self.pruning.in_step = self.trainer.world_size > 1
+        self.pruning.run_all_modules(self.trainer.world_size > 1)
         if isinstance(self.trainer.strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
             if self.max_grad_norm is not None and self.clip_per_part:

@@ -173,7 +173,7 @@ class LookRunner(Runner):
 
     def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Generated:
         assert self.pruning is not None
-        self.pruning.in_step = self.packed  # our own road also where the stock code could run: only it packs
+        self.pruning.run_all_modules(self.packed)  # our own road also where the stock code could run: only it packs
 
         def first_step() -> torch.Tensor:
             out = self.pruning.model(**batch.inputs, use_cache=not self.packed, logits_to_keep=1)  # type: ignore[union-attr]
@@ -301,7 +301,7 @@ def _point(
         elif config.mode == "budget" and runner.pruning is not None and runner.cell.kind != "unpruned":
             grid = _grid(source, runner.pruning, collate)
             budget = config.budget or runner.pruning.adapter.grid(1).per_frame * base.num_frames
-            runner.pruning.max_tokens = budget
+            runner.pruning.limit_tokens(budget)
             ratio = min(1.0, budget / grid.num_groups)
             runner = replace(runner, cell=replace(runner.cell, retention_configured=ratio))
         made.append(runner)

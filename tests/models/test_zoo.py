@@ -81,7 +81,7 @@ def test_a_limit_of_tokens_is_each_videos_own(tiny_zoo: Any, name: str) -> None:
     inputs = unequal(processor)
     torch.manual_seed(0)
     pruned = stts.pruning(model, name, retention_ratio=1.0)
-    pruned.max_tokens = 40
+    pruned.limit_tokens(40)
     with torch.no_grad(), pruned:
         logits = model(**inputs, use_cache=False).logits[:, -1]
         assert pruned.last is not None and pruned.last.num_kept == [40, 40, 32]
@@ -95,5 +95,5 @@ def test_a_limit_of_tokens_is_each_videos_own(tiny_zoo: Any, name: str) -> None:
         for most in (1, 7, length - 1):
             if 0 < most < length:
                 grid = Grid(length, 1, 1)
-                pruned.max_tokens = most
+                pruned.limit_tokens(most)
                 assert pruned.llm_tokens(grid) <= most

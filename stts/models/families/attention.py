@@ -8,6 +8,7 @@ ride there; modules that set the mask themselves (Qwen towers) hand over unknown
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,20 @@ from stts.packing.attention import packed_attention
 from stts.packing.segments import Segments
 
 _PREFIX = "packed_or_"
-_captured: dict[nn.Module, Callable[[Tensor, Tensor], None]] = {}
+PASS_ARGUMENT = "visual_pass"
+"""Keyword under which a forward call carries its own pass from module to module; attention takes it out."""
+
+Note = Callable[[Tensor, Tensor], None]
+
+
+class _Captured(threading.local):
+    """Which modules hand their q and k to whom, in the thread that asked."""
+
+    def __init__(self) -> None:
+        self.notes: dict[nn.Module, Note] = {}
+
+
+_captured = _Captured()
 
 
 def switch_on(config: Any) -> str:
@@ -64,7 +78,7 @@ def check_device(config: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def capture(module: nn.Module, callback: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+def capture(module: nn.Module, callback: Note) -> Iterator[None]:
     """While on, every attention call of this one module first hands q (B, H, S, E) and k (B, J, S, E) to `callback`.
 
     They come as they enter attention: rotary embedding applied, key heads not repeated (J < H with grouped queries), k
@@ -72,21 +86,32 @@ def capture(module: nn.Module, callback: Callable[[Tensor, Tensor], None]) -> It
     ValueError where the module does not run our attention, or is captured already."""
     if not is_on(module.config):
         raise ValueError(f"{type(module).__name__} runs stock attention, which shows no q and k; call switch_on first")
-    if module in _captured:
+    if module in _captured.notes:
         raise ValueError(f"this {type(module).__name__} is captured already; one context at a time")
-    _captured[module] = callback
+    _captured.notes[module] = callback
     try:
         yield
     finally:
-        del _captured[module]
+        del _captured.notes[module]
+
+
+def capture_next(module: nn.Module, callback: Note) -> None:
+    """Hand q and k of the next attention call of this module, in this thread, to `callback`, as `capture` does."""
+
+    def once(q_BHSE: Tensor, k_BJSE: Tensor) -> None:
+        del _captured.notes[module]
+        callback(q_BHSE, k_BJSE)
+
+    _captured.notes[module] = once
 
 
 def _attention_or(original: str) -> Any:
     def attention(
         module: nn.Module, q_BHSE: Tensor, k_BJSE: Tensor, v_BJSE: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if module in _captured:
-            _captured[module](q_BHSE, k_BJSE)
+        kwargs.pop(PASS_ARGUMENT, None)
+        if module in _captured.notes:
+            _captured.notes[module](q_BHSE, k_BJSE)
         segments = kwargs.pop("segments", attention_mask)
         if not isinstance(segments, Segments):
             stock = (

@@ -1,7 +1,9 @@
-"""One pruned forward pass on a stock model: hooks (`context`), tower, stages, prompt, layers of the LLM, report."""
+"""A pruner on a stock model: settings and hooks (`context`), one pass (`visual_pass`), its tower, stages, prompt,
+layers of the LLM and report, and what decode steps need of it (`continuation`)."""
 
 from __future__ import annotations
 
-from stts.models.pruning.context import Phase, Pruning, pruning
+from stts.models.pruning.context import Pruning, pruning
+from stts.models.pruning.visual_pass import Phase
 
 __all__ = ["Phase", "Pruning", "pruning"]

@@ -3,46 +3,41 @@
 Inside the context hooks replace the visual part of a forward pass and shorten the prompt; outside, the model is what it
 was, bit for bit. The order of one pass: frames of all videos through the tower (site `vit` decides and drops inside),
 connector on survivors, site `pre_llm`, merge into the prompt, shorten the prompt, site `llm` between decoder layers.
+`Pruning` has the settings and the hooks; what a pass holds is in `visual_pass.py`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stts.budget import adjust, check_ratio, plan
-from stts.models.families.attention import check_device, is_on, switch_off, switch_on
-from stts.models.families.base import Adapter, TowerOutput, Visual, make_adapter
+from stts.budget import check_ratio, plan
+from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
+from stts.models.families.base import Adapter, Visual, make_adapter
 from stts.models.pruning import pieces
-from stts.models.pruning.llm_layers import Layers, Present
+from stts.models.pruning.continuation import continuation_of, decode
+from stts.models.pruning.llm_layers import attach_layers
+from stts.models.pruning.pass_videos import Setup, make_report
 from stts.models.pruning.prompt import Prompt
 from stts.models.pruning.report import Report
 from stts.models.pruning.siglip import SiglipSource
-from stts.models.pruning.signals import Collector
-from stts.models.pruning.stages import (
-    FROM_FRAMES,
-    LLM_SOURCES,
-    Names,
-    Pass,
-    ask,
-    cell_times,
-    split_sites,
-    to_drop,
-    view,
-)
-from stts.models.pruning.tower import Drop, run_tower
+from stts.models.pruning.stages import Names, split_sites
+from stts.models.pruning.tower import Tower, run_tower
+from stts.models.pruning.visual_pass import Phase, VisualPass
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.registry import make_pruner
-from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
+from stts.tokens import Budget, Grid
 
-Phase = Literal["vit", "prune", "connect", "prefill", "decode"]
-"""Of a pass, see `stts.models.pruning.phases`."""
+_EXPAND = "rows_per_prompt"
+"""Keyword under which `generate` hands a forward call the number of its beams or samples."""
 
 
 class Pruning:
@@ -58,6 +53,10 @@ class Pruning:
         that their memory does not grow with the video (`stts.models.pruning.pieces` says what must be held); None: all.
     siglip: a SigLIP checkpoint (`stts.models.pruning.siglip.load_siglip`) whose pooling head and text tower make the
         signals; None: the fallbacks, which `Report.signals` names.
+    tower, around_stage: for measuring: what runs the tower's blocks, and a context around every call of a stage.
+
+    Several threads may call the model inside one context; `describe` then speaks of the caller's own next pass, and
+    `last` is the pass that ended last. A model inside a context cannot be deep-copied; leave it first.
     """
 
     def __init__(
@@ -70,6 +69,8 @@ class Pruning:
         positions: Positions | None = None,
         chunk_frames: int | None = None,
         siglip: SiglipSource | None = None,
+        tower: Tower = run_tower,
+        around_stage: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> None:
         self.adapter: Adapter = make_adapter(model)
@@ -78,20 +79,28 @@ class Pruning:
         self.options: Mapping[str, Any] = options
         self.pruner = make_pruner(pruner, self.adapter.host, **options) if isinstance(pruner, str) else pruner
         self.exact = exact
-        self.in_step = False
-        """True: run tower, connector and stages in evaluation too when the batch has no video, as training does; needed
-        where parameters are sharded, because every rank takes part in gathering them."""
-        self.last: Report | None = None
-        self.max_tokens: int | None = None
-        """At most so many visual tokens of a video, meaned over the LLM's layers: a video that would have more gets a
-        lower ratio than `retention_ratio`, by its own length."""
-        self.on_phase: Callable[[Phase], None] | None = None
-        """Told where work for pruning alone begins and ends in a pass; set by `stts.models.pruning.phases`."""
+        self.siglip = siglip
         if siglip is not None:
             siglip.check(self.adapter.host)
-        self.siglip = siglip
-        self._vit, self._pre_llm, self._llm = split_sites(self.pruner, self.adapter)
+        sites = split_sites(self.pruner, self.adapter)
+        self._setup = Setup(self.adapter, sites, self._choose_positions(positions), siglip, tower, around_stage)
         self.chunk_frames = chunk_frames
+        self.retention_ratio = retention_ratio
+        self._max_tokens: int | None = None
+        self._runs_all = False
+        self._last: Report | None = None
+        self._listener: Callable[[Phase], None] = _ignore
+        self._names: dict[int, Names] = {}
+        self._handles: list[Any] = []
+        self._stock_expand: Any = None
+        self._originals: list[str] = []
+        if self.module is not None:
+            parameter = next(model.parameters())
+            self.module.to(parameter.device)
+        self._plan([self.adapter.grid(2)])  # an unreachable ratio fails here, not in the first forward pass
+
+    def _choose_positions(self, positions: Positions | None) -> Positions:
+        """As asked for, as the family needs, or as the first stage declares. ValueError for what the family cannot."""
         declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
         if positions not in (None, "compact", "original"):
             raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
@@ -100,21 +109,9 @@ class Pruning:
                 "positions='compact' would lose the time, row and column of every token in a model with mrope "
                 "positions; leave it out or write 'original'"
             )
-        declared = "original" if self.adapter.host.mrope else declared
-        self._prompt = Prompt(
-            positions or declared, Layers(self.adapter.language_model, self._llm, self._decide_in_llm)
-        )
-        self._pass: Pass | None = None
-        self._names: Names | None = None
-        self._expand = 1
-        self._handles: list[Any] = []
-        self._stock_expand: Any = None
-        self._originals: list[str] = []
-        self.retention_ratio = retention_ratio
-        if self.module is not None:
-            parameter = next(model.parameters())
-            self.module.to(parameter.device)
-        self._plan([self.adapter.grid(2)])  # an unreachable ratio fails here, not in the first forward pass
+        return positions or ("original" if self.adapter.host.mrope else declared)
+
+    # --- settings ----------------------------------------------------------------------------------------------------
 
     @property
     def retention_ratio(self) -> float:
@@ -134,7 +131,7 @@ class Pruning:
         if value is not None:
             if value < 1:
                 raise ValueError(f"chunk_frames={value} must be at least 1, or None for all frames at once")
-            for stage in self._vit:
+            for stage in self._setup.sites.vit:
                 pieces.check_in_pieces(stage)
         self._chunk_frames = value
 
@@ -158,7 +155,38 @@ class Pruning:
 
     @property
     def positions(self) -> Positions:
-        return self._prompt.positions
+        return self._setup.positions
+
+    @property
+    def last(self) -> Report | None:
+        """What the last forward pass with visual input did."""
+        return self._last
+
+    @contextmanager
+    def aside(self, retention_ratio: float) -> Iterator[None]:
+        """Passes inside run at this ratio and leave no trace: afterwards ratio and `last` are what they were."""
+        before = self.retention_ratio, self._last
+        self.retention_ratio, self._last = retention_ratio, None
+        try:
+            yield
+        finally:
+            self.retention_ratio, self._last = before
+
+    def limit_tokens(self, max_tokens: int | None) -> None:
+        """At most so many visual tokens of a video, meaned over the LLM's layers: a video that would have more gets a
+        lower ratio than `retention_ratio`, by its own length. None: no limit."""
+        self._max_tokens = max_tokens
+
+    def run_all_modules(self, on: bool = True) -> None:
+        """Run tower, connector and stages in every pass of evaluation too, as training does: also where the batch has
+        no video or nothing is to be dropped. Needed where parameters are sharded, because every rank takes part in
+        gathering them, and where rows must be packed into one."""
+        self._runs_all = on
+
+    def listen(self, listener: Callable[[Phase], None] | None) -> None:
+        """Tell `listener` where work for pruning alone begins and ends in a pass (`stts.models.pruning.phases`); None:
+        nobody."""
+        self._listener = listener or _ignore
 
     def describe(
         self,
@@ -166,16 +194,16 @@ class Pruning:
         timestamps_s: Sequence[Tensor | None] | None = None,
         questions: Sequence[str] | None = None,
     ) -> None:
-        """Tell about the videos of the next forward pass, in batch order: names (they seed `random`), times of frames
-        in seconds (Tango), questions (AdaTP, with a text tower). ValueError unless one of each is given per video."""
+        """Tell about the videos of this thread's next forward pass, in batch order: names (they seed `random`), times
+        of frames in seconds (Tango), questions (AdaTP, with a text tower). ValueError unless each has one per video."""
         if any(given is not None and len(given) != len(uids) for given in (timestamps_s, questions)):
             counts = [len(given) for given in (timestamps_s, questions) if given is not None]
             raise ValueError(f"describe() got {len(uids)} names, but {counts} times and questions; give one per video")
-        self._names = Names(uids, timestamps_s or [None] * len(uids), questions)
+        self._names[threading.get_ident()] = Names(uids, timestamps_s or [None] * len(uids), questions)
 
     def check_trainable(self) -> None:
         """ValueError when the model cannot be trained under this pruner."""
-        if self._llm:
+        if self._setup.sites.llm:
             name = self.name or type(self.pruner).__name__
             raise ValueError(
                 f"pruner {name!r} drops tokens inside the LLM, which training does not support: its choice needs the "
@@ -194,10 +222,12 @@ class Pruning:
         inner, llm = self.adapter.inner, self.adapter.language_model
         self._handles = [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after, with_kwargs=True),
             llm.register_forward_pre_hook(self._before_llm, with_kwargs=True),
-            llm.register_forward_hook(self._prompt.after, with_kwargs=True),
+            llm.register_forward_hook(self._after_llm, with_kwargs=True),
+            llm.register_forward_hook(self._close_cache, with_kwargs=True, always_call=True),
+            *attach_layers(llm),
         ]
-        self._prompt.layers.attach()
         # generate would encode the video before the forward pass, and copy it per beam; both stay with us
         self._stock_expand = self.model._expand_inputs_for_generation
         self.model.__dict__["_supports_mm_encoder_outputs"] = lambda: False
@@ -206,7 +236,6 @@ class Pruning:
 
     def detach(self) -> None:
         """Take the hooks off; the model is bit-identical to before. Harmless when nothing is attached."""
-        self._prompt.layers.detach()
         for handle in self._handles:
             handle.remove()
         for config, original in zip(self.adapter.configs, self._originals, strict=False):
@@ -218,9 +247,18 @@ class Pruning:
     def _expand_rows(self, expand_size: int = 1, **kwargs: Any) -> Any:
         """Repeat text rows for beams and samples; the visual input is encoded once, its features are repeated."""
         visual = {name: kwargs.pop(name) for name in self.adapter.visual_args if name in kwargs}
-        self._expand = expand_size
         input_ids, rest = self._stock_expand(expand_size=expand_size, **kwargs)
-        return input_ids, rest | visual
+        return input_ids, rest | visual | ({_EXPAND: expand_size} if expand_size > 1 else {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
+        if self._handles:
+            raise ValueError(
+                "a model inside a pruning context cannot be deep-copied: the copy would keep hooks that nothing can "
+                "take off; leave the context (or call `detach()`), copy, and enter it again"
+            )
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
 
     def __enter__(self) -> Pruning:
         return self.attach()
@@ -231,236 +269,99 @@ class Pruning:
     # --- one forward pass --------------------------------------------------------------------------------------------
 
     def _before(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the module that merges features into the prompt: do the visual part of the pass in its place."""
         if args:
             raise ValueError("pass model inputs by keyword while pruning")
+        kwargs = dict(kwargs)
+        expand = kwargs.pop(_EXPAND, 1)
+        stock = args, dict(kwargs)
         learning = torch.is_grad_enabled() and self.model.training
         cache = kwargs.get("past_key_values")
-        given = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
-        everything = learning or self.in_step
-        if not given and (not everything or (cache is not None and cache.get_seq_length())):
-            return None
+        has_pixels = kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None
+        runs_all = learning or self._runs_all
+        if not has_pixels and (not runs_all or (cache is not None and cache.get_seq_length())):
+            return stock
         if learning:
             self.check_trainable()
-        expand, self._expand = self._expand, 1
         for name in ("input_ids", "inputs_embeds"):
             if expand > 1 and kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][::expand]
-        before = dict(kwargs)
         visual = self.adapter.take_visual(kwargs)
-        blank = everything and not (visual and visual.grids)
+        blank = runs_all and not (visual and visual.grids)
         if visual is None and not blank:
-            return None
-        seen = self.adapter.with_blank(visual) if blank else visual
-        assert seen is not None
-        grids = [] if blank else list(seen.grids)
+            return stock
+        visual = self.adapter.with_blank(visual) if blank else visual
+        assert visual is not None
+        grids = [] if blank else list(visual.grids)
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
-        whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        in_pieces = self._in_pieces(seen, everything)
-        if (
-            whole and not everything and not in_pieces and self.adapter.runs_stock(seen)
-        ):  # dense is sacred: the stock code runs, untouched
-            self.last = self._report(grids, [torch.arange(grid.num_groups) for grid in grids])
+        is_whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
+        in_pieces = self._in_pieces(visual, runs_all)
+        if is_whole and not runs_all and not in_pieces and self.adapter.runs_stock(visual):
+            # dense is sacred: the stock code runs, untouched
+            self._last = make_report(grids, [torch.arange(grid.num_groups) for grid in grids], self._setup)
             if expand == 1:
-                return args, before
-        return args, self._visual_pass(kwargs, seen, budgets, names, blank=blank, expand=expand)
+                return stock
+        visual_pass = VisualPass(
+            self._setup,
+            visual,
+            budgets,
+            names,
+            blank=blank,
+            expand=expand,
+            chunk_frames=self.chunk_frames if in_pieces else None,
+            notify=self._listener,
+        )
+        kwargs = visual_pass.run(kwargs)
+        self._last = visual_pass.report
+        return args, kwargs | {PASS_ARGUMENT: visual_pass}
 
-    def _in_pieces(self, visual: Visual, everything: bool) -> bool:
+    def _in_pieces(self, visual: Visual, runs_all: bool) -> bool:
         """Whether this pass goes through the videos in pieces. ValueError where it should and cannot."""
         if visual.streamed and self.chunk_frames is None:
             raise ValueError("streamed pixel values are read in pieces; pass chunk_frames, such as chunk_frames=64")
         if self.chunk_frames is None or not visual.grids:
             return False
-        if everything or torch.is_grad_enabled():
+        if runs_all or torch.is_grad_enabled():
             raise ValueError(
                 f"chunk_frames={self.chunk_frames} is for evaluation without gradients; call the model inside "
                 "torch.no_grad() or torch.inference_mode(), or leave chunk_frames out"
             )
         return visual.streamed or max(grid.t for grid in visual.grids) > self.chunk_frames
 
-    def _phase(self, phase: Phase) -> None:
-        if self.on_phase is not None:
-            self.on_phase(phase)
+    def _after(self, inner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        visual_pass: VisualPass | None = kwargs.get(PASS_ARGUMENT)
+        if visual_pass is not None and (visual_pass.prompt is None or not visual_pass.prompt.is_shortened):
+            raise ValueError(f"the language model got no pass from {type(inner).__name__}; {_UNTESTED}")
 
-    def _report(self, grids: list[Grid], index: list[Tensor]) -> Report:
-        cuts = sorted(stage.site.layer or 0 for stage in self._llm)
-        counts = [[len(one)] * (1 + len(cuts)) for one in index]
-        layers = self.adapter.host.llm_layers
-        return Report(grids, index, [None] * len(grids), llm_layers=layers, llm_cuts=cuts, llm_counts=counts)
+    def _before_llm(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the language model: shorten the prompt, or go on behind one that was shortened."""
+        if args or "inputs_embeds" not in kwargs:
+            raise ValueError(f"the language model was not called with inputs_embeds by keyword; {_UNTESTED}")
+        visual_pass: VisualPass | None = kwargs.get(PASS_ARGUMENT)
+        cache = kwargs.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        continuation = continuation_of(cache)
+        if visual_pass is not None:
+            kwargs = visual_pass.shorten(llm, kwargs, seen)
+            continuation = continuation_of(kwargs.get("past_key_values"))
+        elif continuation is not None and seen:
+            kwargs = decode(continuation, llm, kwargs, seen)
+        if continuation is not None:
+            continuation.open = True
+        return args, kwargs
 
-    def _before_llm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        prefill = self._prompt.pending
-        if prefill:
-            self._phase("prune")
-        result = self._prompt.before(module, args, kwargs)
-        if prefill:
-            self._phase("prefill")
-        if prefill and self.last is not None:
-            self.last.llm_tokens, self.last.llm_padded = self._prompt.num_tokens, self._prompt.num_slots
-        return result
+    def _after_llm(self, llm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Behind the language model: its output at full length."""
+        carried = kwargs.get(PASS_ARGUMENT)
+        return carried.restore(output) if isinstance(carried, Prompt) else output
 
-    def _visual_pass(
-        self,
-        kwargs: dict[str, Any],
-        seen: Visual,
-        budgets: list[list[Budget]],
-        names: Names,
-        *,
-        blank: bool,
-        expand: int,
-    ) -> dict[str, Any]:
-        """Tower, connector and stages once each, whatever the batch holds.
+    def _close_cache(self, llm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        continuation = continuation_of(kwargs.get("past_key_values"))
+        if continuation is not None:
+            continuation.open = False
 
-        `blank`: a training pass without video runs one blank frame through everything, with weight zero, so that every
-        rank calls the same modules and every parameter has a (zero) gradient."""
-        grids, num_videos = list(seen.grids), 0 if blank else len(seen.grids)
-        if blank:
-            budgets = [[Budget(grids[0].num_groups, 1.0, True)] for _ in self.pruner.stages]
-            names = Names([""], [None], None)
-        report = self._report(grids, [torch.arange(0)] * len(grids))
-        times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, grids, strict=True)]
-        now = Pass(grids, budgets, names.uids, times, [{} for _ in grids], [None] * len(grids), report)
-        collector = Collector(self.adapter, self._wanted, self.siglip)
-        tower = TowerOutput((), None, None)
-        if not blank and self._in_pieces(seen, everything=False):
-            stage = self._vit[0] if self._vit else None
-            connected, report.kept_patches = pieces.encode(
-                self.adapter, seen, now, stage, collector, self.chunk_frames or 1
-            )
-        else:
-            with collector.capture():
-                tower = self._tower(seen, now)
-            if tower.lengths_F is not None:
-                frames = tower.lengths_F[seen.num_tiles :].split([grid.t for grid in grids])
-                report.kept_patches = [part.tolist() for part in frames]
-            connected = self.adapter.connect(tower, seen, now.cells)
-        whole = connected.videos
-        features = list(whole)
-        early = [list(videos) for _, videos in connected.early]
-
-        def collect(signals: frozenset[Signal]) -> list[dict[str, Any]]:
-            if blank or not signals:
-                return [{} for _ in grids]
-            return collector.per_video(tower, seen, whole, grids, questions=names.questions, signals=signals)
-
-        self._phase("prune")
-        for stage, row in zip(self._pre_llm, budgets[len(self._vit) :], strict=False):
-            videos = [
-                view(fields, x_Kd, grid, cell, time, uid)
-                for fields, x_Kd, grid, cell, time, uid in zip(
-                    collect(stage.signals), features, grids, now.cells, now.times, now.uids, strict=True
-                )
-            ]
-            row = row if stage is self._pre_llm[0] else [*map(adjust, row, [video.num_groups for video in videos])]
-            kept_row = ask(stage, videos, row)
-            features = [
-                x_Kd[kept.index_K] if kept.x_KD is None else kept.x_KD
-                for x_Kd, kept in zip(features, kept_row, strict=True)
-            ]
-            features = [
-                x if kept.gate_G is None else x * kept.gate_G[kept.index_K, None].to(x.dtype)
-                for x, kept in zip(features, kept_row, strict=True)
-            ]
-            early = [[x[kept.index_K] for x, kept in zip(layer, kept_row, strict=True)] for layer in early]
-            now.note(kept_row)
-        if self._llm:
-            now.fields = collect(frozenset().union(*(stage.signals for stage in self._llm)) & FROM_FRAMES)
-        self._phase("connect")
-        report.signals = {**collector.sources, **self._llm_signals()}
-        mask_BL = kwargs.get("attention_mask")
-        layers = [(x[0], tuple(y[:num_videos])) for x, y in zip(connected.early, early, strict=True)]
-        newlines = ([stage.newlines for stage in (*self._vit, *self._pre_llm)] or ["all"])[-1]
-        shown = replace(connected, videos=tuple(features[:num_videos]), early=tuple(layers), newlines=newlines)
-        real, cells = replace(seen, grids=seen.grids[:num_videos]), now.cells[:num_videos]
-        arguments, placed = self.adapter.merge(kwargs, shown, real, cells)
-        kwargs = kwargs | arguments
-        if blank:
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(layer[0].sum() for layer in [features, *early])
-        if expand > 1:
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(expand, 0)
-            placed = placed.repeat(expand, num_videos)
-        self._prompt.expect(placed, mask_BL)
-        report.grids, report.scores = grids[:num_videos], report.scores[:num_videos]
-        self._pass, self.last = now, report
-        self._show_index()
-        report.llm_counts = [[n] * (1 + len(report.llm_cuts)) for n in report.num_kept]
-        return kwargs
-
-    def _show_index(self) -> None:
-        now = self._pass
-        assert now is not None
-        now.report.index = [
-            torch.arange(grid.num_groups) if cell is None else cell.sort().values
-            for grid, cell in zip(now.report.grids, now.cells, strict=False)
-        ]
-
-    def _decide_in_llm(self, number: int, present: list[Present]) -> list[Kept]:
-        """One stage inside the LLM, called between two layers with every video there is (per beam, with beams)."""
-        now, stage = self._pass, self._llm[number]
-        assert now is not None
-        order = len(self._vit) + len(self._pre_llm) + number
-        videos, budgets = [], []
-        for one in present:
-            video = one.video % len(now.grids)
-            videos.append(
-                VideoTokens(
-                    grid=now.grids[video],
-                    timestamps_T=now.times[video],
-                    uid=now.uids[video],
-                    **now.fields[video],
-                    **one.fields,
-                )
-            )
-            budgets.append(adjust(now.budgets[order][video], videos[-1].num_groups))
-        row = ask(stage, videos, budgets)
-        first = {one.video: kept for one, kept in zip(present, row, strict=True) if one.video < len(now.grids)}
-        now.note([first[video] for video in range(len(now.grids))])
-        self._show_index()
-        cut = now.report.stage_kept[-1]
-        for counts, kept in zip(now.report.llm_counts, cut, strict=True):
-            counts[number + 1 :] = [kept] * (len(counts) - number - 1)
-        return row
-
-    @property
-    def _wanted(self) -> frozenset[Signal]:
-        """Signals that come from the tower."""
-        before = frozenset[Signal]().union(*(stage.signals for stage in self._pre_llm))
-        inside = frozenset[Signal]().union(*(stage.signals for stage in self._llm))
-        return before | (inside & FROM_FRAMES)
-
-    def _llm_signals(self) -> dict[str, str]:
-        asked = {signal for stage in self._llm for signal in stage.signals} - FROM_FRAMES
-        return {f"llm {signal}" if signal == "keys" else signal: LLM_SOURCES[signal] for signal in sorted(asked)}
-
-    def _tower(self, visual: Visual, now: Pass) -> TowerOutput:
-        adapter, given = self.adapter, self.adapter.embed(visual)
-        if not self._vit:
-            return run_tower(given, adapter.blocks(), adapter.taps())
-        [stage] = self._vit
-        sizes = [visual.num_tile_patches, *visual.patches_per_video]
-        groups = [adapter.groups(visual, video)[0] for video in range(len(now.grids))]
-
-        def decide(x_SD: Tensor) -> Drop | None:
-            videos = [
-                VideoTokens(
-                    x_ND=part,
-                    grid=grid,
-                    cell_G=torch.arange(grid.num_groups, device=part.device),
-                    group_GW=group_GW,
-                    timestamps_T=time,
-                    uid=uid,
-                )
-                for part, grid, group_GW, time, uid in zip(
-                    x_SD.split(sizes)[1:], now.grids, groups, now.times, now.uids, strict=True
-                )
-            ]
-            row = ask(stage, videos, now.budgets[0])
-            now.note(row)
-            if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, now.grids, strict=True)):
-                return None
-            return to_drop(row, videos, sizes[0])
-
-        return run_tower(given, adapter.blocks(), adapter.taps(), stage.site, decide)
+    # --- what a pass is given ----------------------------------------------------------------------------------------
 
     def _plan(self, grids: list[Grid]) -> list[list[Budget]]:
         sites, layers = [stage.site for stage in self.pruner.stages], self.adapter.host.llm_layers
@@ -468,17 +369,24 @@ class Pruning:
         return [[row[number][0] for row in rows] for number in range(len(sites))]
 
     def _ratio_of(self, grid: Grid) -> float:
-        if self.max_tokens is None or self.max_tokens >= grid.num_groups * self.retention_ratio:
+        if self._max_tokens is None or self._max_tokens >= grid.num_groups * self.retention_ratio:
             return self.retention_ratio
-        return math.floor(1e12 * self.max_tokens / grid.num_groups) / 1e12  # down: the decimal must not keep one more
+        return math.floor(1e12 * self._max_tokens / grid.num_groups) / 1e12  # down: the decimal must not keep one more
 
     def _take_names(self, num_videos: int) -> Names:
-        names, self._names = self._names, None
+        names = self._names.pop(threading.get_ident(), None)
         if names is None or num_videos == 0:
             return Names([""] * num_videos, [None] * num_videos, None)
         if num_videos != len(names.uids):
             raise ValueError(f"describe() named {len(names.uids)} videos, the pass has {num_videos}")
         return names
+
+
+_UNTESTED = "this transformers version is outside the tested range (>= 5.17, < 6)"
+
+
+def _ignore(phase: Phase) -> None:
+    """Nobody listens."""
 
 
 def pruning(model: PreTrainedModel, pruner: str | Pruner, **settings: Any) -> Pruning:

@@ -13,16 +13,17 @@ Q = queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
-from stts.models.families.attention import capture
-from stts.models.pruning.masks import Slots, decode_mask, make_mask, pad_rows
+from stts.models.families.attention import PASS_ARGUMENT, capture_next
+from stts.models.families.base import Placed
+from stts.models.pruning.masks import Slots, make_mask, pad_rows
 from stts.pruners.base import Stage
 from stts.tokens import Kept, PromptTokens
 
@@ -39,139 +40,90 @@ Decide = Callable[[int, list[Present]], list[Kept]]
 """(number of the stage, the videos in prompt order) -> what survives of each."""
 
 
-@dataclass(frozen=True)
-class _Replay:
-    """What a layer of a training pass needs when it runs again in the backward pass."""
+class Carried(Protocol):
+    """What a call of the language model carries down to its layers."""
 
-    slots: Slots
-    inputs: dict[str, Any]
-    early: tuple[Tensor, ...]
-    place_V: Tensor | None
+    def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Changed inputs of a layer, or None."""
+        ...
+
+    def after(self, layer: int, x_RMD: Tensor) -> Tensor | None:
+        """Changed output of a layer, or None."""
+        ...
 
 
-class Layers:
-    """The hooks on the layers of one language model, with the stages that act there.
+def attach_layers(llm: Any) -> list[RemovableHandle]:
+    """Put hooks on the decoder layers. They hold nothing: what they do is said by the pass that the call carries."""
+    handles = []
+    for number, module in enumerate(llm.layers):
+        before, after = _hooks(number)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    return handles
 
-    In older transformers (5.17), activation checkpointing runs a layer's hooks again in the backward pass, when other
-    passes may have begun; the mask that the layer got from outside then tells which pass it belongs to."""
 
-    def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide) -> None:
-        self.stages = stages
+def _hooks(layer: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        carried: Carried | None = kwargs.get(PASS_ARGUMENT)
+        return None if carried is None else carried.before(layer, args, kwargs)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], x_RMD: Tensor) -> Any:
+        carried: Carried | None = kwargs.get(PASS_ARGUMENT)
+        return None if carried is None else carried.after(layer, x_RMD)
+
+    return before, after
+
+
+class Prefill:
+    """One prompt on its way through the layers of the language model.
+
+    Activation checkpointing runs a layer again in the backward pass, in older transformers (5.17) its hooks too, when
+    other passes may have begun. The call of the layer carries this object, so each finds its own."""
+
+    def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide, slots: Slots, placed: Placed) -> None:
+        self.slots = slots
+        """Where the survivors are now."""
+        self.valid: dict[int, Tensor] = {}
+        """Which slots are real, by the layer from which on it holds."""
         self._llm: Any = llm
+        self._stages = stages
         self._decide = decide
-        self._slots: Slots | None = None
+        self._early, self._place_V = placed.early, placed.early_V
         self._inputs: dict[str, Any] = {}
+        if slots.packed or slots.both_RM is not None:
+            self._inputs = {"attention_mask": make_mask(slots, llm)}
         self._index_RM: Tensor | None = None
         self._tables: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._early: tuple[Tensor, ...] = ()
-        self._place_V: Tensor | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._counts: list[tuple[int, int]] = []
-        self._valid: dict[int, Tensor] = {}
-        self._masks: dict[int, Any] = {}
-        self._replays: Any = WeakIdKeyDictionary()  # by the mask of the pass, as long as its graph holds it
-        self._replay: _Replay | None = None
-        self._exit = ExitStack()
+        if stages:
+            video_V = slots.video_RM[slots.valid_RM & (slots.video_RM >= 0)]
+            numbers, counts = torch.unique_consecutive(video_V, return_counts=True)
+            self._counts = list(zip(numbers.tolist(), counts.tolist(), strict=True))
 
-    def attach(self) -> None:
-        """Put hooks on the layers."""
-        layers = self._llm.layers
-        for number, stage in enumerate(self.stages):
-            if stage.signals & {"last_row", "keys", "prompt"}:
-                module = layers[self._layer(number) - 1].self_attn
-                self._exit.enter_context(capture(module, self._note(number)))
-        for layer, module in enumerate(layers):
-            for handle in (
-                module.register_forward_pre_hook(self._before(layer), with_kwargs=True),
-                module.register_forward_hook(self._after(layer)),
-            ):
-                self._exit.callback(handle.remove)
+    def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Changed inputs of a layer, or None."""
+        x_RMD = args[0]
+        for number, stage in enumerate(self._stages):
+            if self._layer(number) == layer:
+                x_RMD = self._cut(number, x_RMD, kwargs)
+            if self._layer(number) - 1 == layer and stage.signals & {"last_row", "keys", "prompt"}:
+                capture_next(self._llm.layers[layer].self_attn, partial(self._note, number))
+        return ((x_RMD, *args[1:]), kwargs | self._inputs | self._rotary(kwargs)) if self._inputs else None
 
-    def detach(self) -> None:
-        """Take them off."""
-        self._exit.close()
-        self.rest()
-
-    def begin(
-        self,
-        slots: Slots,
-        early: tuple[Tensor, ...] = (),
-        place_V: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> None:
-        """The next pass is a prefill with these slots.
-
-        early: features (V, D) to add to the output of layer 0, 1, ... at the prompt places place_V (deepstack).
-        mask: what the layers of a training pass get as their mask from outside."""
-        self.rest()
-        self._slots, self._valid, self._early, self._place_V = slots, {}, early, place_V
-        if slots.packed or slots.both_RM is not None:
-            self._inputs = {"attention_mask": make_mask(slots, self._llm)}
-        video_V = slots.video_RM[slots.valid_RM & (slots.video_RM >= 0)]
-        if mask is not None and torch.is_grad_enabled():
-            self._replays[mask] = _Replay(slots, self._inputs, early, place_V)
-        numbers, counts = torch.unique_consecutive(video_V, return_counts=True)
-        self._counts = list(zip(numbers.tolist(), counts.tolist(), strict=True))
-
-    def resume(self, tail_BT: Tensor) -> None:
-        """The next pass is a decode step; tail_BT: bool mask of the tokens behind the prompt, the new one included."""
-        self.rest()
-        self._masks = {
-            layer: decode_mask(torch.cat([valid_BM, tail_BT], 1), self._llm) for layer, valid_BM in self._valid.items()
-        }
-
-    def rest(self) -> None:
-        """The next pass is none of ours, or the pass is over."""
-        self._slots, self._inputs, self._seen, self._masks = None, {}, {}, {}
-        self._index_RM, self._tables = None, {}
-        self._early, self._place_V = (), None
-
-    @property
-    def slots(self) -> Slots | None:
-        """Where the survivors of this prefill are now."""
-        return self._slots
+    def after(self, layer: int, x_RMD: Tensor) -> Tensor | None:
+        """Changed output of a layer, or None."""
+        if self._place_V is None or layer >= len(self._early):
+            return None
+        return self._add(x_RMD, self._early[layer], self.slots, self._place_V)
 
     def _layer(self, number: int) -> int:
-        layer = self.stages[number].site.layer
+        layer = self._stages[number].site.layer
         assert layer is not None
         return layer
 
-    def _note(self, number: int) -> Callable[[Tensor, Tensor], None]:
-        def note(q_RHME: Tensor, k_RJME: Tensor) -> None:
-            if self._slots is not None:
-                self._seen[number] = (q_RHME.detach(), k_RJME.detach())
-
-        return note
-
-    def _before(self, layer: int) -> Callable[..., Any]:
-        mine = [number for number in range(len(self.stages)) if self._layer(number) == layer]
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._masks:  # a decode step: the deepest cut above this layer decides
-                cuts = [cut for cut in self._masks if cut <= layer]
-                return (args, kwargs | {"attention_mask": self._masks[max(cuts)]}) if cuts else None
-            if self._slots is None:
-                mask = kwargs.get("attention_mask")
-                self._replay = self._replays.get(mask) if isinstance(mask, Tensor) else None
-                return (args, kwargs | self._replay.inputs) if self._replay is not None else None
-            x_RMD = args[0]
-            for number in mine:
-                x_RMD = self._cut(number, x_RMD, kwargs)
-            return ((x_RMD, *args[1:]), kwargs | self._inputs | self._rotary(kwargs)) if self._inputs else None
-
-        return before
-
-    def _after(self, layer: int) -> Callable[..., Any]:
-        def after(module: nn.Module, args: Any, x_RMD: Tensor) -> Any:
-            slots, early, place_V = self._slots, self._early, self._place_V
-            if slots is None and self._replay is not None:
-                slots, early, place_V = self._replay.slots, self._replay.early, self._replay.place_V
-                self._replay = None
-            if slots is None or place_V is None or layer >= len(early):
-                return None
-            return self._add(x_RMD, early[layer], slots, place_V)
-
-        return after
+    def _note(self, number: int, q_RHME: Tensor, k_RJME: Tensor) -> None:
+        self._seen[number] = q_RHME.detach(), k_RJME.detach()
 
     def _add(self, x_RMD: Tensor, feature_VD: Tensor, slots: Slots, place_V: Tensor) -> Tensor:
         """Add features at the places that are still there."""
@@ -184,8 +136,7 @@ class Layers:
         return x_ND.index_add(0, slot_L[place_V], feature_VD.to(x_ND.dtype))[:num_slots].view_as(x_RMD)
 
     def _cut(self, number: int, x_RMD: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        slots = self._slots
-        assert slots is not None
+        slots = self.slots
         place_V = (slots.valid_RM & (slots.video_RM >= 0)).flatten().nonzero().squeeze(1)
         places = place_V.split([count for _, count in self._counts])
         kept = self._decide(number, self._present(number, x_RMD, places))
@@ -200,8 +151,8 @@ class Layers:
                 x_ND = x_ND.index_copy(0, place[one.index_K], one.x_KD.to(x_ND.dtype))
         self._counts = [(video, len(one.index_K)) for one, (video, _) in zip(kept, self._counts, strict=True)]
         index_RM, valid_RM = pad_rows(keep_N.view_as(slots.valid_RM), left=slots.left)
-        self._slots = slots = slots.take(index_RM, valid_RM)
-        self._valid[self._layer(number)] = valid_RM
+        self.slots = slots = slots.take(index_RM, valid_RM)
+        self.valid[self._layer(number)] = valid_RM
         self._index_RM = index_RM if self._index_RM is None else self._index_RM.gather(1, index_RM)
         self._tables = {}
         self._inputs = self._shorter(kwargs)
@@ -209,8 +160,8 @@ class Layers:
 
     def _shorter(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What depends on the slots among the arguments of a layer and is the same for all deeper ones."""
-        assert self._slots is not None and self._index_RM is not None
-        changed: dict[str, Any] = {"attention_mask": make_mask(self._slots, self._llm)}
+        assert self._index_RM is not None
+        changed: dict[str, Any] = {"attention_mask": make_mask(self.slots, self._llm)}
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = _take(kwargs["position_ids"][..., None], self._index_RM)[..., 0]
         return changed
@@ -225,8 +176,7 @@ class Layers:
         return {"position_embeddings": self._tables[cos]}
 
     def _present(self, number: int, x_RMD: Tensor, places: Sequence[Tensor]) -> list[Present]:
-        slots, signals = self._slots, self.stages[number].signals
-        assert slots is not None
+        slots, signals = self.slots, self._stages[number].signals
         x_ND, cell_N = x_RMD.flatten(0, 1), slots.cell_RM.flatten()
         salience_N = keys_ND = None
         if number in self._seen:
@@ -235,7 +185,7 @@ class Layers:
                 scale = getattr(self._llm.layers[self._layer(number) - 1].self_attn, "scaling", None)
                 salience_N = last_row_attention(q_RHME, k_RJME, slots, scale or q_RHME.shape[-1] ** -0.5)
             keys_ND = k_RJME.transpose(1, 2).flatten(2).flatten(0, 1)
-        found = []
+        present = []
         for (video, _), place in zip(self._counts, places, strict=True):
             fields: dict[str, Any] = {"x_ND": x_ND[place].detach(), "cell_G": cell_N[place]}
             if salience_N is not None:
@@ -247,8 +197,8 @@ class Layers:
                 fields["prompt"] = PromptTokens(
                     x_ND[after_N].detach(), keys_ND[after_N], self._llm.norm.weight.detach()
                 )
-            found.append(Present(video, fields))
-        return found
+            present.append(Present(video, fields))
+        return present
 
 
 def _take(x: Tensor, index_RM: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ import torch
 from transformers import PreTrainedModel
 
 from stts.models.families.base import make_adapter
-from stts.models.pruning.context import Phase, Pruning
+from stts.models.pruning.context import Pruning
+from stts.models.pruning.visual_pass import Phase
 
 _GIB = 2**30
 
@@ -93,7 +94,7 @@ class Phases:
             self._model.register_forward_hook(lambda *_: self._forward_ended()),
         ]
         if self._pruning is not None:
-            self._pruning.on_phase = self._switch
+            self._pruning.listen(self._switch)
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._model.device)
             self._weights = torch.cuda.memory_allocated(self._model.device)
@@ -104,7 +105,7 @@ class Phases:
             handle.remove()
         self._handles = []
         if self._pruning is not None:
-            self._pruning.on_phase = None
+            self._pruning.listen(None)
         if self._marks:
             self._end = self._now()
         if self._cuda:

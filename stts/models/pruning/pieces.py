@@ -18,13 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stts.models.families.base import Adapter, Connected, TowerOutput, Visual
+from stts.models.families.base import Connected, TowerOutput, Visual
+from stts.models.pruning.pass_videos import PassVideos
 from stts.models.pruning.signals import Collector
-from stts.models.pruning.stages import Pass
-from stts.models.pruning.tower import Drop, run_tower
+from stts.models.pruning.stages import to_drop
+from stts.models.pruning.tower import Drop
 from stts.pruners.base import InPieces, Stage
 from stts.pruners.temporal import key_bias
-from stts.tokens import Kept, VideoTokens
+from stts.tokens import Kept
+
+Spans = Sequence[tuple[int, int]]
+"""First frame and the one after the last of every piece of a video."""
 
 
 @dataclass(frozen=True)
@@ -46,44 +50,25 @@ def check_in_pieces(stage: Stage) -> InPieces:
     return stage
 
 
-def encode(
-    adapter: Adapter, visual: Visual, now: Pass, stage: Stage | None, collector: Collector, chunk_frames: int
+def encode_in_pieces(
+    now: PassVideos, collector: Collector, chunk_frames: int
 ) -> tuple[Connected, list[list[int]] | None]:
-    """Connector outputs of images and of the groups left of every video, and the patches left of every frame (None
-    where no stage acts inside the tower). `collector` then has the signals of the whole pass."""
-    pieces = [
+    """Connector outputs of images and of the groups left of every video of a pass, and the patches left of every frame
+    (None where no stage acts inside the tower). `collector` then has the signals of the whole pass."""
+    spans = [
         [(first, min(first + chunk_frames, grid.t)) for first in range(0, grid.t, chunk_frames)] for grid in now.grids
     ]
-    choices: list[_Choice | None] = [None] * len(pieces)
+    stage = now.setup.sites.vit[0] if now.setup.sites.vit else None
+    choices: list[_Choice | None] = [None] * len(spans)
     if stage is not None:
-        choices = _decide(adapter, visual, now, stage, pieces)
-    images: tuple[Tensor, ...] = ()
-    early_images: list[tuple[Tensor, ...]] = []
-    if visual.num_tiles:
-        part = adapter.part(visual, None)
-        tower = run_tower(adapter.embed(part), adapter.blocks(), adapter.taps())
-        connected = adapter.connect(tower, part, [])
-        images, early_images = connected.images, [layer for layer, _ in connected.early]
+        choices = _decide(now, stage, spans)
+    images, early_images = _encode_images(now)
     videos: list[list[Tensor]] = []
     kept_patches: list[list[int]] = []
-    for video, spans in enumerate(pieces):
-        rows: list[list[Tensor]] = []
-        lengths: list[Tensor] = []
-        for part, choice in _parts(adapter, visual, video, spans, choices[video]):
-            if choice is not None and not bool(choice.keep_G.any()):  # frames without survivors need no second run
-                lengths.append(torch.zeros(len(part.frames), dtype=torch.long))
-                continue
-            part = part.loaded()
-            with collector.piece() as note:
-                tower, cells = _run(adapter, part, stage, choice)
-            connected = adapter.connect(tower, part, [cells])
-            note(tower, part, connected.videos)
-            rows.append([connected.videos[0], *(layer[0] for _, layer in connected.early)])
-            lengths.append(torch.tensor(part.frames) if tower.lengths_F is None else tower.lengths_F.cpu())
-            del tower, connected, part
-        collector.end_of_video()
-        videos.append([torch.cat(column) for column in zip(*rows, strict=True)])
-        kept_patches.append(torch.cat(lengths).tolist())
+    for video, choice in enumerate(choices):
+        features, lengths = _encode_video(now, video, _parts(now, video, spans[video], choice), stage, collector)
+        videos.append(features)
+        kept_patches.append(lengths)
     early = tuple(
         (early_images[layer] if early_images else (), tuple(row[1 + layer] for row in videos))
         for layer in range(len(videos[0]) - 1)
@@ -92,13 +77,49 @@ def encode(
     return Connected(images, tuple(row[0] for row in videos), early), kept_patches if dropped else None
 
 
+def _encode_images(now: PassVideos) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    """Features of the images, and those for early layers of the LLM."""
+    adapter = now.setup.adapter
+    if not now.visual.num_tiles:
+        return (), []
+    part = adapter.part(now.visual, None)
+    connected = adapter.connect(now.setup.tower(adapter.embed(part), adapter.blocks(), adapter.taps()), part, [])
+    return connected.images, [layer for layer, _ in connected.early]
+
+
+def _encode_video(
+    now: PassVideos,
+    video: int,
+    parts: Iterator[tuple[Visual, _Choice | None]],
+    stage: Stage | None,
+    collector: Collector,
+) -> tuple[list[Tensor], list[int]]:
+    """Features of one video, those of early layers behind them, and the patches left of its frames."""
+    rows: list[list[Tensor]] = []
+    lengths: list[Tensor] = []
+    for part, choice in parts:
+        if choice is not None and not bool(choice.keep_G.any()):  # frames without survivors need no second run
+            lengths.append(torch.zeros(len(part.frames), dtype=torch.long))
+            continue
+        part = part.loaded()
+        with collector.piece() as note:
+            tower, cells = _run(now, video, part, stage, choice)
+        connected = now.setup.adapter.connect(tower, part, [cells])
+        note(tower, part, connected.videos)
+        rows.append([connected.videos[0], *(layer[0] for _, layer in connected.early)])
+        lengths.append(torch.tensor(part.frames) if tower.lengths_F is None else tower.lengths_F.cpu())
+        del tower, connected, part
+    collector.end_of_video()
+    return [torch.cat(column) for column in zip(*rows, strict=True)], torch.cat(lengths).tolist()
+
+
 def _parts(
-    adapter: Adapter, visual: Visual, video: int, spans: Sequence[tuple[int, int]], choice: _Choice | None
+    now: PassVideos, video: int, spans: Spans, choice: _Choice | None
 ) -> Iterator[tuple[Visual, _Choice | None]]:
     """The pieces of a video, not loaded yet, each with its share of the choice."""
-    per_frame = visual.grids[video].per_frame
+    per_frame = now.grids[video].per_frame
     for first, last in spans:
-        part = adapter.part(visual, video, first, last)
+        part = now.setup.adapter.part(now.visual, video, first, last)
         if choice is None:
             yield part, None
             continue
@@ -107,61 +128,56 @@ def _parts(
 
 
 def _run(
-    adapter: Adapter, part: Visual, stage: Stage | None, choice: _Choice | None
+    now: PassVideos, video: int, part: Visual, stage: Stage | None, choice: _Choice | None
 ) -> tuple[TowerOutput, Tensor | None]:
     """The tower on one piece, with what was decided about it, and its kept cells (None: all)."""
-    given = adapter.embed(part)
+    adapter = now.setup.adapter
+    embedded = adapter.embed(part)
     if stage is None or choice is None:
-        return run_tower(given, adapter.blocks(), adapter.taps()), None
+        return now.setup.tower(embedded, adapter.blocks(), adapter.taps()), None
     group_GW, _ = adapter.groups(part, 0)
-    cells = choice.keep_G.nonzero().squeeze(1)
+    cells, weight_G = choice.keep_G.nonzero().squeeze(1), choice.weight_G
 
     def decide(x_SD: Tensor) -> Drop:
-        alive = torch.zeros(len(x_SD) + 1, dtype=torch.bool, device=x_SD.device)
-        alive[group_GW[cells].flatten()] = True  # -1 falls into the spare last place
-        bias_S = None if choice.weight_G is None else key_bias(choice.weight_G, group_GW, len(x_SD))
-        return Drop(alive[:-1], bias_S)
+        bias_S = None if weight_G is None else key_bias(weight_G, group_GW, len(x_SD))
+        piece = now.video(video, x_SD, grid=part.grids[0], group_GW=group_GW)
+        return to_drop([Kept(cells, attention_bias_N=bias_S)], [piece], 0)
 
-    return run_tower(given, adapter.blocks(), adapter.taps(), stage.site, decide), cells
+    return now.setup.tower(embedded, adapter.blocks(), adapter.taps(), stage.site, decide), cells
 
 
-def _decide(
-    adapter: Adapter, visual: Visual, now: Pass, stage: Stage, pieces: Sequence[Sequence[tuple[int, int]]]
-) -> list[_Choice | None]:
+def _decide(now: PassVideos, stage: Stage, spans: Sequence[Spans]) -> list[_Choice | None]:
     """First pass: scores of every video piece by piece, then one decision. None: the video stays whole."""
     scorer = check_in_pieces(stage)
-    scores = [_score(adapter, visual, video, scorer, spans) for video, spans in enumerate(pieces)]
-    indices, weights = scorer.settle(scores, now.grids, now.budgets[0])
+    scores = [_score(now, video, scorer, pieces) for video, pieces in enumerate(spans)]
+    with now.setup.around_stage():
+        indices, weights = scorer.settle(scores, now.grids, now.budgets[0])
     now.note([Kept(index_K, scores_G=score_G) for index_K, score_G in zip(indices, scores, strict=True)])
     choices: list[_Choice | None] = []
     for video, (index_K, score_G) in enumerate(zip(indices, scores, strict=True)):
         keep_G = torch.zeros_like(score_G, dtype=torch.bool)
         keep_G[index_K] = True
-        whole = len(index_K) == len(score_G)
-        choices.append(None if whole else _Choice(keep_G, None if weights is None else weights[video]))
+        is_whole = len(index_K) == len(score_G)
+        choices.append(None if is_whole else _Choice(keep_G, None if weights is None else weights[video]))
     return choices
 
 
-def _score(adapter: Adapter, visual: Visual, video: int, stage: InPieces, spans: Sequence[tuple[int, int]]) -> Tensor:
+def _score(now: PassVideos, video: int, stage: InPieces, spans: Spans) -> Tensor:
     """(G,) of one video; the last frame of a piece is carried over to the next."""
-    layer = stage.site.layer
+    adapter, layer = now.setup.adapter, stage.site.layer
     assert layer is not None and layer >= 0
-    per_frame, found = visual.grids[video].per_frame, []
+    per_frame, scores = now.grids[video].per_frame, []
     before_SD: Tensor | None = None
     for first, last in spans:
-        part = adapter.part(visual, video, first, last).loaded()
-        x_SD = run_tower(adapter.embed(part), adapter.blocks()[: layer + 1], [layer]).taps[0]
+        part = adapter.part(now.visual, video, first, last).loaded()
+        x_SD = now.setup.tower(adapter.embed(part), adapter.blocks()[: layer + 1], [layer]).taps[0]
         last_SD = x_SD[-part.frames[-1] :].clone()  # a view would keep the whole piece
         context = int(before_SD is not None)
         if before_SD is not None:
             x_SD = torch.cat([before_SD, x_SD])
-        seen = adapter.part(visual, video, first - context, last)  # for its groups; no pixel of it is read
-        tokens = VideoTokens(
-            x_ND=x_SD,
-            grid=seen.grids[0],
-            cell_G=torch.arange(seen.grids[0].num_groups, device=x_SD.device),
-            group_GW=adapter.groups(seen, 0)[0],
-        )
-        found.append(stage.score([tokens])[0][context * per_frame :])
+        seen = adapter.part(now.visual, video, first - context, last)  # for its groups; no pixel of it is read
+        piece = now.video(video, x_SD, grid=seen.grids[0], group_GW=adapter.groups(seen, 0)[0])
+        with now.setup.around_stage():
+            scores.append(stage.score([piece])[0][context * per_frame :])
         before_SD = last_SD
-    return torch.cat(found)
+    return torch.cat(scores)

@@ -1,20 +1,18 @@
-"""What stages see of a forward pass, and what becomes of their decisions.
+"""Which stages a host can run, how one is called, and what its decision means for patches.
 
-Shape suffixes: F = sampled frames of a video, T = its temporal cells, N = its patches, P = groups of a frame, W =
-patches per group, K = kept groups, S = patches of all frames, d = LLM width.
+Shape suffixes: F = sampled frames of a video, T = its temporal cells, W = patches per group, K = kept groups, S =
+patches of all frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stts.models.families.base import Adapter
-from stts.models.pruning.report import Report
 from stts.models.pruning.tower import Drop
 from stts.pruners.base import Pruner, Stage
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
@@ -54,44 +52,41 @@ def cell_times(time_F: Tensor | None, grid: Grid) -> Tensor | None:
     return torch.lerp(time_F[low_T].double(), time_F[low_T + 1].double(), place_T - low_T)
 
 
-@dataclass
-class Pass:
-    """What stages of one forward pass need to know about its videos."""
+@dataclass(frozen=True)
+class Sites:
+    """The stages of a pruner by where they act."""
 
-    grids: list[Grid]
-    budgets: list[list[Budget]]
-    """[stage][video]."""
-    uids: Sequence[str]
-    times: Sequence[Tensor | None]
-    """Per temporal cell."""
-    fields: list[dict[str, Any]]
-    """Per video: frame and text features for stages inside the LLM."""
-    cells: list[Tensor | None]
-    """Cells left of each video, None: all."""
-    report: Report
+    vit: Sequence[Stage]
+    """At most one."""
+    pre_llm: Sequence[Stage]
+    llm: Sequence[Stage]
+    """At increasing layers."""
 
-    def note(self, row: Sequence[Kept]) -> None:
-        """What a stage decided for every video."""
-        for video, kept in enumerate(row):
-            before = self.cells[video]
-            self.cells[video] = kept.index_K if before is None else before[kept.index_K]
-            if kept.scores_G is not None:
-                self.report.scores[video] = self._on_grid(kept.scores_G, video, before)
-            for name, loss in kept.losses.items():
-                losses = self.report.losses
-                losses[name] = losses[name] + loss if name in losses else loss
-        self.report.stage_kept.append([len(kept.index_K) for kept in row])
+    @property
+    def all(self) -> list[Stage]:
+        """In the order they act."""
+        return [*self.vit, *self.pre_llm, *self.llm]
 
-    def _on_grid(self, scores_G: Tensor, video: int, present: Tensor | None) -> Tensor:
-        """Scores of the cells present, as one per cell of the grid."""
-        if present is None:
-            return scores_G
-        whole = scores_G.new_full((self.grids[video].num_groups,), torch.nan)
-        return whole.index_copy(0, present.to(scores_G.device), scores_G)
+    @property
+    def from_tower(self) -> frozenset[Signal]:
+        """Signals that must be made while the tower runs."""
+        before = frozenset[Signal]().union(*(stage.signals for stage in self.pre_llm))
+        return before | self.for_llm
+
+    @property
+    def for_llm(self) -> frozenset[Signal]:
+        """Those of them that stages inside the LLM ask for."""
+        return frozenset[Signal]().union(*(stage.signals for stage in self.llm)) & FROM_FRAMES
+
+    @property
+    def llm_sources(self) -> dict[str, str]:
+        """Signals made inside the LLM, and what from."""
+        asked = {signal for stage in self.llm for signal in stage.signals} - FROM_FRAMES
+        return {f"llm {signal}" if signal == "keys" else signal: LLM_SOURCES[signal] for signal in sorted(asked)}
 
 
-def split_sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Stage], list[Stage]]:
-    """Stages inside the tower, before the LLM and inside it, checked against this host."""
+def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
+    """The stages of a pruner by site. ValueError for an order, a signal or a block that this host cannot run."""
     vit, pre_llm, llm = ([s for s in pruner.stages if s.site.kind == kind] for kind in ("vit", "pre_llm", "llm"))
     kinds = [stage.site.kind for stage in pruner.stages]
     layers = [stage.site.layer or 0 for stage in llm]
@@ -123,21 +118,7 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> tuple[list[Stage], list[Sta
             raise ValueError(
                 f"{type(stage).__name__} at site pre_llm asks for {sorted(late)}, which only an LLM layer has"
             )
-    return vit, pre_llm, llm
-
-
-def view(
-    fields: dict[str, Any], x_Kd: Tensor, grid: Grid, cell: Tensor | None, time: Tensor | None, uid: str
-) -> VideoTokens:
-    """A video before the LLM; `fields` hold signals of the whole grid."""
-    if cell is None:
-        cell_G = torch.arange(grid.num_groups, device=x_Kd.device)
-    else:
-        cell_G = cell
-        fields = fields | {
-            name: fields[name][cell] for name in ("salience_G", "keys_GD") if fields.get(name) is not None
-        }
-    return VideoTokens(x_ND=x_Kd, grid=grid, cell_G=cell_G, timestamps_T=time, uid=uid, **fields)
+    return Sites(vit, pre_llm, llm)
 
 
 def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:

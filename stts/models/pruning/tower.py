@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,29 @@ class Drop:
     """(S,) factor at the drop; its value is 1, its gradient reaches the scores."""
 
 
+Decide = Callable[[Tensor], Drop | None]
+"""(S, D) output of the block where a stage decides -> its decision; None: keep everything."""
+
+
+class Tower(Protocol):
+    """How blocks are run: `run_tower`, or what a benchmark puts in its place."""
+
+    def __call__(
+        self,
+        given: TowerInput,
+        blocks: Sequence[Block],
+        taps: Sequence[int],
+        site: Site | None = None,
+        decide: Decide | None = None,
+    ) -> TowerOutput: ...
+
+
 def run_tower(
     given: TowerInput,
     blocks: Sequence[Block],
     taps: Sequence[int],
     site: Site | None = None,
-    decide: Callable[[Tensor], Drop | None] | None = None,
+    decide: Decide | None = None,
 ) -> TowerOutput:
     """Run every block once. With `decide`, patches are dropped as `site` says; `decide` sees (S, D) and may return None
     (keep all).

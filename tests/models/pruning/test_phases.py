@@ -50,7 +50,7 @@ def test_phases_of_a_pruned_call(case: tuple[Any, dict[str, Any]], pruner: str) 
         with Phases(pruning) as phases:
             found = generate(model, inputs)
         elapsed_ms = 1000 * (time.perf_counter() - begin)
-        assert num_hooks(model) == hooks and pruning.on_phase is None
+        assert num_hooks(model) == hooks
     assert torch.equal(found, expected)
     check(phases.times, elapsed_ms)
     assert phases.times.prune_ms > 0, "signals, stages and shortening the prompt"

@@ -116,19 +116,16 @@ def test_generate_gives_the_same_tokens(folders: Callable[[str], Path]) -> None:
         assert torch.equal(model.generate(**inputs, **steps), expected)
 
 
-def test_the_tower_never_sees_more_than_a_piece(
-    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_never_sees_more_than_a_piece(folders: Callable[[str], Path]) -> None:
     seen: list[int] = []
 
     def counted(given: Any, *rest: Any) -> Any:
         seen.append(len(given.frames))
         return run_tower(given, *rest)
 
-    monkeypatch.setattr("stts.models.pruning.pieces.run_tower", counted)
     model, processor = load_vlm(folders("llava_onevision"))
     inputs = batch_of(processor, 10)
-    with torch.no_grad(), stts.pruning(model, "stts", retention_ratio=0.5, chunk_frames=4):
+    with torch.no_grad(), stts.pruning(model, "stts", retention_ratio=0.5, chunk_frames=4, tower=counted):
         model(**inputs)
     assert seen[:3] == [4, 4, 2] and max(seen) == 4 and len(seen) <= 6
 

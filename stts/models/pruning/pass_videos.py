@@ -1,0 +1,94 @@
+"""The videos of one forward pass: what stages see of them, and what was decided about them so far.
+
+Shape suffixes: N = patches or tokens of a video, G = its groups still present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stts.models.families.base import Adapter, Visual
+from stts.models.pruning.report import Report
+from stts.models.pruning.siglip import SiglipSource
+from stts.models.pruning.stages import Names, Sites, ask, cell_times
+from stts.models.pruning.tower import Tower
+from stts.pruners.base import Positions, Stage
+from stts.tokens import Budget, Grid, Kept, VideoTokens
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all passes of one `Pruning` share."""
+
+    adapter: Adapter
+    sites: Sites
+    positions: Positions
+    siglip: SiglipSource | None
+    tower: Tower
+    around_stage: Callable[[], AbstractContextManager[Any]]
+
+
+class PassVideos:
+    """The videos of one forward pass, in batch order."""
+
+    def __init__(self, setup: Setup, visual: Visual, budgets: list[list[Budget]], names: Names) -> None:
+        """budgets: [stage][video]. names: one per video. ValueError for times that do not fit a video."""
+        self.setup, self.visual = setup, visual
+        self.grids = list(visual.grids)
+        self.budgets = budgets
+        self.uids, self.questions = names.uids, names.questions
+        self.times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, self.grids, strict=True)]
+        self.cells: list[Tensor | None] = [None] * len(self.grids)
+        """int64 cells left of each video, in the order of the last stage; None: all."""
+        self.report = make_report(self.grids, [torch.arange(0)] * len(self.grids), setup)
+
+    def video(self, number: int, x_ND: Tensor, *, grid: Grid | None = None, **fields: Any) -> VideoTokens:
+        """One video as a stage sees it, with the groups that are still there unless `cell_G` says which.
+
+        grid: of a piece of the video, all of whose groups are there; None: of the whole video."""
+        cell_G = self.cells[number] if grid is None else None
+        time_T = self.times[number] if grid is None else None
+        grid = grid or self.grids[number]
+        if cell_G is None and "cell_G" not in fields:
+            cell_G = torch.arange(grid.num_groups, device=x_ND.device)
+        return VideoTokens(
+            **{"x_ND": x_ND, "grid": grid, "cell_G": cell_G, "timestamps_T": time_T, "uid": self.uids[number], **fields}
+        )
+
+    def ask(self, stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        """Call a stage once."""
+        with self.setup.around_stage():
+            return ask(stage, videos, budgets)
+
+    def note(self, row: Sequence[Kept]) -> None:
+        """Take down what a stage decided for every video."""
+        for number, kept in enumerate(row):
+            before = self.cells[number]
+            self.cells[number] = kept.index_K if before is None else before[kept.index_K]
+            if kept.scores_G is not None:
+                self.report.scores[number] = self._on_grid(kept.scores_G, number, before)
+            for name, loss in kept.losses.items():
+                losses = self.report.losses
+                losses[name] = losses[name] + loss if name in losses else loss
+        self.report.stage_kept.append([len(kept.index_K) for kept in row])
+
+    def _on_grid(self, scores_G: Tensor, number: int, present: Tensor | None) -> Tensor:
+        """Scores of the cells present, as one per cell of the grid."""
+        if present is None:
+            return scores_G
+        all_cells = scores_G.new_full((self.grids[number].num_groups,), torch.nan)
+        return all_cells.index_copy(0, present.to(scores_G.device), scores_G)
+
+
+def make_report(grids: list[Grid], index: list[Tensor], setup: Setup) -> Report:
+    """The report of a pass that has these cells of its videos."""
+    cuts = [stage.site.layer or 0 for stage in setup.sites.llm]
+    counts = [[len(one)] * (1 + len(cuts)) for one in index]
+    layers = setup.adapter.host.llm_layers
+    return Report(grids, index, [None] * len(grids), llm_layers=layers, llm_cuts=cuts, llm_counts=counts)
