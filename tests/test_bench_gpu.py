@@ -117,14 +117,14 @@ def test_the_rival_gives_our_logits_where_no_frame_is_alone_in_its_row(bench: An
     frames = FRAMES if bench.config.model_type == "molmo2" else 2 * FRAMES
     inputs = bench.inputs(frames, training=False)
     pruned = stts.Pruning(bench.model, Fixed(places), retention_ratio=len(places) / 9)
-    rows = load_script("benchmarks/rival_tower")
+    room = load_script("benchmarks/rival_tower")
+    rival = room.Rival(bench.model, Fixed(places), retention_ratio=len(places) / 9)
     with torch.no_grad():
         with pruned:
             ours = bench.model(**inputs).logits
-            patches = pruned.last.kept_patches
-        with rows.rival(pruned):
+        with rival:
             theirs = bench.model(**inputs).logits
-            assert pruned.last.kept_patches == patches
+        assert rival.last.kept_patches == pruned.last.kept_patches
         dense = bench.model(**inputs).logits
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(dense, ours, atol=1e-3)
@@ -132,13 +132,17 @@ def test_the_rival_gives_our_logits_where_no_frame_is_alone_in_its_row(bench: An
 
 @pytest.mark.parametrize("bench", [MOLMO2], indirect=True)
 def test_the_rival_leaves_nothing_behind(bench: Any) -> None:
-    pruned = stts.Pruning(bench.model, Fixed((4,)), retention_ratio=1 / 9)
-    from stts.models.pruning import context as room
+    rival = load_script("benchmarks/rival_tower").Rival(bench.model, Fixed((4,)), retention_ratio=1 / 9)
+    config = bench.model.config.to_dict()
 
-    before = room.run_tower, dict(vars(pruned.adapter))
-    with pytest.raises(RuntimeError, match="inside"), load_script("benchmarks/rival_tower").rival(pruned):
+    def broken(*_: Any) -> Tensor:
         raise RuntimeError("inside")
-    assert before == (room.run_tower, dict(vars(pruned.adapter)))
+
+    handle = bench.model.model.vision_tower.layers[0].register_forward_hook(broken)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inside"), rival:
+        bench.model(**bench.inputs(FRAMES, training=False))
+    handle.remove()
+    assert bench.model.config.to_dict() == config
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

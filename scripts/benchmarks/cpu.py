@@ -39,7 +39,6 @@ from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
-from stts.models.pruning import context as pruning_room
 
 DENSE = "dense"
 CPU = torch.device("cpu")
@@ -77,8 +76,12 @@ class Clock:
 
     def __init__(self, model: nn.Module) -> None:
         self.now = time.process_time if clock_name(CPU) == "CPU time" else time.perf_counter
-        self.spent = dict.fromkeys(PARTS, 0.0)
         self._model: Any = model.model
+        self.reset()
+
+    def reset(self) -> None:
+        """Before every pass."""
+        self.spent = dict.fromkeys(PARTS, 0.0)
         self._begin: dict[str, float] = {}
         self._inside = ""
         self._graded: float | None = None
@@ -107,25 +110,23 @@ class Clock:
             llm.register_forward_pre_hook(enter_llm, with_kwargs=True),
             llm.register_forward_hook(lambda *_: self._stop("LLM")),
         ]
-        stock = pruning_room.ask
-
-        def ask(*args: Any) -> Any:
-            begin = self.now()
-            try:
-                return stock(*args)
-            finally:
-                spent = self.now() - begin
-                self.spent["pruner"] += spent
-                if self._inside:  # inside the ViT or the LLM: not theirs
-                    self.spent[self._inside] -= spent
-
-        pruning_room.ask = ask
         try:
             yield
         finally:
-            pruning_room.ask = stock
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def around_stage(self) -> Iterator[None]:
+        """For `Pruning`: the time of its stages."""
+        begin = self.now()
+        try:
+            yield
+        finally:
+            spent = self.now() - begin
+            self.spent["pruner"] += spent
+            if self._inside:  # inside the ViT or the LLM: not theirs
+                self.spent[self._inside] -= spent
 
     def backward(self, loss: Tensor) -> None:
         """The LLM's part ends where the gradient reaches its inputs."""
@@ -179,16 +180,17 @@ def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: flo
     if not training:
         inputs["logits_to_keep"] = 1
     torch.manual_seed(0)
+    clock = Clock(model)
     ways: dict[str, stts.Pruning | None] = {DENSE: None}
-    ways |= {
-        pruner: stts.pruning(model, pruner, retention_ratio=ratio, **OPTIONS.get(pruner, {})) for pruner in pruners
-    }
+    for pruner in pruners:
+        settings = {"retention_ratio": ratio, "around_stage": clock.around_stage, **OPTIONS.get(pruner, {})}
+        ways[pruner] = stts.pruning(model, pruner, **settings)
     for way in ways.values():
         if way is not None and way.module is not None:
             way.module.train(training)
 
     def once(way: stts.Pruning | None) -> dict[str, float]:
-        clock = Clock(model)
+        clock.reset()
         attached: Any = nullcontext() if way is None else way
         with attached, clock.on(), torch.set_grad_enabled(training):
             begin = clock.now()
@@ -213,7 +215,7 @@ def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: flo
         model(**{**inputs, "labels": None} if training else inputs)
     assert whole.last is not None
     num_text = inputs["input_ids"].shape[1] - whole.last.num_groups[0]
-    flops = {label: flops_of(way or whole, num_text, training) for label, way in ways.items()}
+    flops = {label: flops_of(way or whole, (way or whole).last, num_text, training) for label, way in ways.items()}
     medians = {
         label: {part: statistics.median(one[part] for one in every) for part in PARTS}
         for label, every in rounds.items()

@@ -26,8 +26,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ import gpu_models
 import torch
 import torch.nn.functional as F
 import transformers
-from gpu_checks import Calls, Marks, check_kernel, choice_counted, choice_timed, no_syncs, overhead_timed
+from gpu_checks import Calls, Marks, StageWatch, check_kernel, no_syncs, overhead_timed
 from gpu_table import OOM, derive, report
 from measure import flops_of, machine, spread, where, write_json
-from rival_tower import rival
+from rival_tower import Rival
 from transformers.utils import logging
 
 import stts
@@ -123,6 +123,7 @@ class Bench:
         self.scorer = make_pruner(OURS, host_info(self.model))
         assert isinstance(self.scorer, STTS)
         self.scorer.to(device, self.dtype).eval()
+        self.watch = StageWatch()
         self._optimizer: Any = None
         self._inputs: tuple[tuple[int, bool], dict[str, Any]] | None = None
 
@@ -138,26 +139,25 @@ class Bench:
         """None: the stock class, without us."""
         if cell.way == DENSE:
             return None
-        if cell.way in (OURS, RELEASE):
-            return stts.Pruning(self.model, self.scorer, retention_ratio=cell.retention_ratio)
-        return stts.Pruning(self.model, cell.way, retention_ratio=cell.retention_ratio, **OPTIONS.get(cell.way, {}))
-
-    @contextmanager
-    def attached(self, cell: Cell, pruned: stts.Pruning | None) -> Iterator[None]:
-        with nullcontext() if pruned is None else rival(pruned) if cell.way == RELEASE else pruned:
-            yield
+        settings: dict[str, Any] = {"retention_ratio": cell.retention_ratio, "around_stage": self.watch}
+        if cell.way == RELEASE:
+            return Rival(self.model, self.scorer, **settings)
+        if cell.way == OURS:
+            return stts.Pruning(self.model, self.scorer, **settings)
+        return stts.Pruning(self.model, cell.way, **settings, **OPTIONS.get(cell.way, {}))
 
     def flops(self, cell: Cell, pruned: stts.Pruning | None) -> dict[str, int]:
         """Of the pass just run, by part."""
         training = cell.part == "training"
         inputs = self.inputs(cell.frames, training=training)
         grid = gpu_models.grid_of(self.config, cell.frames, tiny=self.plan.tiny)
-        if pruned is None:
-            pruned = stts.Pruning(self.model, "none")
-            layers = pruned.adapter.host.llm_layers
-            pruned.last = Report([grid], [torch.arange(0)], [None], llm_layers=layers, llm_counts=[[grid.num_groups]])
-        num_text = inputs["input_ids"].shape[1] - grid.num_groups
-        return flops_of(pruned, num_text, training, causal=self.config.model_type != "molmo2")
+        causal, num_text = self.config.model_type != "molmo2", inputs["input_ids"].shape[1] - grid.num_groups
+        if pruned is not None:
+            return flops_of(pruned, pruned.last, num_text, training, causal=causal)
+        stock = stts.Pruning(self.model, "none")
+        layers = stock.adapter.host.llm_layers
+        report = Report([grid], [torch.arange(0)], [None], llm_layers=layers, llm_counts=[[grid.num_groups]])
+        return flops_of(stock, report, num_text, training, causal=causal)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Bench:
         marks = Marks(self.device)
         self._reset_peak()
         self._optimizer.zero_grad(set_to_none=True)
-        with self.attached(cell, pruned):
+        with pruned or nullcontext():
             marks.begin("step")
             logits = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels_BL[:, place_A].flatten())
@@ -202,7 +202,7 @@ class Bench:
         marks = Marks(self.device)
         inputs = self.inputs(cell.frames, training=False)
         phases = Phases(self.model if pruned is None else pruned)
-        with self.attached(cell, pruned), choice_timed(marks), torch.inference_mode(), phases:
+        with pruned or nullcontext(), self.watch.timed(marks), torch.inference_mode(), phases:
             self.model.generate(**inputs, max_new_tokens=self.plan.new_tokens, do_sample=False)
         times = phases.times
         found = {name: value for name, value in asdict(times).items() if name.endswith(("_ms", "_gib"))}
@@ -213,7 +213,7 @@ class Bench:
     def calls(self, cell: Cell, pruned: stts.Pruning) -> dict[str, int]:
         """Operators that the choice calls, the most frequent first."""
         calls = Calls()
-        with self.attached(cell, pruned), choice_counted(calls), torch.inference_mode():
+        with pruned, self.watch.counted(calls), torch.inference_mode():
             self.model(**self.inputs(cell.frames, training=False), logits_to_keep=1)
         return dict(calls.counts.most_common())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stts
-from stts.models.pruning import context as pruning_room
 from stts.packing.attention import kernel_name, packed_attention
 from stts.packing.naive import naive_packed_attention
 from stts.packing.segments import Segments
@@ -67,38 +66,43 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def around_choice(enter: Callable[[], object], leave: Callable[[], object]) -> Iterator[None]:
-    """Call these around every call of a stage."""
-    stock = pruning_room.ask
+class StageWatch:
+    """For `Pruning(around_stage=...)`: a context around every call of a stage, which changes from pass to pass."""
 
-    def ask(*args: Any) -> Any:
-        enter()
+    def __init__(self) -> None:
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return self._around()
+
+    @contextmanager
+    def timed(self, marks: Marks) -> Iterator[None]:
+        """Stages under the name `choice`."""
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            marks.begin("choice")
+            try:
+                yield
+            finally:
+                marks.end("choice")
+
+        with self._set(around):
+            yield
+
+    @contextmanager
+    def counted(self, calls: Calls) -> Iterator[None]:
+        """Operators of stages, and of nothing else."""
+        with self._set(lambda: calls):
+            yield
+
+    @contextmanager
+    def _set(self, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        self._around = around
         try:
-            return stock(*args)
+            yield
         finally:
-            leave()
-
-    pruning_room.ask = ask
-    try:
-        yield
-    finally:
-        pruning_room.ask = stock
-
-
-@contextmanager
-def choice_timed(marks: Marks) -> Iterator[None]:
-    """Stages under the name `choice`."""
-    with around_choice(lambda: marks.begin("choice"), lambda: marks.end("choice")):
-        yield
-
-
-@contextmanager
-def choice_counted(calls: Calls) -> Iterator[None]:
-    """Operators of stages, and of nothing else."""
-    stack = ExitStack()
-    with around_choice(lambda: stack.enter_context(calls), stack.close):
-        yield
+            self._around = nullcontext
 
 
 @contextmanager
@@ -148,12 +152,12 @@ def overhead_timed(pruned: stts.Pruning, marks: Marks) -> Iterator[None]:
             scorer.register_full_backward_pre_hook(lambda *_: marks.begin("backward")),
             scorer.register_full_backward_hook(lambda *_: marks.end("backward")),
         ]
-    pruned.on_phase = on_phase
+    pruned.listen(on_phase)
     try:
         with around_blocks(pruned, before, after):
             yield
     finally:
-        pruned.on_phase = None
+        pruned.listen(None)
         for handle in handles:
             handle.remove()
 

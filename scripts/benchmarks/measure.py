@@ -20,7 +20,7 @@ import torch
 import stts
 from stts.files import write_whole
 from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
-from stts.models.pruning.report import cost_of
+from stts.models.pruning.report import Report, cost_of
 
 Call = Callable[[], object]
 PARTS = ("tower", "LLM", "pruner", "other")
@@ -100,12 +100,14 @@ def extra_mib(call: Call, device: torch.device) -> float:
     return peak / 2**20
 
 
-def flops_of(pruned: stts.Pruning, num_text: int, training: bool, *, causal: bool = True) -> dict[str, int]:
-    """Of the pass that `pruned` reports, by part; text tokens are those of one row.
+def flops_of(
+    pruned: stts.Pruning, report: Report | None, num_text: int, training: bool, *, causal: bool = True
+) -> dict[str, int]:
+    """Of the pass that `report` describes, by part; text tokens are those of one row.
 
     causal: the LLM's kernel skips what a causal mask hides; not so where visual tokens see each other both ways."""
-    report, host = pruned.last, pruned.adapter.host
-    assert report is not None
+    assert report is not None, "no pass was run"
+    host = pruned.adapter.host
     shape = VlmShape.from_config(pruned.model.config)
     parts = dict.fromkeys(PARTS, 0)
     learned = pruned.module is not None

@@ -11,8 +11,7 @@ Shape suffixes: F = frames, N = patches of a frame, S = F * N, D = width, R = ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from packing import rival_layout
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import stts
-from stts.models.families import attention as attention_room
 from stts.models.families.base import Block, Connected, TowerInput, TowerOutput, Visual
-from stts.models.pruning import context as pruning_room
-from stts.models.pruning.tower import Drop, run_tower
-from stts.packing.attention import packed_attention
+from stts.models.pruning.tower import Decide, Drop, run_tower
 from stts.packing.segments import Segments
+from stts.pruners.base import Pruner
 from stts.tokens import Site
 
 
@@ -39,12 +37,10 @@ class Rows(Segments):
     """bool (R, 1, N, N), or additive (F, 1, 1, N), or None."""
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float, causal: bool) -> Tensor:
-    """`packed_attention` for anything but `Rows`."""
-    if not isinstance(segments, Rows):
-        return packed_attention(q, k, v, segments, scale=scale, causal=causal)
-    q, k, v = (x.unflatten(0, (segments.num_sequences, -1)).transpose(1, 2) for x in (q, k, v))
-    mask = segments.mask
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
+    """Attention (S, H, E) inside rows of equal length, under their mask."""
+    q, k, v = (x.unflatten(0, (rows.num_sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    mask = rows.mask
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
@@ -55,12 +51,28 @@ def rows_of(num_rows: int, num_slots: int, mask: Tensor | None, device: torch.de
     return Rows(boundaries, num_slots, mask=mask)
 
 
+def _register(ours: str) -> str:
+    """Name of the attention that takes `Rows`, and leaves everything else to the implementation `ours`."""
+    stock: Any = ALL_ATTENTION_FUNCTIONS[ours]
+
+    def attention(module: Any, q_BHSE: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        rows = kwargs.get("segments", attention_mask)
+        if not isinstance(rows, Rows):
+            return stock(module, q_BHSE, k, v, attention_mask, **kwargs)
+        scale = kwargs.get("scaling") or q_BHSE.shape[-1] ** -0.5
+        return dense_attention(*(x[0].transpose(0, 1) for x in (q_BHSE, k, v)), rows, scale)[None], None
+
+    name = f"packed_or_rival_or_{ours}"  # begins as ours do, which says that the module is inside a context
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    return name
+
+
 def rival_tower(
     given: TowerInput,
     blocks: Sequence[Block],
     taps: Sequence[int],
     site: Site | None = None,
-    decide: Callable[[Tensor], Drop | None] | None = None,
+    decide: Decide | None = None,
 ) -> TowerOutput:
     """`run_tower` as the release does it; taps hold all patches, zeros where they were dropped."""
     if site is None or decide is None or site.layer is None:
@@ -106,26 +118,27 @@ def rival_tower(
     return TowerOutput(tuple(out[tap] for tap in taps), None, lengths_F)
 
 
-@contextmanager
-def rival(pruned: stts.Pruning) -> Iterator[stts.Pruning]:
-    """Inside, this pruning (attached) runs the release's scheme."""
-    adapter: Any = pruned.adapter
-    stock = adapter.connect
+class Rival(stts.Pruning):
+    """A `Pruning` that runs the release's scheme; settings as there."""
 
-    def connect(tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
-        whole = stock(tower, visual, [None] * len(cells))
+    def __init__(self, model: Any, pruner: str | Pruner, **settings: Any) -> None:
+        super().__init__(model, pruner, tower=rival_tower, **settings)
+        adapter: Any = self.adapter
+        connect = adapter.connect
 
-        def chosen(videos: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(x if cell is None else x[cell] for x, cell in zip(videos, cells, strict=True))
+        def connect_all(tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
+            everything = connect(tower, visual, [None] * len(cells))
 
-        early = tuple((images, chosen(videos)) for images, videos in whole.early)
-        return replace(whole, videos=chosen(whole.videos), early=early)
+            def chosen(videos: Sequence[Tensor]) -> tuple[Tensor, ...]:
+                return tuple(x if cell is None else x[cell] for x, cell in zip(videos, cells, strict=True))
 
-    adapter.connect = connect
-    pruning_room.run_tower, attention_room.packed_attention = rival_tower, dense_attention  # type: ignore[assignment]
-    try:
-        with pruned:
-            yield pruned
-    finally:
-        del adapter.connect
-        pruning_room.run_tower, attention_room.packed_attention = run_tower, packed_attention
+            early = tuple((images, chosen(videos)) for images, videos in everything.early)
+            return replace(everything, videos=chosen(everything.videos), early=early)
+
+        adapter.connect = connect_all
+
+    def attach(self) -> stts.Pruning:
+        super().attach()
+        config = self.adapter.configs[0]  # of the tower; `detach` puts back what the model was loaded with
+        config._attn_implementation = _register(config._attn_implementation)
+        return self

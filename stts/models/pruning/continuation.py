@@ -8,7 +8,6 @@ Shape suffixes: B = rows, M = slots of the shortened prompt, T = tokens behind t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,9 +72,13 @@ class _PrunedCache:
         )
 
 
-@functools.cache
-def _pruned_class(stock: type[Any]) -> type[Any]:
-    return type(f"Pruned{stock.__name__}", (_PrunedCache, stock), {})
+_pruned_classes: dict[type, type] = {}
+
+
+def _pruned_class(stock: type) -> type:
+    if stock not in _pruned_classes:
+        _pruned_classes[stock] = type(f"Pruned{stock.__name__}", (_PrunedCache, stock), {})
+    return _pruned_classes[stock]
 
 
 def continue_on(cache: Any, continuation: Continuation) -> None:
