@@ -154,7 +154,7 @@ def _pruners(argv: list[str]) -> int:
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "init": ("write an untrained small LLaVA-OneVision for ShapesQA", _init),
+    "init": ("write an untrained small VLM for ShapesQA", _init),
     "data": ("write a data set: stts data shapes --out DIR", _data),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", _fit),
     "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", _plan),

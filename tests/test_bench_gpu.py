@@ -20,7 +20,7 @@ from torch import Tensor
 import stts
 from stts.models.checkpoints.load import load_vlm
 from stts.models.families.published import config_of
-from stts.models.families.tiny import write_shrunk
+from stts.models.families.tiny import write_tiny
 from stts.packing import attention
 from stts.packing.segments import Segments
 from stts.pruners.base import Newlines, Positions, Stage
@@ -51,7 +51,7 @@ def bench(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("name", [MOLMO2, QWEN3, ONEVISION])
 def test_inputs_are_laid_out_as_the_processor_lays_them_out(name: str, tmp_path: Path) -> None:
     models = load_script("benchmarks/gpu_models")
-    model, processor = load_vlm(write_shrunk(tmp_path / "model", config_of(name)))
+    model, processor = load_vlm(write_tiny(tmp_path / "model", config_of(name)))
     side = 7 * 14 if name != QWEN3 else 6 * 16
     num_frames = 8
     frames = np.zeros((num_frames, side, side, 3), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
 # Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
 SHARED = {
     "pruners": {"base", "ops", "scorer", "simple", "st_rope", "temporal"},
-    "models/families": {"base", "attention", "qwen_vl", "llava_layout"},
+    "models/families": {"base", "visual", "attention", "qwen_vl", "llava_layout"},
 }
 DOORS = {
     "pruners": {"__init__", "registry", "listing", "chain"},
@@ -203,3 +204,48 @@ def test_what_transformers_5_17_lacks_is_imported_where_it_is_used(path: Path) -
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
             assert not [alias.name for alias in node.names if "molmo2" in f"{node.module}.{alias.name}".lower()]
+
+
+FAMILY_NAMES = re.compile("molmo|qwen|llava", re.IGNORECASE)
+FAMILY_ROOMS = (
+    "stts/models/families/", "stts/data/processors.py", "stts/models/checkpoints/llava_video.py", "stts/pruners/",
+    "stts/eval/benchmarks/", "stts/assets/",
+)  # fmt: skip
+# Words with a family's name in them that name something else: a data set, a suite, a release, another project's grader.
+NOT_A_FAMILY = {
+    "stts/cli.py": "from_llava_video|checkpoints.llava_video|convert_llava_video|LLaVA-Video",  # a verb's option
+    "stts/data/rows.py": "LLaVA-Video-178K",
+    "stts/data/video/samplers.py": "LLaVA-Video loader",
+    "stts/eval/run_config.py": "molmo2_13",
+    "stts/metrics/extract.py": "Molmo2",
+    "stts/models/checkpoints/load.py": "from_llava_video|llava_qwen|LLaVA-Video's original files",
+    "stts/models/checkpoints/shapes_vlm.py": "LLaVA-OneVision|LlavaOnevision|qwen2",  # the class it writes
+    "stts/models/checkpoints/stts_release.py": "allenai/molmo2",
+}
+
+
+def family_names(root: Path) -> list[str]:
+    """`path:line: text` of every line outside the rooms of families that names one."""
+    found = []
+    for path in sorted([*root.glob("stts/**/*.py"), *root.glob("train/**/*.py")]):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(FAMILY_ROOMS):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            rest = re.sub(NOT_A_FAMILY[name], "", line) if name in NOT_A_FAMILY else line
+            if FAMILY_NAMES.search(rest):
+                found.append(f"{name}:{number}: {line.strip()}")
+    return found
+
+
+def test_what_is_known_of_a_family_is_in_its_adapter() -> None:
+    found = family_names(REPOSITORY)
+    assert not found, "move this to a member of the adapter, or to stts/data/processors.py:\n" + "\n".join(found)
+
+
+def test_a_line_that_names_a_family_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "plan.py").write_text('marks = 7\nif family == "molmo2":\n    marks = 10\n')
+    (tmp_path / "stts" / "pruners").mkdir(parents=True)
+    (tmp_path / "stts" / "pruners" / "tango.py").write_text("# the release's Qwen branch\n")
+    assert family_names(tmp_path) == ['train/plan.py:2: if family == "molmo2":']

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stts.models.families.published import config_of
-from stts.models.families.tiny import write_shrunk
+from stts.models.families.tiny import write_tiny
 
 STEPS, _BATCH, _FRAMES = 2, 2, 8
 
@@ -21,7 +21,7 @@ def rehearsal(argv: Sequence[str], config: Any, scratch: Path) -> list[str]:
 
     ValueError for a model of which neither folder nor shapes are known."""
     model, trainer = config["model"], config["trainer"]
-    small = write_shrunk(scratch / "model", config_of(model["model"]))
+    small = write_tiny(scratch / "model", config_of(model["model"]))
     per_step = min(2, trainer["accumulate_grad_batches"])
     batches = STEPS * per_step
     precision = str(trainer["precision"] or "32-true")

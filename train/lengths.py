@@ -20,7 +20,7 @@ from stts.tokens import Grid
 
 
 def largest_grid(processor: Any, grid: Grid, num_frames: int) -> Grid:
-    """At least as many tokens per frame (Qwen: per temporal patch) as a video of any resolution can have.
+    """At least as many tokens per frame (or temporal patch) as a video of any resolution can have.
 
     By the processor's own resizing of a square too large to stay as it is; the limit is on the area, so that a frame of
     another form has fewer tokens than the next larger square."""

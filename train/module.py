@@ -39,7 +39,7 @@ from stts.pruners.base import Positions, soft_in_training
 from .lengths import largest_grid, num_placed_tokens
 from .lora import Lora, add_lora, merge
 from .loss import answer_loss
-from .parts import _UNUSED, PARTS, _check, cosine, learns, part_of
+from .parts import PARTS, _check, cosine, is_unused, learns, part_of
 from .retention import Setting, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
 from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
@@ -77,7 +77,7 @@ class VideoFinetune(pl.LightningModule):
         lora: train low-rank additions to the language model instead of its weights, at the rate `llm_lr`: rank, alpha,
             targets; null: the weights themselves. Exported folders hold ordinary weights, with the additions in them.
         video_size: what the processor resizes videos to, in its own words, where resolution is free: shortest_edge and
-            longest_edge in pixels (Qwen2.5-VL: of a frame; Qwen3-VL: of all frames together); null: as the checkpoint
+            longest_edge in pixels (of a frame or of all frames together, as the family counts); null: as the checkpoint
             says.
     """
 
@@ -142,7 +142,7 @@ class VideoFinetune(pl.LightningModule):
         if self.lora is not None:
             add_lora(self.pruning.adapter.language_model, self.lora)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(learns(name, self.learning_rates, self.lora))
+            parameter.requires_grad_(learns(name, self.learning_rates, self.lora, self.pruning.adapter))
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
         self._family_counts: dict[str, list[int]] = {}
@@ -235,7 +235,7 @@ class VideoFinetune(pl.LightningModule):
         """LLM tokens of a video after pruning, with newlines, frame marks and times, as planned: known before the
         forward pass, because training uses exact budgets.
 
-        Where resolution is free (Qwen), of the largest frame that the processor's limits allow, at times late in a
+        Where resolution is free, of the largest frame that the processor's limits allow, at times late in a
         long video: an upper bound, and a loose one unless `size` in the processor's config is set for training."""
         grid, host = self.pruning.adapter.grid(num_frames), self.pruning.adapter.host
         if host.patches_per_frame == 0:
@@ -255,7 +255,7 @@ class VideoFinetune(pl.LightningModule):
         found: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                found[part_of(name)].append(parameter)
+                found[part_of(name, self.pruning.adapter)].append(parameter)
         return {part: parameters for part, parameters in found.items() if parameters}
 
     def configure_optimizers(self) -> Any:
@@ -315,7 +315,7 @@ class VideoFinetune(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """On for the whole run: activation checkpointing calls blocks again in the backward pass."""
-        used = [(n, p) for n, p in self.named_parameters() if not any(unused in n for unused in _UNUSED)]
+        used = [(n, p) for n, p in self.named_parameters() if not is_unused(n, self.pruning.adapter)]
         check_frozen(self.trainer.strategy, [name for name, parameter in used if not parameter.requires_grad])
         self._widen()
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})

@@ -17,6 +17,8 @@ from stts.data.collate import Batch
 from stts.files import staged
 from stts.report.overlay import draw_overlay
 
+from .parts import Family
+
 
 class Overlays(pl.Callback):
     """Every N optimizer steps a picture of the first video of rank 0's batch: what was kept, and the scores behind it.
@@ -39,7 +41,7 @@ class Overlays(pl.Callback):
         self._step = step
         if batch.blank or report is None or not report.grids:
             return  # nothing was shown in this batch; the next picture comes in its turn
-        frames = first_frames(batch.inputs, pl_module.processor.video_processor)
+        frames = first_frames(batch.inputs, pl_module.processor.video_processor, pl_module.pruning.adapter)
         picture = draw_overlay(frames, report, title=f"step {step}   {batch.video_uids[0]}")
         with staged(self.folder / f"step-{step:08d}.png") as file:
             picture.save(file, format="png")
@@ -50,24 +52,9 @@ class Overlays(pl.Callback):
                 logger.experiment.add_image("overlay", np.asarray(picture), step, dataformats="HWC")
 
 
-def first_frames(inputs: Mapping[str, Any], processor: BaseVideoProcessor) -> NDArray[np.uint8]:
-    """(T, H, W, 3) frames of the first video as the tower saw them, from what the processor made.
-
-    LLaVA: frames, of one video after another. Qwen: patches over two frames each, in the order of merge units.
-    Molmo2: patches of frames."""
-    pixels = inputs["pixel_values_videos"]
-    if "video_grid_thw" in inputs:
-        t, h, w = inputs["video_grid_thw"][0].tolist()
-        m, pair, p = processor.merge_size, processor.temporal_patch_size, processor.patch_size
-        patches = pixels[: t * h * w].view(t, h // m, w // m, m, m, 3, pair, p, p)
-        frames = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * pair, 3, h * p, w * p)
-    elif "video_grids" in inputs:
-        p = processor.patch_size
-        side = processor.size["height"] // p
-        patches = pixels[: int(inputs["video_grids"][0, 0])].view(-1, side, side, p, p, 3)
-        frames = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side * p, side * p)
-    else:
-        frames = pixels[0]
+def first_frames(inputs: Mapping[str, Any], processor: BaseVideoProcessor, family: Family) -> NDArray[np.uint8]:
+    """(T, H, W, 3) frames of the first video as the tower saw them, from what the processor made."""
+    frames = family.frames_of(inputs, processor)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     shown = frames.detach().float().cpu() * std + mean
     return (255 * shown.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()

@@ -5,26 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from stts.models.families.base import Adapter
+
 from .lora import MARK, Lora
 
 PARTS = ("llm", "vit", "connector", "scorer")
-_UNUSED = (".vision_tower.post_layernorm.", ".vision_tower.head.")  # behind the features that VLMs read: no gradient
+Family = Adapter | type[Adapter]
 
 
-def learns(name: str, rates: Mapping[str, float], lora: Lora | None) -> bool:
+def learns(name: str, rates: Mapping[str, float], lora: Lora | None, family: Family) -> bool:
     """Whether a parameter of `VideoFinetune` is trained: its part has a rate, and something reads what it makes."""
-    part = part_of(name)
+    part = part_of(name, family)
     whole = part != "llm" or lora is None or MARK in name
-    return part in rates and whole and not any(unused in name for unused in _UNUSED)
+    return part in rates and whole and not is_unused(name, family)
 
 
-def part_of(name: str) -> str:
-    """Which part a parameter of `VideoFinetune` belongs to, by the names that Hugging Face families share."""
-    if name.startswith("scorer."):
-        return "scorer"
-    if any(part in name for part in ("multi_modal_projector", "image_newline", ".merger.", ".deepstack_merger_list.")):
-        return "connector"
-    return "vit" if ".vision_tower." in name or ".visual." in name else "llm"
+def part_of(name: str, family: Family) -> str:
+    """Which part a parameter of `VideoFinetune` belongs to."""
+    return "scorer" if name.startswith("scorer.") else family.part_of(name)
+
+
+def is_unused(name: str, family: Family) -> bool:
+    """Whether nothing reads what this parameter makes, so that it gets no gradient."""
+    return any(unused in name for unused in family.unused)
 
 
 def cosine(step: int, total: int, warmup: int, lowest: float) -> float:

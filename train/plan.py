@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stts.budget import plan as plan_budget
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.context import Pruning
 from stts.pruners.base import soft_in_training
 from stts.tokens import Grid
@@ -34,7 +35,7 @@ from stts.tokens import Grid
 from .lora import Lora, add_lora
 from .parts import PARTS, learns, part_of
 from .plan_config import Run, read_run, read_strategy
-from .plan_work import _MARKS, _Work, grid_of
+from .plan_work import _Work
 
 GIB = 2**30
 _SPARE = 0.08  # of a GPU, for CUDA itself, NCCL and fragmentation: a rule of thumb, not a measurement
@@ -74,10 +75,12 @@ class Plan:
 
 def count_parameters(run: Run) -> Parameters:
     """Of the model and its pruner, on the meta device, by the rule that a run uses. ValueError if nothing learns."""
-    holder, _ = build(run)
+    holder, pruning = build(run)
+    family = pruning.adapter
     learning, frozen = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in holder.named_parameters():
-        (learning if learns(name, run.rates, run.lora) else frozen)[part_of(name)] += parameter.numel()
+        part = part_of(name, family)
+        (learning if learns(name, run.rates, run.lora, family) else frozen)[part] += parameter.numel()
     if not any(learning.values()):
         raise ValueError(f"nothing would learn with the rates {dict(run.rates)}; set one of {', '.join(PARTS)}_lr")
     layers = [
@@ -106,12 +109,12 @@ def build(run: Run) -> tuple[nn.Module, Pruning]:
 def make_plan(run: Run) -> Plan:
     """Memory of one GPU and the work of one optimizer step."""
     parameters, (_, pruning) = count_parameters(run), build(run)
-    grid = grid_of(run, pruning)
+    grid = pruning.adapter.plan_grid(run.config, run.num_frames, run.frame_size, run.video_size)
     sites = [stage.site for stage in pruning.pruner.stages]
     planned = plan_budget(sites, run.retention_ratio, [grid], pruning.adapter.host.llm_layers)
     soft = any(soft_in_training(stage) for stage in pruning.pruner.stages)
     kept = planned[-1][0].num_kept if planned and not soft else grid.num_groups
-    sample = kept + _MARKS[run.config.model_type] * grid.t + run.text_tokens
+    sample = kept + pruning.adapter.marks_per_frame * grid.t + run.text_tokens
     samples = run.batch_size or max(1, run.max_tokens // sample)
     row = max(samples * sample, run.max_tokens)
     states, host = _states(run, parameters)
@@ -234,7 +237,7 @@ def describe(run: Run, made: Plan, gpu_gib: float) -> str:
     lines += [f"  {name:40}{flops / 1e12:>10,.1f}  {flops / total:6.1%}" for name, flops in made.flops.items()]
     lines += [f"  {'all':40}{total / 1e12:>10,.1f}  per GPU {total / run.gpus / 1e12:,.1f}"]
     lines += ["", f"assumed: {run.text_tokens} text tokens a sample, {run.answer_tokens} of them answers"]
-    if hasattr(run.config.vision_config, "spatial_merge_size"):
+    if vlm_shape(run.config).vit.patches == 0:
         lines[-1] += f", files of {run.frame_size[0]} x {run.frame_size[1]} pixels"
     lines[-1] += " (options of this command); rows full to the budget"
     if is_refused(run):

@@ -4,45 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as resize_frame
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
-
-from stts.metrics.cost import LlmShape, VlmShape, llm_prefill_flops, video_cost, vit_block_flops
-from stts.metrics.memory import (
-    BlockShape,
-    Widths,
-    block_bytes,
-    connector_bytes,
-    head_bytes,
-    input_bytes,
-    scorer_bytes,
-)
+from stts.metrics.cost import llm_prefill_flops, video_cost, vit_block_flops
+from stts.metrics.memory import Widths, block_bytes, head_bytes, input_bytes, scorer_bytes
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.context import Pruning
 from stts.tokens import Grid
 
 from .plan_config import Run
-
-# What a prompt has beside visual tokens, per frame (per temporal patch): marks and a time of usual length
-_MARKS = {"llava_onevision": 0, "qwen2_5_vl": 0, "qwen3_vl": 10, "molmo2": 7}
-
-
-def grid_of(run: Run, pruning: Pruning) -> Grid:
-    """Groups of one video at these settings; free resolutions are resized as the family's processor does."""
-    vision, family = run.config.vision_config, run.config.model_type
-    if not hasattr(vision, "spatial_merge_size"):
-        return pruning.adapter.grid(run.num_frames)
-    if run.video_size is None:
-        raise ValueError(
-            "the resolution of this family is free and its limits are in the processor, not in the config; set "
-            "model.video_size (shortest_edge, longest_edge in pixels)"
-        )
-    factor, frames = vision.patch_size * vision.spatial_merge_size, run.num_frames
-    low, high = run.video_size["shortest_edge"], run.video_size["longest_edge"]
-    if family == "qwen3_vl":
-        height, width = resize_video(frames, *run.frame_size, vision.temporal_patch_size, factor, low, high)
-    else:
-        height, width = resize_frame(*run.frame_size, factor, low, high)
-    return Grid(-(-frames // vision.temporal_patch_size), height // factor, width // factor)
 
 
 @dataclass(frozen=True)
@@ -88,7 +56,7 @@ class _Work:
         run, config, host = self.run, self.run.config, self.pruning.adapter.host
         low, mixed = "16" in run.precision, run.precision.endswith("mixed") and not run.strategy.deepspeed
         widths = Widths(compute=2 if low else 4, stream=4 if mixed or not low else 2)
-        vit, llm = BlockShape.of_vit(config.vision_config), BlockShape.of_llm(config.text_config)
+        vit, llm = self.pruning.adapter.block_shapes(config)
         llm_learns = "llm" in run.rates and run.lora is None
         whole, left = self._patches
         start, dropped = self._drop
@@ -107,9 +75,9 @@ class _Work:
             inputs = {"o_proj": llm.query, "down_proj": llm.mlp}
             widest = sum(4 * inputs.get(name, llm.width) + 4 * run.lora.rank for name in run.lora.targets)
             language += self.row * host.llm_layers * widest
-        connector, per_item = connector_bytes(config, widths)
+        connector, per_item = self.pruning.adapter.connector_bytes(config, widths)
         items = self.samples * (left if per_item == 1 else self.kept)
-        vision = VlmShape.from_config(config).vit
+        vision = vlm_shape(config).vit
         pixels = 4 * self.samples * whole * vision.channels * vision.patch_size**2  # fp32, as processors make them
         learned = self.pruning.module is not None and "scorer" in run.rates
         groups = self.samples * self.grid.num_groups if learned else 0
@@ -127,7 +95,7 @@ class _Work:
     def flops(self) -> dict[str, int]:
         """Of one sample, forward, backward and recomputation."""
         run, config = self.run, self.run.config
-        shape = VlmShape.from_config(config).at(self.grid)
+        shape = vlm_shape(config).at(self.grid)
         _, left = self._patches
         start, dropped = self._drop
         stages = self.pruning.pruner.stages
@@ -143,9 +111,8 @@ class _Work:
             num_cells=self.kept,
             pruner_flops=pruner,
         )
-        llm = LlmShape.from_config(config.text_config)
-        language = llm_prefill_flops(llm, self.sample)
-        head = 2 * run.answer_tokens * llm.width * config.text_config.vocab_size
+        language = llm_prefill_flops(shape.llm, self.sample)
+        head = 2 * run.answer_tokens * shape.llm.width * config.text_config.vocab_size
         through, redo = self.upstream, int(run.checkpointing)
         unreached = self.grid.t * sum(vit_block_flops(shape.vit, shape.vit.patches, block) for block in range(start))
         vit_back = (2 if "vit" in run.rates else 1) + redo if through["vit"] else 0

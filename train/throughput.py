@@ -7,7 +7,7 @@ Logged values have these names in every logger (CSV, W&B, TensorBoard); "this ra
     lr/<group>              learning rate
     retention_configured    ratio asked for in this step, where it varies (train/retention.py)
     retention_measured      equivalent retention: visual tokens the LLM saw / all of them, this rank's last batch
-    kept_per_frame          groups kept per frame (Qwen: temporal patch of two), this rank's last batch
+    kept_per_frame          groups kept per frame (per temporal patch, where a family has them), this rank's last batch
     tokens_per_s            LLM tokens of this rank's last batch, text included, after pruning, per second since the one
                             before
     pad_waste               share of the LLM's slots that were padding, this rank's last batch
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from stts.data.collate import Batch
-from stts.metrics.cost import VlmShape
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.report import Report
 
 from .module import VideoFinetune
@@ -79,11 +79,11 @@ class FlopMeter:
     Linear layers and patch embeddings report the rows they saw, so pruning, LoRA, images and frozen parts count as they
     are: the backward pass costs a forward pass for each of input and weight that has a gradient. Attention comes from
     lengths, causal as full (as in `stts/metrics/cost.py`), twice its forward cost in the backward pass; what a fused
-    kernel computes again, and attention inside image tiles, the scorer and Molmo2's connector, are left out."""
+    kernel computes again, and attention inside image tiles, the scorer and connectors, are left out."""
 
     def __init__(self, module: VideoFinetune) -> None:
         self.pruning = module.pruning
-        self.shape = VlmShape.from_config(module.model.config)
+        self.shape = vlm_shape(module.model.config)
         self.on = self.in_backward = False
         self.lengths: dict[str, int] = {}
         self.linear: defaultdict[str, _Linear] = defaultdict(_Linear)
@@ -91,7 +91,7 @@ class FlopMeter:
         head = module.model.get_output_embeddings()
         for name, layer in module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-                part = "head" if layer is head else part_of(f"{name}.weight")
+                part = "head" if layer is head else part_of(f"{name}.weight", self.pruning.adapter)
                 learns = layer.weight.requires_grad  # asked here: under ZeRO-3 touching a weight gathers it
                 self.handles.append(layer.register_forward_hook(self._hook(part, learns)))
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from stts.models.families.base import TinySizes, adapter_class
 from stts.models.families.molmo2 import POOL, pooling_windows
 from stts.models.families.published import PUBLISHED
+from stts.models.families.tiny import make_tokenizer, shrink_config
 from stts.tokens import Grid
 
 MOLMO2, QWEN3, ONEVISION = "allenai/Molmo2-4B", "Qwen/Qwen3-VL-4B-Instruct", "llava-hf/llava-onevision-qwen2-7b-ov-hf"
@@ -22,7 +24,7 @@ BEFORE, STAMP, QUESTION, ANSWER = 16, 4, 32, 16
 """Tokens of text: before the video, of a frame's time, of the question, of the answer (training only)."""
 QWEN_SIDE = 13
 """Merge units per side: 13 x 13 tokens for two frames, 84.5 a frame, where Molmo2 has 81 (416 x 416 pixels)."""
-_WIDTH, _HEADS, _LAYERS, _SIDE = 32, 2, 6, 7
+_LAYERS = 6
 
 
 def main_model() -> str:
@@ -30,39 +32,24 @@ def main_model() -> str:
     return MOLMO2 if "molmo2" in CONFIG_MAPPING else QWEN3
 
 
+_FEWER_BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
+    "llava_onevision": {"vision_config": {"num_hidden_layers": 8}},
+    "molmo2": {"vision_config": {"num_hidden_layers": 8}, "adapter_config": {"vision_feature_layer": [7, 6]}},
+    "qwen3_vl": {"vision_config": {"depth": 10, "num_position_embeddings": 36, "deepstack_visual_indexes": [5, 6, 7]}},
+}
+"""What a tiny tower has instead of the published depth, and the blocks that are read then."""
+
+
 def make_config(name: str, *, tiny: bool) -> PretrainedConfig:
-    """The published one, or with `tiny` the same family with 8 blocks of width 32 and 6 LLM layers."""
+    """The published one, or with `tiny` the same family with 8 to 10 blocks of width 32 and 6 LLM layers."""
     parts = copy.deepcopy(PUBLISHED[name])
     family = parts.pop("model_type")
-    if tiny:
-        _shrink(family, parts)
-    return AutoConfig.for_model(family, **parts)
-
-
-def _shrink(family: str, parts: dict[str, Any]) -> None:
-    text, vision = parts["text_config"], parts["vision_config"]
-    text |= {
-        "hidden_size": _WIDTH, "intermediate_size": 48, "num_hidden_layers": _LAYERS, "num_attention_heads": 2 * _HEADS,
-        "num_key_value_heads": _HEADS, "head_dim": 8, "vocab_size": 128, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    heads = {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": _WIDTH // _HEADS}
-    vision |= {"hidden_size": _WIDTH, "intermediate_size": 48}
-    side = _SIDE * vision["patch_size"]
-    ids = [name for name in parts if name.endswith(("_token_id", "_token_index", "_patch_id"))]
-    first = 128 if family == "molmo2" else 112  # the head of Molmo2 has no rows for visual tokens, which come last
-    parts |= {name: first + number for number, name in enumerate(ids)}
-    if family == "llava_onevision":
-        vision |= {"num_attention_heads": _HEADS, "num_hidden_layers": 8, "image_size": side}
-        parts["image_grid_pinpoints"] = [[side, side]]
-    elif family == "molmo2":
-        text["additional_vocab_size"] = 16
-        vision |= {"num_hidden_layers": 8, "image_size": [side, side], "num_position_embeddings": _SIDE**2, **heads}
-        parts["adapter_config"] |= {"vision_feature_layer": [7, 6], "intermediate_size": 48, **heads}
-        parts["adapter_config"] |= {"hidden_size": _WIDTH, "text_hidden_size": _WIDTH}
-    else:
-        text["rope_parameters"] |= {"mrope_section": [2, 1, 1]}
-        vision |= {"num_heads": _HEADS, "depth": 10, "out_hidden_size": _WIDTH, "num_position_embeddings": 36}
-        vision["deepstack_visual_indexes"] = [5, 6, 7]
+    if not tiny:
+        return AutoConfig.for_model(family, **parts)
+    for part, fewer in _FEWER_BLOCKS[family].items():
+        parts[part] |= fewer
+    tokenizer = make_tokenizer(adapter_class(family))
+    return shrink_config(AutoConfig.for_model(family, **parts), tokenizer, TinySizes(llm_layers=_LAYERS))
 
 
 def make_model(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:

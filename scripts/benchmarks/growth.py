@@ -39,9 +39,10 @@ from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.files import staged
-from stts.metrics.cost import VideoCost, VlmShape, video_cost
+from stts.metrics.cost import VideoCost, video_cost
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.base import vlm_shape
 from stts.models.families.published import config_of
 from stts.pruners.listing import EXAMPLE_HOST
 from stts.pruners.registry import make_pruner
@@ -66,7 +67,7 @@ QUICK = {"image_size": 64, "patch_size": 16, "vit_width": 32, "vit_blocks": 6, "
 def molmo2_cost(num_frames: int, way: str) -> VideoCost:
     """One video through Molmo2-4B; STTS keeps the first frame whole and spreads the rest as evenly as it can be."""
     config = config_of(MOLMO2)
-    shape, grid = VlmShape.from_config(config), Grid(num_frames, MOLMO2_SIDE, MOLMO2_SIDE)
+    shape, grid = vlm_shape(config), Grid(num_frames, MOLMO2_SIDE, MOLMO2_SIDE)
     groups, per_group = grid.num_groups, shape.merge_side**2
     if way == "dense":
         return video_cost(shape, num_frames=num_frames, llm_tokens=groups, num_cells=groups)

@@ -19,7 +19,8 @@ import torch
 
 import stts
 from stts.files import write_whole
-from stts.metrics.cost import VlmShape, llm_prefill_flops, tokens_per_layer
+from stts.metrics.cost import llm_prefill_flops, tokens_per_layer
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.report import Report, cost_of
 
 Call = Callable[[], object]
@@ -108,7 +109,7 @@ def flops_of(
     causal: the LLM's kernel skips what a causal mask hides; not so where visual tokens see each other both ways."""
     assert report is not None, "no pass was run"
     host = pruned.adapter.host
-    shape = VlmShape.from_config(pruned.model.config)
+    shape = vlm_shape(pruned.model.config)
     parts = dict.fromkeys(PARTS, 0)
     learned = pruned.module is not None
     for video in range(len(report.grids)):

@@ -16,8 +16,8 @@ def make_batch(
 
     Files that decode can still be refused later: by a limit of the processor (sides, aspect ratio, text length), or for
     a `<video>` in a question. If the batch fails, each example is tried alone. `on_error="raise"`: ValueError that
-    names the first faulty sample and its files. An error of no single sample (Molmo2 takes images and videos in
-    separate batches) is raised as it is."""
+    names the first faulty sample and its files. An error of no single sample (some models take images and
+    videos in separate batches) is raised as it is."""
     skipped = [item for item in items if isinstance(item, Skipped)]
     examples = [item for item in items if isinstance(item, Example)]
     try:

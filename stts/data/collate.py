@@ -21,6 +21,7 @@ from transformers import ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from stts.data.datasets import Example, Skipped
+from stts.data.processors import traits_of
 from stts.data.rows import Message, Sample
 from stts.data.video.stream import VALUES, StreamedPixels, stand_in
 
@@ -29,8 +30,6 @@ IGNORED = -100
 _LATE_S = 9999.99
 """A time with as many digits as any in a video of up to 9999 seconds."""
 _MARKER = re.compile(r"\s*<(video|image)>\s*")
-_READ_TIMES = frozenset({"Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Molmo2Processor"})
-"""Processors that put the times of frames into the prompt or the position ids; they return `mm_token_type_ids` too."""
 _TICKS_PER_S = 1_000_000_000
 
 
@@ -52,8 +51,8 @@ class Batch:
 
     inputs: dict[str, Any]
     """Keyword arguments of the model: what its processor returns, and `labels`, int64 (B, L), when training.
-    `input_ids`, `attention_mask`: int64 (B, L). LLaVA's `pixel_values_videos`: (V, T, C, H, W), or a list of (T, C, H,
-    W) where frame counts differ; the others': flat patches of all videos."""
+    `input_ids`, `attention_mask`: int64 (B, L). `pixel_values_videos`: (V, T, C, H, W), or a list of (T, C, H, W) where
+    frame counts differ; in families that cut frames into patches beforehand, flat patches of all videos."""
     uids: tuple[str, ...]
     """Per row."""
     video_uids: tuple[str, ...]
@@ -115,7 +114,7 @@ class Collator:
             return None
         for example in examples:
             _check_media(example)
-        if type(self.processor).__name__ == "Molmo2Processor":
+        if traits_of(self.processor).one_kind_per_call:
             _check_one_kind(examples)
         texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
         videos = [example for example in examples if example.has_video]
@@ -144,7 +143,7 @@ class Collator:
 
     @property
     def _tells_times(self) -> bool:
-        """Whether the prompt tells the times of frames (LLaVA-Video): `models/video_layout.py` marks the processor."""
+        """Whether the prompt tells the times of frames; an adapter's `prepare_processor` marks such a processor."""
         return getattr(self.processor, "time_instruction", False)
 
     def render(self, sample: Sample) -> str:
@@ -190,7 +189,7 @@ class Collator:
         return self.processor.apply_chat_template(content, add_generation_prompt=ask, tokenize=False)
 
     def _process(self, texts: list[str], videos: list[Example], examples: list[Example]) -> dict[str, Any]:
-        reads_times = type(self.processor).__name__ in _READ_TIMES
+        reads_times = traits_of(self.processor).reads_times
         media: dict[str, Any] = {"return_mm_token_type_ids": True} if reads_times else {}
         if videos:
             # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
@@ -216,7 +215,7 @@ class Collator:
         frames_THWC = torch.from_numpy(np.ascontiguousarray(example.frames))
         if len(frames_THWC) > 1 or getattr(self.processor.video_processor, "temporal_patch_size", 1) == 1:
             return frames_THWC
-        # The processors double the last of an odd number of frames; Qwen3-VL's refuses a single one before it does.
+        # Processors of pairs of frames double the last of an odd number; some refuse a single one before they do.
         return frames_THWC.expand(2, -1, -1, -1)
 
     def _labels(self, ids_BL: Tensor, mask_BL: Tensor, examples: list[Example]) -> Tensor:
@@ -258,7 +257,7 @@ def _chat_form(processor: ProcessorMixin) -> tuple[list[int], str, int]:
     special = [token for token in tokenizer.all_special_tokens if token not in prompt]
     end_text = whole[whole.rindex("x") + 1 :]
     if not any(token in end_text for token in special):
-        # Molmo2's template ends an answer where the next question starts: take it up to its first control token.
+        # Some templates end an answer where the next question starts: take it up to its first control token.
         behind = write(question, answer, question)[len(whole) :]
         ends = [behind.index(token) + len(token) for token in special if token in behind.partition("x")[0]]
         end_text = behind[: min(ends, default=0)]
@@ -284,9 +283,9 @@ def _content(message: Message) -> dict[str, Any]:
 
 
 def time_instruction(timestamps_s: Sequence[float], duration_s: float) -> str:
-    """What LLaVA-Video was trained to read behind every video: its length, the number of frames and their times.
+    """What some models were trained to read behind every video: its length, the number of frames and their times.
 
-    Facts, order and number format are those of the release (LLaVA-NeXT, docs/LLaVA_Video_1003.md), the words ours."""
+    Facts, order and number format are those of arXiv 2410.02713 and its release, the words ours."""
     times = ",".join(f"{time:.2f}s" for time in timestamps_s)
     return (
         f"This video is {duration_s:.2f} seconds long. {len(timestamps_s)} frames were taken from it, at {times}. "
@@ -316,7 +315,7 @@ def _metadata(example: Example) -> VideoMetadata:
     """The true times of the frames in the words of the processors, for which a frame has a number and a file a rate.
 
     Numbers are nanoseconds, so that times of a variable rate survive; the file is as long as its frames at their mean
-    distance, from which Qwen2.5-VL takes its seconds per temporal patch."""
+    distance, from which some processors take seconds per temporal patch."""
     times_s = example.timestamps_s
     if times_s is None:
         raise ValueError(
@@ -354,13 +353,13 @@ def _check_media(example: Example) -> None:
 
 
 def _check_one_kind(examples: Sequence[Example]) -> None:
-    """Molmo2 has one placeholder token for frames and images and sorts them by call."""
+    """ValueError for images beside videos, where the processor has one placeholder for both."""
     videos = [example.sample.uid for example in examples if example.has_video]
     images = [example.sample.uid for example in examples if example.images]
     if videos and images:
         raise ValueError(
-            f"sample {images[0]!r} has images and sample {videos[0]!r} a video, which Molmo2 cannot take in one call; "
-            "put images and videos into different batches, or leave one of the two samples out"
+            f"sample {images[0]!r} has images and sample {videos[0]!r} a video, which this model cannot take in one "
+            "call; put images and videos into different batches, or leave one of the two samples out"
         )
 
 

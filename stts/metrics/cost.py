@@ -23,8 +23,6 @@ from typing import Any, Literal, get_args
 from stts.tokens import Grid
 
 Formula = Literal["exact", "macs", "fastv", "pdrop"]
-MOLMO2_POOL = 3
-"""Patches per side of a cell of Molmo2's videos; its config does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ class LlmShape:
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
-    """A tower whose frames (Qwen: temporal patches of two) attend to themselves only, without a class token."""
+    """A tower whose frames (or temporal patches of two) attend to themselves only, without a class token."""
 
     width: int
     blocks: int
@@ -79,20 +77,7 @@ class VitShape:
 
     @classmethod
     def from_config(cls, config: Any) -> VitShape:
-        """From `vision_config`; all its layers run, as in the stock code."""
-        if hasattr(config, "temporal_patch_size"):  # Qwen
-            full = getattr(config, "fullatt_block_indexes", range(config.depth))
-            return cls(
-                width=config.hidden_size,
-                blocks=config.depth,
-                mlp=config.intermediate_size,
-                patches=0,
-                patch_size=config.patch_size,
-                channels=config.in_channels * config.temporal_patch_size,
-                gated=hasattr(config, "fullatt_block_indexes"),  # Qwen2.5-VL
-                windowed=frozenset(range(config.depth)) - frozenset(full),
-                window_side=getattr(config, "window_size", 0) // config.patch_size,
-            )
+        """From the `vision_config` of a plain tower with frames of one size; all its layers run."""
         sides = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
         return cls(
             width=config.hidden_size,
@@ -111,23 +96,7 @@ class VlmShape:
     connector: int
     """FLOPs of the connector for one of its items."""
     merge_side: int = 0
-    """An item is a cell of that many patches per side (Qwen's mergers, Molmo2's pooling); 0: every patch is an item
-    (LLaVA's projector)."""
-
-    @classmethod
-    def from_config(cls, config: Any) -> VlmShape:
-        """From the config of a VLM of a supported family."""
-        llm, vit = LlmShape.from_config(config.text_config), VitShape.from_config(config.vision_config)
-        if config.model_type == "molmo2":
-            return cls(llm, vit, pooling_connector_flops(config.adapter_config, MOLMO2_POOL**2), MOLMO2_POOL)
-        if vit.patches == 0:  # one merger for the prompt, and one for each LLM layer that gets deepstack features
-            vision = config.vision_config
-            side, mergers = vision.spatial_merge_size, 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-            unit = vit.width * side**2
-            return cls(llm, vit, mergers * mlp_flops((unit, unit, llm.width), 1), side)
-        taps = config.vision_feature_layer
-        num_taps = 1 if isinstance(taps, int) else len(taps)
-        return cls(llm, vit, mlp_flops((vit.width * num_taps, llm.width, llm.width), 1))
+    """An item is a cell of that many patches per side; 0: every patch is an item."""
 
     def at(self, grid: Grid) -> VlmShape:
         """The shape for a video of this grid, where the number of patches depends on its resolution."""
@@ -263,16 +232,6 @@ def vit_embed_flops(shape: VitShape, num_frames: int) -> int:
 def mlp_flops(widths: Sequence[int], num_items: int) -> int:
     """A stack of linear layers on `num_items` items; `widths` begins with the input."""
     return 2 * num_items * sum(a * b for a, b in pairwise(widths))
-
-
-def pooling_connector_flops(config: Any, num_patches: int) -> int:
-    """Molmo2's connector for one cell: attention of the mean of its patches over them, and a gated projector."""
-    taps = config.hidden_size * len(config.vision_feature_layer)
-    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    attention = 2 * taps * heads + 4 * num_patches * taps * kv_heads + 4 * num_patches * heads
-    attention += 2 * heads * config.hidden_size
-    gate_and_up, down = config.hidden_size * 2, config.text_hidden_size
-    return attention + 2 * config.intermediate_size * (gate_and_up + down)
 
 
 def video_cost(

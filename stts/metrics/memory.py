@@ -48,8 +48,8 @@ class BlockShape:
     """Queries and keys have a norm of their own."""
 
     @classmethod
-    def of_llm(cls, config: Any) -> BlockShape:
-        """From `text_config`."""
+    def of_llm(cls, config: Any, *, norms_heads: bool = False) -> BlockShape:
+        """From the `text_config` of a decoder with RMS norms and a gated feed-forward part."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
@@ -60,23 +60,22 @@ class BlockShape:
             mlp=config.intermediate_size,
             gated=True,
             rms=True,
-            norms_heads=config.model_type.startswith(("qwen3", "molmo2")),
+            norms_heads=norms_heads,
         )
 
     @classmethod
-    def of_vit(cls, config: Any) -> BlockShape:
-        """From `vision_config`."""
-        qwen2_5 = hasattr(config, "fullatt_block_indexes")
-        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    def of_vit(cls, config: Any, *, gated: bool = False, rms: bool = False, norms_heads: bool = False) -> BlockShape:
+        """From `vision_config`, of a tower whose heads share its width."""
         width = config.hidden_size
         return cls(
             width=width,
-            heads=heads,
+            heads=config.num_attention_heads,
             query=width,
             key=width,
             mlp=config.intermediate_size,
-            gated=qwen2_5,
-            rms=qwen2_5,
+            gated=gated,
+            rms=rms,
+            norms_heads=norms_heads,
         )
 
 
@@ -101,24 +100,6 @@ def scorer_bytes(width: int, mlp: int, heads: int, patches: int, widths: Widths)
     c, d, w, m = widths.compute, width, patches, mlp
     pooling = c * w * d + c * d + 4 * (2 * w * d + d) + 4 * heads * w + c * d
     return pooling + c * 2 * d + c * 4 * m + (4 - c) * m
-
-
-def connector_bytes(config: Any, widths: Widths) -> tuple[int, int]:
-    """Kept per item, and patches per item: LLaVA's projector runs on patches, Qwen's mergers and Molmo2's pooling on
-    cells."""
-    c, text, vision = widths.compute, config.text_config.hidden_size, config.vision_config
-    if config.model_type == "molmo2":
-        adapter = config.adapter_config
-        taps, cells = adapter.hidden_size * len(adapter.vision_feature_layer), 9
-        heads = adapter.num_attention_heads * adapter.head_dim
-        pooled = c * (cells * taps + taps + heads * (2 * cells + 2)) + 4 * adapter.num_attention_heads * cells
-        return pooled + c * (adapter.hidden_size + 4 * adapter.intermediate_size), cells
-    if hasattr(vision, "spatial_merge_size"):
-        patches = vision.spatial_merge_size**2
-        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-        return mergers * (widths.stream + 3 * c) * vision.hidden_size * patches, patches
-    taps = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    return c * (taps * vision.hidden_size + 2 * text), 1
 
 
 HEAD_CHUNK = 256

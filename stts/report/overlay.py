@@ -23,7 +23,7 @@ def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", vid
     Dropped groups are darkened. Scores are coloured by rank, purple (the lowest of the video) to yellow (the highest):
     one far above the rest would else leave all others alike. What was gone before the stage that scored is lowest.
     Where the pruner gave none, there are frames alone. Of more than 32 frames evenly spread ones are shown. Several
-    frames may share a temporal cell (Qwen)."""
+    frames may share a temporal cell."""
     grid = report.grids[video]
     cells = grid.num_groups
     alive = np.zeros(cells, bool)

@@ -135,7 +135,7 @@ def _source(config: Mapping[str, Any]) -> Source:
 
 
 def first_of_cells(frames_FHWC: NDArray[np.uint8], num_cells: int) -> NDArray[np.uint8]:
-    """The first frame of every temporal cell: some families (Qwen) have one cell for two frames."""
+    """The first frame of every temporal cell: some families have one cell for two frames."""
     per_cell = -(-len(frames_FHWC) // num_cells)
     return frames_FHWC[np.minimum(np.arange(num_cells) * per_cell, len(frames_FHWC) - 1)]
 

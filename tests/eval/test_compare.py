@@ -21,9 +21,10 @@ from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, main, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Row
-from stts.metrics.cost import VlmShape, video_cost
+from stts.metrics.cost import video_cost
 from stts.models.checkpoints.load import load_vlm, save_pruned
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.families.base import vlm_shape
 from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY
 from tests.models.pruning.test_signals import write_siglip
@@ -121,7 +122,7 @@ def test_every_file_tells_the_same(config: CompareConfig) -> None:
 
 def test_budgets_are_met_and_costs_are_those_of_the_formulas(config: CompareConfig, tiny: tuple[Any, Any]) -> None:
     result = run(config, retention_ratios=(0.5, 0.25))
-    shape = VlmShape.from_config(tiny[0].config)
+    shape = vlm_shape(tiny[0].config)
     for ratio in (0.5, 0.25):
         planned = round(ratio * FRAMES * CELLS)
         cost = video_cost(shape, num_frames=FRAMES, llm_tokens=planned)
@@ -277,7 +278,7 @@ def test_a_cut_inside_the_llm_counts_every_layer(config: CompareConfig, tiny: tu
     result = run(config, pruners=("mine:Late", "uniform"))
     late, uniform = row_of(result, "mine:Late (a sketch)", 0.5), row_of(result, "uniform", 0.5)
     dense = FRAMES * CELLS  # half of 3 x 96 tokens: 96 before the cut, then 24 in both layers behind it
-    cost = video_cost(VlmShape.from_config(tiny[0].config), num_frames=FRAMES, llm_tokens=[dense, 24, 24])
+    cost = video_cost(vlm_shape(tiny[0].config), num_frames=FRAMES, llm_tokens=[dense, 24, 24])
     assert (late.retention_measured, late.retention_at_entry, late.kept_per_frame) == (0.5, 1.0, CELLS / 2)
     assert late.flops_llm == cost.llm and uniform.flops_llm is not None and cost.llm > uniform.flops_llm
     assert (late.kind, uniform.kind) == ("inside the LLM", "before the LLM")

@@ -28,7 +28,7 @@ from stts.metrics.cost import (
     vit_flops,
 )
 from stts.models.checkpoints.load import load_vlm
-from stts.models.families.base import host_info
+from stts.models.families.base import host_info, vlm_shape
 from stts.models.families.published import config_of
 from stts.pruners.stts import STTS
 from stts.tokens import Grid, Site
@@ -202,7 +202,7 @@ def test_shapes_from_configs() -> None:
     config = SimpleNamespace(
         model_type="llava_onevision", text_config=text, vision_config=vision, vision_feature_layer=-1
     )
-    made = VlmShape.from_config(config)
+    made = vlm_shape(config)
     assert made == VlmShape(QWEN2_7B, SIGLIP, 33_947_648)
     assert made.at(Grid(32, 14, 14)) == made, "every frame has the same number of patches"
     text.head_dim = 64
@@ -210,7 +210,7 @@ def test_shapes_from_configs() -> None:
 
 
 def published(name: str) -> VlmShape:
-    return VlmShape.from_config(config_of(name))
+    return vlm_shape(config_of(name))
 
 
 def test_molmo2_from_its_config() -> None:
@@ -295,7 +295,7 @@ def test_a_dense_tower_costs_what_a_profiler_counts(family: str, tmp_path: Path)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.get_video_features(pixel_values_videos=pixels, **inputs)
-    shape = VlmShape.from_config(model.config).at(grid)
+    shape = vlm_shape(model.config).at(grid)
     cost = video_cost(shape, num_frames=2, llm_tokens=0, num_cells=grid.num_groups)
     assert cost.total == counter.get_total_flops() > 0
     assert shape.merge_side**2 == host_info(model).patches_per_group

@@ -18,6 +18,7 @@ from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
+from stts.models.families.base import adapter_class
 from stts_train.lengths import largest_grid, num_placed_tokens
 from stts_train.module import VideoFinetune
 from stts_train.parts import part_of
@@ -70,7 +71,11 @@ def test_fit_then_compare(family: str, folders: dict[str, Path], files: Path, tm
         assert settings is not None and settings["pruner"] == name
         model, _ = load_vlm(folder)
         load_pruner(folder, model)
-        moved = {part_of(n) for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+        moved = {
+            part_of(n, adapter_class(family))
+            for n, p in model.named_parameters()
+            if not torch.equal(p, before.get_parameter(n))
+        }
         assert moved == {"llm", "vit", "connector"}
 
     config = CompareConfig(
@@ -108,7 +113,7 @@ def test_every_parameter_that_should_learn_has_a_gradient_and_its_part(family: s
     assert frozen == set()
     connector = "model.model.multi_modal_projector." if family == "molmo2" else "model.model.visual."
     for name in names:
-        part = part_of(name)
+        part = part_of(name, adapter_class(family))
         assert (part == "scorer") == name.startswith("scorer.")
         assert (part == "llm") == (".language_model." in name or ".lm_head." in name)
         if part == "connector":

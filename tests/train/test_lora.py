@@ -14,7 +14,7 @@ from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.checkpoints.load import load_vlm
 from stts.models.families.published import config_of
-from stts.models.families.tiny import write_shrunk
+from stts.models.families.tiny import write_tiny
 from stts_train.lora import Lora, merge
 from stts_train.module import VideoFinetune
 from stts_train.parts import part_of
@@ -41,14 +41,15 @@ def fit(module: VideoFinetune, batch: Batch, steps: int = 3, **settings: Any) ->
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_exported_adapter_is_part_of_stock_weights(name: str, precision: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    folder = write_shrunk(tmp_path / "small", config_of(name))
+    folder = write_tiny(tmp_path / "small", config_of(name))
     stock, _ = load_vlm(folder)
     module = VideoFinetune(str(folder), "stts", lora=Lora(rank=4), gradient_checkpointing=True, **FAST)
     batch = batch_for(module)
     fit(module, batch, precision=precision)
     moved = {n for n, p in module.named_parameters() if p.requires_grad}
-    assert {part_of(n) for n in moved} == {"llm", "scorer"}
-    assert all(".lora_" in n for n in moved if part_of(n) == "llm") and any(".lora_B." in n for n in moved)
+    family = module.pruning.adapter
+    assert {part_of(n, family) for n in moved} == {"llm", "scorer"}
+    assert all(".lora_" in n for n in moved if part_of(n, family) == "llm") and any(".lora_B." in n for n in moved)
 
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     again, _ = load_vlm(module.export(tmp_path / "out"))
@@ -92,20 +93,22 @@ def test_the_scorer_alone_learns_from_the_answers_through_frozen_parts(tiny_fold
     fit(module, batch_for(module), callbacks=[Look()])
     assert module.scorer is not None
     assert states == [sum(parameter.numel() for parameter in module.scorer.parameters())]
-    changed = {part_of(n) for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    family = module.pruning.adapter
+    changed = {part_of(n, family) for n, p in module.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"scorer"}
-    assert all(p.grad is None for n, p in module.named_parameters() if part_of(n) != "scorer")
+    assert all(p.grad is None for n, p in module.named_parameters() if part_of(n, family) != "scorer")
 
 
 def test_adapters_are_fp32_on_weights_of_any_dtype(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    folder = write_shrunk(tmp_path / "small", config_of(FAMILIES[1]))
+    folder = write_tiny(tmp_path / "small", config_of(FAMILIES[1]))
     model, processor = load_vlm(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "low")
     processor.save_pretrained(tmp_path / "low")
     module = VideoFinetune(str(tmp_path / "low"), "stts", lora=Lora(rank=2), **FAST)
     fit(module, batch_for(module), steps=1, precision="bf16-mixed")
-    kinds = {(part_of(n), p.requires_grad, p.dtype) for n, p in module.named_parameters()}
+    family = module.pruning.adapter
+    kinds = {(part_of(n, family), p.requires_grad, p.dtype) for n, p in module.named_parameters()}
     assert kinds == {
         ("llm", True, torch.float32), ("llm", False, torch.bfloat16), ("vit", False, torch.bfloat16),
         ("connector", False, torch.bfloat16), ("scorer", True, torch.float32),
@@ -114,7 +117,7 @@ def test_adapters_are_fp32_on_weights_of_any_dtype(tmp_path: Path) -> None:
 
 def test_what_learns_is_held_in_fp32(tmp_path: Path) -> None:
     """At a rate of 1e-5 a bf16 weight near 1 would never move."""
-    folder = write_shrunk(tmp_path / "small", config_of(FAMILIES[0]))
+    folder = write_tiny(tmp_path / "small", config_of(FAMILIES[0]))
     model, processor = load_vlm(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "low")
     processor.save_pretrained(tmp_path / "low")

@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import stts.cli
 from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.models.families import tiny as shrink
+from stts.models.families.base import TinySizes
 from stts.models.families.published import config_of
+from stts.models.families.tiny import write_tiny
 from stts_train.lora import Lora
 from stts_train.module import VideoFinetune
 from stts_train.parts import PARTS
 from stts_train.plan import advise, make_plan
 from stts_train.plan_config import Run, read_run, read_strategy
-from stts_train.plan_work import _MARKS
 from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +48,7 @@ def tiny_run(
     family: str, folder: Path, rates: dict[str, float], pruner: str = "stts", **settings: Any
 ) -> tuple[VideoFinetune, Batch, Run]:
     """A module wide enough for its blocks to outweigh the rest, a batch of two clips, and the plan's view of both."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrink, "_WIDTH", 128)
-        patch.setattr(shrink, "_MLP", 512)
-        shrink.write_shrunk(folder, config_of(NAMES[family]))
+    write_tiny(folder, config_of(NAMES[family]), sizes=TinySizes(width=128, mlp=512))
     named = {f"{part}_lr": rates.get(part, 0) for part in PARTS}
     module = VideoFinetune(str(folder), pruner, warmup_steps=0, **named, **settings)
     clips = ShapesFrames("train", 2, 0, ShapesConfig(num_sampled=8))
@@ -61,7 +58,7 @@ def tiny_run(
         module.train()._forward(batch)
     report = module.pruning.last
     assert report is not None
-    marks = _MARKS[family] * report.grids[0].t
+    marks = module.pruning.adapter.marks_per_frame * report.grids[0].t
     free = hasattr(module.model.config.vision_config, "spatial_merge_size")
     run = Run(
         config=config_of(str(folder)), pruner=pruner, pruner_options={}, retention_ratio=0.5, rates=rates,

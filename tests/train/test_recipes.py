@@ -19,7 +19,7 @@ from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.families.base import make_adapter
 from stts.models.families.published import PUBLISHED, config_of
-from stts.models.families.tiny import write_shrunk
+from stts.models.families.tiny import write_tiny
 from stts_train.cli import fit, read_config
 from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
@@ -116,7 +116,7 @@ def test_reading_a_config_loads_nothing() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_shrunk_checkpoint_keeps_what_decides_whether_a_run_is_possible(name: str, tmp_path: Path) -> None:
     real = config_of(name)
-    model, processor = load_vlm(write_shrunk(tmp_path / "small", real))
+    model, processor = load_vlm(write_tiny(tmp_path / "small", real))
     assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
     with torch.device("meta"):
         whole = make_adapter(AutoModelForImageTextToText.from_config(real))
@@ -138,4 +138,4 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     with pytest.raises(ValueError, match="not empty"):
-        write_shrunk(tmp_path / "full", config_of("allenai/Molmo2-4B"))
+        write_tiny(tmp_path / "full", config_of("allenai/Molmo2-4B"))

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stts_train.cli as cli
 from stts.models.checkpoints.load import load_vlm
+from stts.models.families.base import adapter_class
 from stts.models.pruning.report import Report
 from stts.report.overlay import draw_overlay
 from stts.tokens import Grid
@@ -201,12 +202,13 @@ def test_frames_are_those_the_tower_saw(tiny_folder: Path, tmp_path: Path) -> No
     qwens = [qwen_tiny.make(family, tmp_path)[1] for family in ("qwen2_5_vl", "qwen3_vl")]
     molmo2 = load_vlm(write_molmo2(tmp_path))[1]
     sides = [(56, 56), (24, 40), (24, 40), (SIDE * 14, SIDE * 14)]
-    for processor, (height, width) in zip([llava, *qwens, molmo2], sides, strict=True):
+    families = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "molmo2")
+    for family, processor, (height, width) in zip(families, [llava, *qwens, molmo2], sides, strict=True):
         maker = processor.video_processor
         rng = np.random.default_rng(0)
         videos = [rng.integers(0, 256, (4, height, width, 3), dtype=np.uint8) for _ in range(2)]
         inputs = maker(videos=videos, do_sample_frames=False, return_tensors="pt")
-        assert np.array_equal(first_frames(inputs, maker), videos[0]), type(maker).__name__
+        assert np.array_equal(first_frames(inputs, maker, adapter_class(family)), videos[0]), family
 
 
 def test_overlays_are_written_every_n_steps(tiny_folder: Path, tmp_path: Path) -> None:

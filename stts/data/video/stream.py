@@ -1,8 +1,7 @@
 """Pixel values of a long video that are made when a model asks for them: decoded, resized and normalised per piece.
 
 `Collator` puts `StreamedPixels` where a model's inputs have `pixel_values_videos`; `stts.Pruning(chunk_frames=...)`
-loads a piece, runs the tower on it and lets go. Only the processors of LLaVA-OneVision and LLaVA-Video are known to
-treat frames one by one; the others resize by the length of the video or number their patches over all of it.
+loads a piece, runs the tower on it and lets go. `stts.data.processors` says which processors treat frames one by one.
 
 Shape suffixes:  T = frames,  C = 3 colour channels,  H, W = pixels"""
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from stts.data.processors import PROCESSORS, traits_of
 from stts.data.video.sample import FrameStream
 
 VALUES = "pixel_values_videos"
-_FRAME_BY_FRAME = "LlavaOnevisionProcessor"
 
 
 class StreamedPixels:
@@ -80,11 +79,11 @@ def stand_in(processor: ProcessorMixin, streams: Sequence[FrameStream]) -> Any:
     """While on, `processor` writes the placeholders of whole videos and reads one frame of each.
 
     ValueError for a family whose processor cannot take a video frame by frame."""
-    name = type(processor).__name__
-    if name != _FRAME_BY_FRAME:
+    if not traits_of(processor).frame_by_frame:
+        able = ", ".join(name for name, traits in PROCESSORS.items() if traits.frame_by_frame)
         raise ValueError(
-            f"{name} does not treat the frames of a video one by one, so they cannot be streamed; only "
-            f"{_FRAME_BY_FRAME} does. Read the video whole, with fewer frames if memory is short"
+            f"{type(processor).__name__} does not treat the frames of a video one by one, so they cannot be streamed; "
+            f"{able} can. Read the video whole, with fewer frames if memory is short"
         )
     real = processor.video_processor
 

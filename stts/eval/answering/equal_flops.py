@@ -15,7 +15,8 @@ import torch
 from stts.budget import plan
 from stts.eval.answering.cell import DENSE
 from stts.eval.answering.method import Runner, cost_of
-from stts.metrics.cost import VideoCost, VlmShape
+from stts.metrics.cost import VideoCost
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.context import Pruning
 from stts.models.pruning.report import Report
 from stts.tokens import Grid
@@ -27,7 +28,7 @@ _STEP = 10_000
 def planned_cost(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
     """FLOPs of one video of this grid at this ratio. ValueError for a ratio that the pruner cannot reach."""
     host, stages = pruning.adapter.host, pruning.pruner.stages
-    shape = VlmShape.from_config(pruning.model.config)
+    shape = vlm_shape(pruning.model.config)
     budgets = plan([stage.site for stage in stages], retention_ratio, [grid], host.llm_layers)
     kept = [row[0].num_kept for row in budgets]
     entry, after, kept_patches = grid.num_groups, [], None

@@ -22,7 +22,7 @@ from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
 from stts.models.checkpoints.load import load_pruner, load_vlm
-from stts.models.families.base import host_info
+from stts.models.families.base import host_info, vlm_shape
 from stts.models.pruning.context import Phase, Pruning
 from stts.models.pruning.phases import Phases
 from stts.models.pruning.report import Report, cost_of
@@ -146,7 +146,7 @@ class Runner:
         assert self.pruning is not None
         made = self.generate(batch, processor, max_new_tokens)
         report, model = made.report, self.pruning.model
-        shape, host = VlmShape.from_config(model.config), self.pruning.adapter.host
+        shape, host = vlm_shape(model.config), self.pruning.adapter.host
         said, num_input = [], batch.inputs["attention_mask"].sum(1).tolist()
         for row, (text, num_tokens) in enumerate(zip(made.texts, made.num_tokens, strict=True)):
             grid, tokens = report.grids[row], _tokens(report, row, shape)

@@ -23,8 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from stts.files import staged
 from stts.models.checkpoints.card import model_card
-from stts.models.families.base import check_family, check_transformers, host_info
-from stts.models.families.llava_layout import VideoLayout, lay_out
+from stts.models.families.base import adapter_class, check_transformers, host_info
 from stts.pruners.base import Pruner
 from stts.pruners.registry import PRUNERS, make_pruner
 
@@ -65,7 +64,7 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
             f"{path} holds LLaVA-Video's original files, written for its authors' own code; make them a stock folder "
             "first: `stts export --from_llava_video FOLDER OUT`"
         ) from error
-    check_family(config.model_type)
+    adapter = adapter_class(config.model_type)
     model, info = AutoModelForImageTextToText.from_pretrained(
         path,
         dtype=dtype or "auto",
@@ -79,7 +78,7 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
             f"config.json: {wrong}; these weights would stay random"
         )
     processor = AutoProcessor.from_pretrained(path)
-    lay_out(processor, VideoLayout.of(config))
+    adapter.prepare_processor(processor, config)
     return model.eval(), processor
 
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
-import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from stts.data.video.stream import StreamedPixels
-from stts.pruners.base import HostInfo, Newlines
+from stts.metrics.cost import VlmShape
+from stts.metrics.memory import BlockShape, Widths
+from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.pruners.base import HostInfo
 from stts.tokens import Grid
+
+Part = Literal["vit", "connector", "llm"]
 
 ADAPTERS = {
     "llava_onevision": "stts.models.families.llava_onevision:LlavaOnevision",
@@ -32,51 +35,84 @@ ADAPTERS = {
 TESTED_TRANSFORMERS = ((5, 17), (6, 0))
 
 
-@dataclass(frozen=True)
-class Visual:
-    """The visual input of one forward pass, flat: images first, then the frames of all videos."""
+@dataclass(frozen=True, kw_only=True)
+class TinySizes:
+    """Sizes of a tiny random model; depth of the tower and its patch size stay those of the config."""
 
-    pixels: Tensor
-    """As the family's patch embedding takes it; or `StreamedPixels` in its place, which `loaded` makes into that."""
-    frames: tuple[int, ...]
-    """Patches of every frame (image tile, temporal patch), in the order of `pixels`."""
-    num_tiles: int
-    """Leading frames that belong to images; they are never pruned."""
-    grids: tuple[Grid, ...]
-    """Groups of every video; its frames follow those of the video before."""
-    image_args: dict[str, Any]
-    """What the adapter needs to lay out features (sizes, counts)."""
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the pixels are not there yet."""
-        return isinstance(self.pixels, StreamedPixels)
-
-    def loaded(self) -> Visual:
-        """The same with its pixels in memory."""
-        return replace(self, pixels=self.pixels.load()) if isinstance(self.pixels, StreamedPixels) else self
-
-    @property
-    def num_tile_patches(self) -> int:
-        return sum(self.frames[: self.num_tiles])
-
-    @property
-    def patches_per_video(self) -> list[int]:
-        """Patches of each video, all its frames together."""
-        sizes, start = [], self.num_tiles
-        for grid in self.grids:
-            sizes.append(sum(self.frames[start : start + grid.t]))
-            start += grid.t
-        return sizes
-
-    def span(self, video: int, first: int, last: int) -> tuple[int, int]:
-        """Places in `frames` of frames first to last - 1 of a video."""
-        start = self.num_tiles + sum(grid.t for grid in self.grids[:video])
-        return start + first, start + last
+    width: int = 32
+    """Of tower and LLM."""
+    heads: int = 2
+    """Of the tower, and key heads of the LLM, which has twice as many query heads."""
+    mlp: int = 48
+    llm_layers: int = 4
+    """At most; the default is more than the three that deepstack writes to."""
+    side: int = 7
+    """Patches per side of a frame, where the resolution is fixed: odd, so that windows overlap or have holes, as those
+    of 27 patches do."""
 
 
 class Adapter(Protocol):
-    """One Hugging Face family."""
+    """One Hugging Face family. The first members are facts that need no model; `config` is the whole model's config."""
+
+    marks_per_frame: ClassVar[int]
+    """Tokens of the prompt beside visual ones, per frame (per temporal patch): marks, and a time of usual length."""
+    token_ids: ClassVar[Mapping[str, str]]
+    """Field of the config -> token whose id it holds."""
+    media_text: ClassVar[tuple[str, str]]
+    """What a chat template writes for a video and for an image."""
+    unused: ClassVar[tuple[str, ...]]
+    """Pieces of names of parameters that nothing reads, so that they get no gradient."""
+
+    @classmethod
+    def vlm_shape(cls, config: Any) -> VlmShape:
+        """What FLOPs are counted from."""
+        ...
+
+    @classmethod
+    def block_shapes(cls, config: Any) -> tuple[BlockShape, BlockShape]:
+        """A block of the tower and one of the LLM, from which the memory of training is counted."""
+        ...
+
+    @classmethod
+    def connector_bytes(cls, config: Any, widths: Widths) -> tuple[int, int]:
+        """Bytes that the connector keeps for the backward pass per item, and patches per item (1: it runs on patches,
+        more: on groups)."""
+        ...
+
+    @classmethod
+    def plan_grid(
+        cls, config: Any, num_frames: int, frame_size: tuple[int, int], limits: Mapping[str, int] | None
+    ) -> Grid:
+        """Groups of a video of this many frames of `frame_size` (height, width) pixels. Where resolution is free,
+        frames are resized as the processor does, `limits` being its `size` (`shortest_edge` and `longest_edge`, both
+        counts of pixels); ValueError if it is None there."""
+        ...
+
+    @classmethod
+    def frames_of(cls, inputs: Mapping[str, Any], video_processor: Any) -> Tensor:
+        """Frames (T, 3, H, W) of the first video as the tower saw them, normalised, from the processor's outputs."""
+        ...
+
+    @classmethod
+    def part_of(cls, name: str) -> Part:
+        """Which part the parameter of this name belongs to."""
+        ...
+
+    @classmethod
+    def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
+        """Make a stock processor, just loaded, write the placeholders that a model of this config reads."""
+        ...
+
+    @classmethod
+    def tiny_config(cls, config: Any, sizes: TinySizes) -> None:
+        """Make tower and connector of this config small, in place; the sizes of `text_config` are small already, its
+        vocabulary that of a tokenizer whose visual tokens come last."""
+        ...
+
+    @classmethod
+    def tiny_processor(cls, config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        """A processor of the family's own class for a tiny model; its chat template is set afterwards."""
+        ...
 
     def __init__(self, model: PreTrainedModel) -> None: ...
     @property
@@ -165,56 +201,6 @@ class Adapter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Connected:
-    """Output of the connector."""
-
-    images: tuple[Tensor, ...]
-    """Per image (tokens, d), newlines included."""
-    videos: tuple[Tensor, ...]
-    """Per video (K, d), without newlines."""
-    early: tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...]], ...] = ()
-    """Deepstack: for LLM layer 0, 1, ... the same two tuples, to be added to that layer's output."""
-    newlines: Newlines = "all"
-    """Which newlines stay where tokens are dropped, in families that end every row of a frame with one."""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What each place of the full prompt holds."""
-
-    keep_BL: Tensor
-    """bool, False at the placeholder of a dropped group."""
-    video_BL: Tensor
-    """int64 number of the video whose group lies here, -1 for text, newlines and images."""
-    cell_BL: Tensor
-    """int64 cell of that video's grid."""
-    both_BL: Tensor | None = None
-    """bool, tokens that see each other in both directions; None: the LLM is causal throughout."""
-    early: tuple[Tensor, ...] = ()
-    """Features (V, d) added to the output of LLM layer 0, 1, ..."""
-    early_V: Tensor | None = None
-    """int64 places of `early` in the flattened prompt."""
-
-    def repeat(self, times: int, num_videos: int) -> Placed:
-        """For beams: each row `times` times, the videos of copy c numbered from c * num_videos."""
-        keep, video, cell = (x.repeat_interleave(times, 0) for x in (self.keep_BL, self.video_BL, self.cell_BL))
-        copy = torch.arange(len(video), device=video.device)[:, None] % times
-        early_V = self.early_V
-        if early_V is not None:
-            length = self.keep_BL.shape[1]
-            first_V = early_V + early_V // length * (times - 1) * length
-            early_V = torch.cat([first_V + number * length for number in range(times)])
-        return Placed(
-            keep,
-            torch.where(video >= 0, video + copy * num_videos, -1),
-            cell,
-            None if self.both_BL is None else self.both_BL.repeat_interleave(times, 0),
-            tuple(feature.repeat(times, 1) for feature in self.early),
-            early_V,
-        )
-
-
 def embeds_of(kwargs: Mapping[str, Any], inner: Any) -> Tensor:
     """Embeddings (B, L, d) of a forward call's prompt. ValueError unless it got `input_ids` or `inputs_embeds`, one."""
     input_ids, x_BLd = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -263,16 +249,24 @@ def check_transformers(version: str = transformers.__version__) -> None:
 def check_family(model_type: str) -> None:
     """ValueError, naming the families there are, for a model type without an adapter."""
     if model_type not in ADAPTERS:
-        raise ValueError(f"family {model_type!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}")
+        raise ValueError(
+            f"family {model_type!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}. docs/add_a_family.md "
+            "says how to add one"
+        )
+
+
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a family, for the facts that need no model. ValueError for a family without one."""
+    check_family(model_type)
+    module, _, name = ADAPTERS[model_type].partition(":")
+    adapter: type[Adapter] = getattr(importlib.import_module(module), name)
+    return adapter
 
 
 def make_adapter(model: PreTrainedModel) -> Adapter:
-    """The adapter of this model's family."""
+    """The adapter of this model. ValueError for a family without one."""
     check_transformers()
-    check_family(model.config.model_type)
-    module, _, name = ADAPTERS[model.config.model_type].partition(":")
-    adapter: Adapter = getattr(importlib.import_module(module), name)(model)
-    return adapter
+    return adapter_class(model.config.model_type)(model)
 
 
 def host_info(model: PreTrainedModel) -> HostInfo:
@@ -280,32 +274,6 @@ def host_info(model: PreTrainedModel) -> HostInfo:
     return make_adapter(model).host
 
 
-Block = Callable[..., Tensor]
-"""`block(x, mask, *aux) -> x`; the mask is `Segments` for x (S, D), or None for x (F, N, D) in a `batched` tower."""
-
-
-@dataclass(frozen=True)
-class TowerInput:
-    """Patches of all frames on their way into block 0, image tiles first."""
-
-    x_SD: Tensor
-    frames: tuple[int, ...]
-    """Patches of every frame; attention stays inside a frame."""
-    aux: tuple[Tensor, ...] = ()
-    """What blocks need per patch beside x (rotary tables), first axis S."""
-    windows: tuple[int, ...] = ()
-    """Patches of every attention window, in the order of the rows; a window lies inside one frame."""
-    windowed: frozenset[int] = frozenset()
-    """Blocks that attend inside windows instead of frames."""
-    batched: bool = False
-    """Blocks take frames as a batch while all of them are whole and of one size: the stock path."""
-
-
-@dataclass(frozen=True)
-class TowerOutput:
-    taps: tuple[Tensor, ...]
-    """Per tapped block (S, D), survivors of all frames in order."""
-    row_S: Tensor | None
-    """int64 place of each survivor in the flat list of patches; None: nothing was dropped."""
-    lengths_F: Tensor | None
-    """int64 survivors per frame; None: nothing was dropped."""
+def vlm_shape(config: PretrainedConfig) -> VlmShape:
+    """What FLOPs of a model with this config are counted from."""
+    return adapter_class(config.model_type).vlm_shape(config)

@@ -14,27 +14,27 @@ video.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from stts.data.video.stream import StreamedPixels
-from stts.models.families.base import (
-    Block,
-    Connected,
-    Placed,
-    TowerInput,
-    TowerOutput,
-    Visual,
-    as_block,
-    check_placeholders,
-    embeds_of,
-)
-from stts.models.families.llava_layout import STOCK, VideoLayout
+from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
+from stts.metrics.memory import BlockShape, Widths
+from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of
+from stts.models.families.llava_layout import STOCK, VideoLayout, lay_out
+from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
@@ -53,11 +53,91 @@ def pooling_cells(side: int, layout: VideoLayout = STOCK) -> tuple[Tensor, Tenso
     return torch.where(weight_PW > 0, patch_PW, -1), weight_PW
 
 
-class LlavaOnevision:
-    """Adapter of `LlavaOnevisionForConditionalGeneration`, with videos laid out as its config says."""
+def _side(config: Any) -> int:
+    """Patches per side of a frame."""
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
 
+
+def _num_taps(config: Any) -> int:
+    """Blocks whose outputs the projector reads, side by side."""
+    layers = config.vision_feature_layer
+    return 1 if isinstance(layers, int) else len(layers)
+
+
+class LlavaOnevision:
+    """Adapter of `LlavaOnevisionForConditionalGeneration`, with videos laid out as its config says.
+
+    Differs from the stock forward pass:
+    - image tiles and frames go through the tower in one call, and videos may differ in their number of frames
+    - blocks run one by one, so that a stage may drop patches between them
+    - the projector runs on the patches left, and pooling gathers those of the cells kept
+    - a video's newlines and pooling follow `VideoLayout`, which can be LLaVA-Video's
+    """
+
+    marks_per_frame: ClassVar[int] = 0
+    token_ids: ClassVar[Mapping[str, str]] = {"image_token_index": "<image>", "video_token_index": "<video>"}
+    media_text: ClassVar[tuple[str, str]] = ("<video>", "<image>")
+    unused: ClassVar[tuple[str, ...]] = (".vision_tower.post_layernorm.", ".vision_tower.head.")
     pools_keys = False
     visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
+
+    @classmethod
+    def vlm_shape(cls, config: Any) -> VlmShape:
+        llm, vit = LlmShape.from_config(config.text_config), VitShape.from_config(config.vision_config)
+        return VlmShape(llm, vit, mlp_flops((vit.width * _num_taps(config), llm.width, llm.width), 1))
+
+    @classmethod
+    def block_shapes(cls, config: Any) -> tuple[BlockShape, BlockShape]:
+        text = config.text_config
+        norms_heads = text.model_type.startswith("qwen3")
+        return BlockShape.of_vit(config.vision_config), BlockShape.of_llm(text, norms_heads=norms_heads)
+
+    @classmethod
+    def connector_bytes(cls, config: Any, widths: Widths) -> tuple[int, int]:
+        inputs = _num_taps(config) * config.vision_config.hidden_size
+        return widths.compute * (inputs + 2 * config.text_config.hidden_size), 1
+
+    @classmethod
+    def plan_grid(
+        cls, config: Any, num_frames: int, frame_size: tuple[int, int], limits: Mapping[str, int] | None
+    ) -> Grid:
+        return VideoLayout.of(config).grid(num_frames, _side(config))
+
+    @classmethod
+    def frames_of(cls, inputs: Mapping[str, Any], video_processor: Any) -> Tensor:
+        frames: Tensor = inputs["pixel_values_videos"][0]
+        return frames
+
+    @classmethod
+    def part_of(cls, name: str) -> Part:
+        if "multi_modal_projector" in name or "image_newline" in name:
+            return "connector"
+        return "vit" if ".vision_tower." in name else "llm"
+
+    @classmethod
+    def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
+        lay_out(processor, VideoLayout.of(config))
+
+    @classmethod
+    def tiny_config(cls, config: Any, sizes: TinySizes) -> None:
+        vision = config.vision_config
+        side = sizes.side * vision.patch_size
+        vision.hidden_size, vision.intermediate_size, vision.image_size = sizes.width, sizes.mlp, side
+        vision.num_attention_heads = sizes.heads
+        config.image_grid_pinpoints = [[h * side, w * side] for h in (1, 2) for w in (1, 2)]
+
+    @classmethod
+    def tiny_processor(cls, config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        size = dict.fromkeys(("height", "width"), config.vision_config.image_size)
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        pinpoints = config.image_grid_pinpoints
+        return LlavaOnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints, **half),
+            tokenizer=tokenizer,
+            video_processor=LlavaOnevisionVideoProcessor(size=size, do_sample_frames=False, **half),
+            num_image_tokens=_side(config) ** 2,
+            vision_feature_select_strategy="full",
+        )
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -72,7 +152,7 @@ class LlavaOnevision:
         self.inner: Any = model.model
         self.language_model: nn.Module = self.inner.language_model
         self.configs = (config.vision_config, config.text_config)
-        self.side = config.vision_config.image_size // config.vision_config.patch_size
+        self.side = _side(config)
 
     @property
     def host(self) -> HostInfo:

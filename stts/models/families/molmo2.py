@@ -11,26 +11,19 @@ d = LLM width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from stts.metrics.cost import LlmShape, VitShape, VlmShape
+from stts.metrics.memory import BlockShape, Widths
 from stts.models.families.attention import stock_name
-from stts.models.families.base import (
-    Block,
-    Connected,
-    Placed,
-    TowerInput,
-    TowerOutput,
-    Visual,
-    as_block,
-    check_placeholders,
-    embeds_of,
-)
+from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of
+from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
@@ -46,9 +39,44 @@ def pooling_windows(height: int, width: int) -> Tensor:
     return patches.unfold(0, POOL, POOL).unfold(1, POOL, POOL).flatten(2).flatten(0, 1)
 
 
-class Molmo2:
-    """Adapter of `Molmo2ForConditionalGeneration`."""
+def _sides(config: Any) -> tuple[int, int]:
+    """Patches of a frame, down and across."""
+    height, width = (pixels // config.vision_config.patch_size for pixels in config.vision_config.image_size)
+    return height, width
 
+
+def pooling_flops(config: Any, num_patches: int) -> int:
+    """The connector for one group: attention of the mean of its patches over them, and a gated projector."""
+    taps = config.hidden_size * len(config.vision_feature_layer)
+    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    attention = 2 * taps * heads + 4 * num_patches * taps * kv_heads + 4 * num_patches * heads
+    attention += 2 * heads * config.hidden_size
+    gate_and_up, down = config.hidden_size * 2, config.text_hidden_size
+    return int(attention + 2 * config.intermediate_size * (gate_and_up + down))
+
+
+class Molmo2:
+    """Adapter of `Molmo2ForConditionalGeneration`.
+
+    Differs from the stock forward pass:
+    - blocks run one by one, so that a stage may drop patches between them, and stop at the last one that is read
+    - pooling windows index the patches left instead of all, and only those of kept groups are pooled
+    - the mask in which visual tokens see each other both ways is made for the shortened, packed row
+    """
+
+    marks_per_frame: ClassVar[int] = 7
+    token_ids: ClassVar[Mapping[str, str]] = {
+        "image_patch_id": "<im_patch>",
+        "image_start_token_id": "<im_start>",
+        "image_end_token_id": "<im_end>",
+        "low_res_image_start_token_id": "<low_res_im_start>",
+        "image_low_res_id": "<im_low>",
+        "image_col_id": "<im_col>",
+        "frame_start_token_id": "<frame_start>",
+        "frame_end_token_id": "<frame_end>",
+    }
+    media_text: ClassVar[tuple[str, str]] = ("<|video|>", "<|image|>")
+    unused: ClassVar[tuple[str, ...]] = ()
     pools_keys = True
     visual_args = (
         "pixel_values",
@@ -59,6 +87,73 @@ class Molmo2:
         "video_token_pooling",
         "video_grids",
     )
+
+    @classmethod
+    def vlm_shape(cls, config: Any) -> VlmShape:
+        llm, vit = LlmShape.from_config(config.text_config), VitShape.from_config(config.vision_config)
+        return VlmShape(llm, vit, pooling_flops(config.adapter_config, POOL**2), POOL)
+
+    @classmethod
+    def block_shapes(cls, config: Any) -> tuple[BlockShape, BlockShape]:
+        return BlockShape.of_vit(config.vision_config), BlockShape.of_llm(config.text_config, norms_heads=True)
+
+    @classmethod
+    def connector_bytes(cls, config: Any, widths: Widths) -> tuple[int, int]:
+        adapter, cells, c = config.adapter_config, POOL**2, widths.compute
+        taps = adapter.hidden_size * len(adapter.vision_feature_layer)
+        heads = adapter.num_attention_heads * adapter.head_dim
+        pooled = c * (cells * taps + taps + heads * (2 * cells + 2)) + 4 * adapter.num_attention_heads * cells
+        return pooled + c * (adapter.hidden_size + 4 * adapter.intermediate_size), cells
+
+    @classmethod
+    def plan_grid(
+        cls, config: Any, num_frames: int, frame_size: tuple[int, int], limits: Mapping[str, int] | None
+    ) -> Grid:
+        height, width = _sides(config)
+        return Grid(num_frames, -(-height // POOL), -(-width // POOL))
+
+    @classmethod
+    def frames_of(cls, inputs: Mapping[str, Any], video_processor: Any) -> Tensor:
+        size, side = video_processor.patch_size, video_processor.size["height"] // video_processor.patch_size
+        num_frames = int(inputs["video_grids"][0, 0])
+        patches = inputs["pixel_values_videos"][:num_frames].view(-1, side, side, size, size, 3)
+        frames: Tensor = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side * size, side * size)
+        return frames
+
+    @classmethod
+    def part_of(cls, name: str) -> Part:
+        if "multi_modal_projector" in name:
+            return "connector"
+        return "vit" if ".vision_tower." in name else "llm"
+
+    @classmethod
+    def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
+        """Nothing to do: the stock processor writes what the model reads."""
+
+    @classmethod
+    def tiny_config(cls, config: Any, sizes: TinySizes) -> None:
+        text, vision, adapter = config.text_config, config.vision_config, config.adapter_config
+        pixels = sizes.side * vision.patch_size
+        vision.image_size, vision.num_position_embeddings = [pixels, pixels], sizes.side**2
+        for part in (vision, adapter):
+            part.hidden_size, part.intermediate_size = sizes.width, sizes.mlp
+            part.num_attention_heads = part.num_key_value_heads = sizes.heads
+            part.head_dim = sizes.width // sizes.heads
+        adapter.text_hidden_size = sizes.width
+        # the head has no rows for visual tokens, which come last
+        text.additional_vocab_size = len(cls.token_ids) + len(cls.media_text)
+        text.vocab_size -= text.additional_vocab_size
+
+    @classmethod
+    def tiny_processor(cls, config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        # imported here: transformers 5.17 lacks them, and other families need this module's name only
+        from transformers import Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
+
+        vision = config.vision_config
+        common: dict[str, Any] = {"size": dict(zip(("height", "width"), vision.image_size, strict=True))}
+        common |= {"patch_size": vision.patch_size, "do_rescale": True, "do_normalize": True}
+        images = Molmo2ImageProcessor(max_crops=2, overlap_margins=[1, 1], **common)
+        return Molmo2Processor(images, Molmo2VideoProcessor(do_sample_frames=False, **common), tokenizer)
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -133,7 +228,7 @@ class Molmo2:
         embedding = self.inner.vision_tower.patch_embedding
         num_patches = self.config.vision_config.num_position_embeddings
         blank = embedding.weight.new_zeros(1, num_patches, embedding.in_features)
-        windows = pooling_windows(*self._sides).to(blank.device)
+        windows = pooling_windows(*_sides(self.config)).to(blank.device)
         if visual is None:
             return self._visual(blank, windows[:0], [], windows, (self.grid(1),))
         images, tokens = visual.image_args["image_windows"], visual.image_args["image_tokens"]
@@ -143,16 +238,8 @@ class Molmo2:
     def runs_stock(self, visual: Visual) -> bool:
         return True
 
-    @property
-    def _sides(self) -> tuple[int, int]:
-        """Patches of a frame, down and across."""
-        vision = self.config.vision_config
-        height, width = (pixels // vision.patch_size for pixels in vision.image_size)
-        return height, width
-
     def grid(self, num_frames: int) -> Grid:
-        height, width = self._sides
-        return Grid(num_frames, -(-height // POOL), -(-width // POOL))
+        return self.plan_grid(self.config, num_frames, (0, 0), None)
 
     def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
         rows_GW = self._windows(visual)[video]

@@ -14,17 +14,39 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_window_index
 
-from stts.models.families.base import TowerInput, Visual
+from stts.metrics.cost import VitShape
 from stts.models.families.qwen_vl import QwenVision, Size
+from stts.models.families.visual import TowerInput, Visual
 
 
 class Qwen2_5VL(QwenVision):
-    """Adapter of `Qwen2_5_VLForConditionalGeneration`."""
+    """Adapter of `Qwen2_5_VLForConditionalGeneration`.
+
+    Differs from the stock forward pass, beside what `QwenVision` lists: windows lose the units that are dropped, and
+    `second_per_grid_ts` is taken with the pixels, so that positions come from the full prompt.
+    """
 
     family = "qwen2_5_vl"
+    processor_classes = (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
     visual_args = (*QwenVision.visual_args, "second_per_grid_ts")
+
+    @classmethod
+    def vit_shape(cls, vision: Any) -> VitShape:
+        return replace(
+            super().vit_shape(vision),
+            gated=True,
+            windowed=frozenset(range(vision.depth)) - frozenset(vision.fullatt_block_indexes),
+            window_side=vision.window_size // vision.patch_size,
+        )
+
+    @classmethod
+    def resize(cls, vision: Any, num_frames: int, frame_size: tuple[int, int], low: int, high: int) -> tuple[int, int]:
+        height, width = smart_resize(*frame_size, vision.patch_size * vision.spatial_merge_size, low, high)
+        return height, width
 
     def _visual(self, pixels: Tensor, images: Sequence[Size], videos: Sequence[Size], given: dict[str, Any]) -> Visual:
         visual = super()._visual(pixels, images, videos, given)

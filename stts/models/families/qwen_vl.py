@@ -11,28 +11,23 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLImageProcessor
 from transformers.vision_utils import get_vision_position_ids
 
-from stts.models.families.base import (
-    Block,
-    Connected,
-    Placed,
-    TowerInput,
-    TowerOutput,
-    Visual,
-    check_placeholders,
-    embeds_of,
-)
+from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
+from stts.metrics.memory import BlockShape, Widths
+from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of
+from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
+_TINY_UNITS = 3  # merge units per side of a square frame of a tiny model
 Size = Sequence[int]
 """Temporal patches, rows and columns of patches: one line of `image_grid_thw` or `video_grid_thw`."""
 
@@ -48,11 +43,132 @@ def _as_block(layer: nn.Module) -> Block:
 
 
 class QwenVision:
-    """The common part of the adapters; a family adds its name and what its tower does differently."""
+    """The common part of the adapters; a family adds its name and what its tower does differently.
+
+    Differs from the stock forward passes:
+    - images and videos go through the tower in one call
+    - attention inside frames (and windows) is one packed call per block instead of a Python loop over chunks
+    - blocks run one by one, so that a stage may drop patches between them, whole merge units at a time
+    - mergers run on the units left
+    - features are written at the places of survivors; dropped places are zeros until the prompt is shortened
+    """
 
     family: ClassVar[str]
+    marks_per_frame: ClassVar[int] = 0
+    processor_classes: ClassVar[tuple[type[Any], type[Any]]]
+    """The family's own processor, and its processor of videos."""
+    min_frames: ClassVar[int] = 1
+    """Frames that the processor's lower limit of pixels is for, in a tiny model: 1, or those of a whole video."""
+    norms_heads: ClassVar[bool] = False
+    """Whether queries and keys of the LLM have a norm of their own."""
+    token_ids: ClassVar[Mapping[str, str]] = {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+    }
+    media_text: ClassVar[tuple[str, str]] = (
+        "<|vision_start|><|video_pad|><|vision_end|>",
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    )
+    unused: ClassVar[tuple[str, ...]] = ()
     pools_keys = True
     visual_args: tuple[str, ...] = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+    @classmethod
+    def vit_shape(cls, vision: Any) -> VitShape:
+        """A tower of plain feed-forward blocks that attend to whole frames."""
+        return VitShape(
+            width=vision.hidden_size,
+            blocks=vision.depth,
+            mlp=vision.intermediate_size,
+            patches=0,
+            patch_size=vision.patch_size,
+            channels=vision.in_channels * vision.temporal_patch_size,
+        )
+
+    @classmethod
+    def num_mergers(cls, vision: Any) -> int:
+        return 1
+
+    @classmethod
+    def vlm_shape(cls, config: Any) -> VlmShape:
+        vision, llm = config.vision_config, LlmShape.from_config(config.text_config)
+        side, unit = vision.spatial_merge_size, vision.hidden_size * vision.spatial_merge_size**2
+        connector = cls.num_mergers(vision) * mlp_flops((unit, unit, llm.width), 1)
+        return VlmShape(llm, cls.vit_shape(vision), connector, side)
+
+    @classmethod
+    def block_shapes(cls, config: Any) -> tuple[BlockShape, BlockShape]:
+        gated = cls.vit_shape(config.vision_config).gated  # those towers have RMS norms, the others layer norms
+        vit = BlockShape.of_vit(config.vision_config, gated=gated, rms=gated)
+        return vit, BlockShape.of_llm(config.text_config, norms_heads=cls.norms_heads)
+
+    @classmethod
+    def connector_bytes(cls, config: Any, widths: Widths) -> tuple[int, int]:
+        vision = config.vision_config
+        patches = vision.spatial_merge_size**2
+        return cls.num_mergers(vision) * (widths.stream + 3 * widths.compute) * vision.hidden_size * patches, patches
+
+    @classmethod
+    def resize(cls, vision: Any, num_frames: int, frame_size: tuple[int, int], low: int, high: int) -> tuple[int, int]:
+        """Pixels (height, width) that the processor makes of a frame; `low` and `high` are its limits."""
+        raise NotImplementedError
+
+    @classmethod
+    def plan_grid(
+        cls, config: Any, num_frames: int, frame_size: tuple[int, int], limits: Mapping[str, int] | None
+    ) -> Grid:
+        if limits is None:
+            raise ValueError(
+                "the resolution of this family is free and its limits are in the processor, not in the config; set "
+                "model.video_size (shortest_edge, longest_edge in pixels)"
+            )
+        vision = config.vision_config
+        factor = vision.patch_size * vision.spatial_merge_size
+        height, width = cls.resize(vision, num_frames, frame_size, limits["shortest_edge"], limits["longest_edge"])
+        return Grid(-(-num_frames // vision.temporal_patch_size), height // factor, width // factor)
+
+    @classmethod
+    def frames_of(cls, inputs: Mapping[str, Any], video_processor: Any) -> Tensor:
+        t, h, w = inputs["video_grid_thw"][0].tolist()
+        pair, m, p = (getattr(video_processor, f"{name}_size") for name in ("temporal_patch", "merge", "patch"))
+        patches = inputs["pixel_values_videos"][: t * h * w].view(t, h // m, w // m, m, m, 3, pair, p, p)
+        frames: Tensor = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * pair, 3, h * p, w * p)
+        return frames
+
+    @classmethod
+    def part_of(cls, name: str) -> Part:
+        if ".merger." in name or ".deepstack_merger_list." in name:
+            return "connector"
+        return "vit" if ".visual." in name else "llm"
+
+    @classmethod
+    def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
+        """Nothing to do: the stock processor writes what the model reads."""
+
+    @classmethod
+    def tiny_config(cls, config: Any, sizes: TinySizes) -> None:
+        vision = config.vision_config
+        vision.hidden_size = vision.out_hidden_size = sizes.width
+        vision.intermediate_size, vision.num_heads = sizes.mlp, sizes.heads
+
+    @classmethod
+    def tiny_processor(cls, config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+        vision, (processor_class, video_class) = config.vision_config, cls.processor_classes
+        pixels = (_TINY_UNITS * vision.patch_size * vision.spatial_merge_size) ** 2
+        common = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "size": {"shortest_edge": pixels * cls.min_frames, "longest_edge": pixels * 64},
+        }
+        # a limit for the whole video instead of one per frame, as the checkpoints were trained
+        videos = video_class(do_sample_frames=False, cap_pixels_per_frame=False, **common)
+        processor: ProcessorMixin = processor_class(
+            image_processor=Qwen2VLImageProcessor(**common), tokenizer=tokenizer, video_processor=videos
+        )
+        return processor
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.inner: Any = model.model

@@ -167,7 +167,7 @@ class Prefill:
         return changed
 
     def _rotary(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The layer's own rotary tables behind a cut: layers may differ in them, but most share one pair (Molmo2)."""
+        """The layer's own rotary tables behind a cut: layers may differ in them, but most share one pair."""
         if self._index_RM is None:
             return {}
         cos, sin = kwargs["position_embeddings"]

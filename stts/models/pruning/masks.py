@@ -30,7 +30,7 @@ class Slots:
     cell_RM: Tensor
     """int64 cell of that video's grid."""
     both_RM: Tensor | None
-    """bool, tokens that see each other in both directions (Molmo2's visual tokens); None: all is causal."""
+    """bool, tokens that see each other in both directions (visual tokens of some families); None: all is causal."""
     num_rows: int
     length: int
     """Slots of a row of the full prompt."""

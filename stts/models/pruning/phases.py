@@ -11,7 +11,7 @@
 On CUDA a phase ends with an event in the stream and nothing waits until the end; elsewhere a monotonic clock is read.
 Times of the two are never comparable, `PhaseTimes.device` says which it was.
 
-**Differs** from a timer around whole modules: Qwen3-VL's deepstack mergers run amid the tower's blocks in the stock
+**Differs** from a timer around whole modules: deepstack mergers run amid the tower's blocks in the stock
 code, so they count as `vit` everywhere.
 """
 

@@ -64,7 +64,7 @@ class SiglipSource:
 def load_siglip(path: str | Path) -> SiglipSource:
     """Post-layernorm, pooling head, text tower and tokenizer of a stock SigLIP, from a local folder or a hub id.
 
-    For LLaVA checkpoints: google/siglip-so400m-patch14-384, whose tokenizer needs the package sentencepiece. fp32,
+    For so400m towers: google/siglip-so400m-patch14-384, whose tokenizer needs the package sentencepiece. fp32,
     safetensors only, no remote code. ValueError: no SigLIP there, or no pooling head, tokenizer or some tensor."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

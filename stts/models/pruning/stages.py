@@ -36,7 +36,7 @@ class Names:
 
 
 def cell_times(time_F: Tensor | None, grid: Grid) -> Tensor | None:
-    """Seconds of a video's temporal cells from those of its sampled frames, which may be more: Qwen has a cell for two.
+    """Seconds of a video's temporal cells from those of its sampled frames, which may be more: two to a cell.
 
     Cells are spread evenly over the frames and read their seconds in between, as Tango's release does. ValueError when
     a video has more cells than frames were described."""

@@ -16,8 +16,8 @@ from stts.eval.answering.method import cost_of
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_text
-from stts.metrics.cost import VlmShape
 from stts.models.checkpoints.load import load_vlm, save_pruned
+from stts.models.families.base import vlm_shape
 from stts.tokens import Grid
 from tests.conftest import make_inputs
 
@@ -32,7 +32,7 @@ def test_the_planned_cost_is_the_measured_one(tiny: tuple[Any, Any], name: str) 
         model(**make_inputs(processor, ["v what ?"], num_frames=FRAMES))
     report = pruning.last
     assert report is not None
-    measured = cost_of(VlmShape.from_config(model.config), pruning.adapter.host, pruning.pruner, report, 0)
+    measured = cost_of(vlm_shape(model.config), pruning.adapter.host, pruning.pruner, report, 0)
     planned = planned_cost(pruning, report.grids[0], 0.7)
     if name == "stts":  # where its survivors lie is known afterwards only
         assert planned.total == pytest.approx(measured.total, rel=0.02) and planned.llm == measured.llm

@@ -13,23 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.image_utils import SizeDict
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import stts
 from stts.models.families.attention import switch_off, switch_on
 from stts.models.families.base import make_adapter
+from stts.models.families.tiny import make_tiny
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.tower import run_tower
 from stts.pruners.registry import PRUNERS
@@ -70,47 +61,22 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     description["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     file = folder / "words.json"
     file.write_text(json.dumps(description))
-    special: Any = {"additional_special_tokens": SPECIAL}
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="<unk>", pad_token="<pad>", **special)
+    special: Any = {"additional_special_tokens": SPECIAL, "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|im_end|>", **special)
 
 
 def make(family: str, folder: Path, tokenizer: Any = None, template: str = TEMPLATE, **vision: Any) -> tuple[Any, Any]:
     """A model in eval mode with its processor: patches of 4 pixels, 8 tower blocks, 4 LLM layers."""
-    tokenizer = tokenizer or _tokenizer(folder)
-    size = {"shortest_edge": 64, "longest_edge": 10**6}
-    pixels = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": size}
-    qwen3 = family == "qwen3_vl"
-    video_class, processor_class = (
-        (Qwen3VLVideoProcessor, Qwen3VLProcessor) if qwen3 else (Qwen2VLVideoProcessor, Qwen2_5_VLProcessor)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    config = AutoConfig.for_model(
+        family,
+        vision_config={"depth": 8, "patch_size": 4} | vision,
+        text_config={"max_position_embeddings": 4096, "rope_parameters": rope},
     )
-    processor = processor_class(
-        image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=tokenizer,
-        video_processor=video_class(**pixels, do_sample_frames=False, cap_pixels_per_frame=False),
-        chat_template=template,
-    )
-    tower = {"depth": 8, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4} | vision
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        "bos_token_id": None, "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "pad_token_id": 0,
-    }  # fmt: skip
-    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(SPECIAL[2:]), strict=True))
-    tower |= {"out_hidden_size": 32, "initializer_range": 0.1}
-    if qwen3:
-        config: Any = Qwen3VLConfig(text_config=text | {"head_dim": 8}, vision_config=tower, **ids)
-    else:
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
-    model_class: Any = Qwen3VLForConditionalGeneration if qwen3 else Qwen2_5_VLForConditionalGeneration
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = model_class(config).eval()
-        for parameter in model.parameters():  # also norms and biases differ from their start
-            if parameter.dim() == 1:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    return model, processor
+    model, processor = make_tiny(config, tokenizer=tokenizer or _tokenizer(folder), template=template)
+    for part in (processor.image_processor, processor.video_processor):
+        part.size = SizeDict(shortest_edge=64, longest_edge=10**6)
+    return laws.stir(model), processor
 
 
 def make_inputs(processor: Any, rows: Sequence[str], *, padding_side: str = "right") -> Any:

@@ -18,17 +18,15 @@ from transformers import (
     AutoConfig,
     Molmo2Config,
     Molmo2ForConditionalGeneration,
-    Molmo2ImageProcessor,
-    Molmo2Processor,
-    Molmo2VideoProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling
 
 import stts
 from stts.models.checkpoints.load import load_vlm
-from stts.models.families.base import make_adapter
+from stts.models.families.base import TinySizes, make_adapter
 from stts.models.families.molmo2 import pooling_windows
+from stts.models.families.tiny import make_tiny
 from stts.models.pruning.tower import run_tower
 from stts.pruners.base import PerVideo, keep_top
 from stts.pruners.registry import PRUNERS
@@ -67,38 +65,19 @@ def make_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 def write_molmo2(folder: Path, tokenizer: Any = None, template: str = TEMPLATE) -> Path:
     """Model and processor of the stock classes; visual tokens are the last words of a tokenizer."""
-    tokenizer = tokenizer or make_tokenizer(folder / "words.json")
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in EXTRA.split()}
-    heads = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     config = Molmo2Config(
-        image_patch_id=ids["im_patch"], image_start_token_id=ids["im_start"], image_end_token_id=ids["im_end"],
-        low_res_image_start_token_id=ids["low_res_im_start"], frame_start_token_id=ids["frame_start"],
-        frame_end_token_id=ids["frame_end"],
-        vision_config={"intermediate_size": 48, "num_hidden_layers": 8, "image_size": [SIDE * 14] * 2, **heads},
-        adapter_config={"vision_feature_layer": [7, -3], "intermediate_size": 48, "text_hidden_size": 32, **heads},
+        vision_config={"num_hidden_layers": 8},
+        adapter_config={"vision_feature_layer": [7, -3]},
         text_config={
-            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-            "intermediate_size": 48, "num_hidden_layers": LLM_LAYERS, "vocab_size": len(tokenizer) - len(EXTRA.split()),
-            "additional_vocab_size": len(EXTRA.split()), "rope_scaling_layers": [0, 3, 4],
+            "num_hidden_layers": LLM_LAYERS,
+            "rope_scaling_layers": [0, 3, 4],
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
         },
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Molmo2ForConditionalGeneration(config).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 2:  # as large as keeps activations near 1
-                parameter.data.normal_(std=parameter.shape[1] ** -0.5)
-            else:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    common = {"size": {"height": SIDE * 14, "width": SIDE * 14}, "do_rescale": True, "do_normalize": True}
-    processor = Molmo2Processor(
-        Molmo2ImageProcessor(max_crops=2, overlap_margins=[1, 1], **common),
-        Molmo2VideoProcessor(do_sample_frames=False, **common),
-        tokenizer,
-        chat_template=template,
     )
-    model.save_pretrained(folder)
+    tokenizer = tokenizer or make_tokenizer(folder / "words.json")
+    sizes = TinySizes(llm_layers=LLM_LAYERS, side=SIDE)
+    model, processor = make_tiny(config, sizes=sizes, tokenizer=tokenizer, template=template)
+    laws.stir(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
