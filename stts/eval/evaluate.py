@@ -7,22 +7,28 @@ dates.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stts.data.collate import Collator
-from stts.eval.answering.cell import DENSE
-from stts.eval.answering.loop import LoopOptions, answer_all
+from stts.eval.answering.cell import DENSE, Cell
+from stts.eval.answering.loop import LoopOptions, answer_all, gather
 from stts.eval.answering.method import Runner, environment, make_runners
+from stts.eval.answering.questions import Task
 from stts.eval.answering.ranks import Ranks
-from stts.eval.answering.run_folder import Store
+from stts.eval.answering.run_folder import Store, read_notes
 from stts.eval.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.dense_reference import DenseReference
 from stts.eval.results.grading import score_tasks
 from stts.eval.results.table import aligned, interval
-from stts.eval.run_config import EvalConfig, command
+from stts.eval.run_config import EvalConfig, command, notes_on_tasks
 from stts.metrics.accuracy import note_on_videos
+
+PATTERNS = (f"*/*{RESULTS}", f"*/*{SAMPLES}*.jsonl", "*/*_submission_*.json")
 
 
 def run_eval(
@@ -39,9 +45,8 @@ def run_eval(
     tasks = config.open_tasks()
     identity = config.identity(tasks)
     reference = None if config.dense_reference is None else DenseReference.open(config.dense_reference, identity)
-    patterns = (f"*/*{RESULTS}", f"*/*{SAMPLES}*.jsonl", "*/*_submission_*.json")
     store = Store(
-        Path(config.out), identity, kind="evaluation", result=patterns, overwrite=config.overwrite, ranks=ranks
+        Path(config.out), identity, kind="evaluation", result=PATTERNS, overwrite=config.overwrite, ranks=ranks
     )
     if store.finished is not None:
         return store.finished if ranks.is_first else None
@@ -87,6 +92,100 @@ def run_eval(
     return results
 
 
+@dataclass(frozen=True, kw_only=True)
+class RescoreConfig:
+    """Grade the answers of a finished `stts eval` again, in another way; no model is loaded, no video decoded."""
+
+    rescore: Path
+    """Folder of the run. Its benchmarks must be where they were, or at --data_root."""
+    scoring: str = "strict"
+    """strict, compat, or a name such as lmms-eval: as that public scorer."""
+    out: Path | None = None
+    """Folder of the new result; None: beside the run, with the scoring behind its name."""
+    data_root: Path | None = None
+    """Where the benchmarks are now; None: where the run found them."""
+    dense_reference: Path | None = None
+    """As of `stts eval`: a run with pruner none, graded in the same way."""
+    overwrite: bool = False
+    """Throw an earlier result in `out` away."""
+
+    @property
+    def target(self) -> Path:
+        """Folder of the new result."""
+        folder = self.rescore.resolve()
+        return self.out or folder.with_name(f"{folder.name}-{self.scoring}")
+
+
+class _FinishedRun(EvalConfig):
+    """Settings of a run whose model need not be there any more."""
+
+    def _check_folders(self) -> None:
+        pass
+
+
+def run_rescore(config: RescoreConfig) -> dict[str, Any]:
+    """The content of the new results.json; all its files are in `out`, beside the same answers.
+
+    ValueError: the folder holds no finished `stts eval`, its questions have changed or lie elsewhere, the scoring is
+    unknown."""
+    folder = config.rescore
+    found = sorted(folder.glob(PATTERNS[0]))
+    if not found:
+        raise ValueError(f"--rescore {folder} holds no finished `stts eval`")
+    own, notes = json.loads(found[-1].read_text(encoding="utf-8"))["stts"], read_notes(folder)
+    changes = {"out": config.target, "scoring": config.scoring, "dense_reference": config.dense_reference}
+    if config.data_root is not None:
+        changes["data_root"] = config.data_root
+    run = _FinishedRun(**{**own["settings"], **changes})
+    tasks = run.open_tasks()
+    if own["identity"]["questions"] != {task.name: dict(task.loaded.files) for task in tasks}:
+        raise ValueError(f"--rescore {folder}: the files of its questions have changed since; run it again")
+    identity = {**own["identity"], "scoring": config.scoring, "dense_reference": run.settings()["dense_reference"]}
+    reference = None if run.dense_reference is None else DenseReference.open(run.dense_reference, identity)
+    store = Store(config.target, identity, kind="evaluation", result=PATTERNS, overwrite=config.overwrite)
+    if store.finished is not None:
+        return store.finished
+    for note in notes:
+        store.add(note, {}, "")
+    before = [note for note in own["notes"] if note not in notes_on_tasks(tasks)]
+    results, files = result_files(
+        _graded(run, tasks, own, store, reference, [*before, f"Graded again from {folder.resolve().name}."])
+    )
+    store.finish(files)
+    return results
+
+
+def _graded(
+    config: EvalConfig,
+    tasks: Sequence[Task],
+    own: Mapping[str, Any],
+    store: Store,
+    reference: DenseReference | None,
+    notes: Sequence[str],
+) -> Run:
+    """The answers in `store`, graded; `own` is the block of our own in the results of the run that gave them."""
+    source, efficiency = config.make_source(tasks), own["efficiency"]
+    answers = gather(source, store.notes())
+    cell = Cell(
+        DENSE if own["pruner"] == "none" else own["pruner"], own["retention_ratio"], kind=own["stage"],
+        label=own["label"], positions=own["positions"] or "",
+    )  # fmt: skip
+    return Run(
+        config=config,
+        source=source,
+        answers=answers,
+        cell=cell,
+        scores=score_tasks(source, answers, cell.key, config.scoring),
+        reference=reference,
+        environment=efficiency["env"],
+        identity=store.identity,
+        config_hash=store.config_hash,
+        began=store.began,
+        weights_gib=efficiency["memory_gib"]["weights"],
+        recorded=notes,
+    )
+
+
 def _runner(config: EvalConfig, made: Sequence[Runner]) -> Runner:
     runner = made[0] if config.pruner == "none" else made[-1]
     if runner.pruning is None:
@@ -126,10 +225,17 @@ def render(results: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`stts eval`: prints a table."""
 
+    def shown(results: Mapping[str, Any], out: Path) -> str:
+        return f"{render(results)}\nwritten: {out}/{results['model_name_sanitized']}/"
+
     def work(config: EvalConfig, ranks: Ranks) -> str | None:
         results = run_eval(config, ranks=ranks)
-        return (
-            None if results is None else f"{render(results)}\nwritten: {config.out}/{results['model_name_sanitized']}/"
-        )
+        return None if results is None else shown(results, config.out)
 
-    return command("stts eval", EvalConfig, argv, work)
+    def again(config: RescoreConfig, ranks: Ranks) -> str | None:
+        return shown(run_rescore(config), config.target) if ranks.is_first else None
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    if any(arg.partition("=")[0] == "--rescore" for arg in args):
+        return command("stts eval", RescoreConfig, args, again)
+    return command("stts eval", EvalConfig, args, work)

@@ -218,6 +218,7 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
             "positions": run.cell.positions or None,
             "config_hash": run.config_hash,
             "identity": dict(run.identity),
+            "settings": {key: value for key, value in config.settings().items() if key not in ("out", "overwrite")},
             "checkpoint": str(config.model),
             "dense_reference": None if run.reference is None else str(run.reference.folder),
             "scoring": config.scoring,

@@ -103,6 +103,10 @@ class RunConfig:
         ):
             if getattr(self, flag) not in allowed:
                 raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {allowed}")
+        self._check_folders()
+        self._check_questions()
+
+    def _check_folders(self) -> None:
         for flag in ("model", "baseline_model", "siglip"):
             path = getattr(self, flag, None)
             if isinstance(path, str):  # one folder, one name
@@ -111,7 +115,6 @@ class RunConfig:
             hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
             if path is not None and not Path(path).is_dir() and not hub_id:
                 raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")
-        self._check_questions()
 
     def _check_questions(self) -> None:
         if (self.data is None) == (not self.tasks):
@@ -262,7 +265,10 @@ def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Call
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(RunConfig):
-    """Evaluate a model under one pruner, on a data set or on benchmarks."""
+    """Evaluate a model under one pruner, on a data set or on benchmarks.
+
+    `stts eval --rescore RUN --scoring NAME` grades the answers of a finished run again, without the model. The same
+    command with a larger --limit asks what is new."""
 
     pruner: str | None = None
     """Name (see `stts pruners`) or module:Class; none: every token. None: the one that the model's folder was trained

@@ -92,7 +92,8 @@ def test_every_file_tells_the_same(config: CompareConfig) -> None:
     answer_like_dense(config)
     result = run(config)
     assert sorted(file.name for file in config.out.iterdir()) == [
-        f"comparison.{end}" for end in ("csv", "json", "md", "png")
+        "answers.jsonl",
+        *(f"comparison.{end}" for end in ("csv", "json", "md", "png")),
     ]
     assert [row.method for row in result.rows] == [DENSE, "random", "uniform", "novelty"], "`none` is the dense row"
     assert row_of(result, DENSE).accuracy == 0.5

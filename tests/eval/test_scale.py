@@ -65,7 +65,7 @@ def test_frames_times_ratios(config: ScaleConfig) -> None:
     assert dense.difference is None and more.difference is not None and dense.accuracy is not None
     assert more.difference == pytest.approx((more.accuracy or 0) - dense.accuracy)
     assert (more.tflops_vit or 0) == pytest.approx(2 * (dense.tflops_vit or 0)), "equal tokens, but the tower sees all"
-    assert sorted(file.name for file in config.out.iterdir()) == sorted(FILES)
+    assert sorted(file.name for file in config.out.iterdir()) == sorted(("answers.jsonl", *FILES))
     assert (config.out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     with (config.out / "scaling.csv").open() as file:
         found = list(csv.DictReader(file))

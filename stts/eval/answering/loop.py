@@ -123,7 +123,7 @@ def _answer_mine(
             if not warm or len(note["asked"]) < options.batch_size:
                 note["ms"] = {}  # the first pass warms caches, a short batch costs more per sample: not comparable
             warm = warm or bool(note["asked"])
-            store.add(note, kept, f"{places[0]:06d}")
+            store.add(note, kept, f"{source.number(places[0]):06d}" if kept else "")
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,15 @@ class Source:
             return Skipped(key, reason)
         return Example(replace(sample, uid=key), video.frames, video.timestamps_s, duration_s=video.duration_s)
 
+    def number(self, place: int) -> int:
+        """Place among all questions of the tasks, which stays the same when a limit grows."""
+        task, before = self.asked[place].task, 0
+        for earlier in self.tasks:
+            if earlier is task:
+                break
+            before += len(earlier.loaded.questions)
+        return before + sum(one.task is task for one in self.asked[:place])
+
     def shown(self, place: int) -> Decoded:
         """The frames of a question."""
         return self._decoded(self.asked[place].task, self.asked[place].question)

@@ -1,8 +1,11 @@
 """The folder of a run: what is there already, what comes next, and the final files.
 
 partial-RRRRR.jsonl  while running, by each rank: the identity on line 1, then one line per finished batch
+answers.jsonl        when done: the same lines of all ranks, so that a run can be graded again or asked more questions
 kept/                with `--save_kept`: which tokens were kept, a file per batch (`stts.eval.answering.kept_tokens`)
                      and the final files, the result last: where it is, the others are
+
+A run with a larger `--limit` goes on in the folder of a smaller one, finished or not.
 
 A file is there whole or not at all, a line that was cut by a kill or a full disk is not read, and a run goes on behind
 the last whole line of every rank, also with another number of ranks.
@@ -32,6 +35,7 @@ from stts.files import write_whole
 RESULT = "comparison.json"
 """Of `stts compare`."""
 PARTIAL = "partial-{:05d}.jsonl"
+ANSWERS = "answers.jsonl"
 WAIT_S = 1800.0
 """How long rank 0 waits for others that write nothing."""
 _POLL_S = 1.0
@@ -63,7 +67,7 @@ class Store:
     """Opens `out` for the run with this `identity` (settings and file stamps that decide the result).
 
     result: the final files as patterns, the one that holds the identity first. ValueError when `out` holds anything but
-    the same run; with `overwrite`, anything but a run of this kind."""
+    the same run, or one with a smaller limit; with `overwrite`, anything but a run of this kind."""
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Store:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
 
     def _take_over(self, overwrite: bool) -> None:
-        results, parts = sorted(self.out.glob(self._patterns[0])), self._parts()
+        results, parts = sorted(self.out.glob(self._patterns[0])), self._noted()
         if not (results or parts) and not (self.out.is_dir() and all(map(_is_left_over, self.out.iterdir()))):
             raise ValueError(f"--out {self.out} is not empty and holds no {self.kind}; choose another folder")
         if self.ranks.world_size == 1:
@@ -104,7 +108,12 @@ class Store:
                 file.unlink()
         if overwrite:
             # Results go last: killed here, the folder is still known for what it is.
-            for pattern in (f"{FOLDER}/*.safetensors", *reversed(self._patterns), PARTIAL.replace("{:05d}", "*")):
+            for pattern in (
+                f"{FOLDER}/*.safetensors",
+                ANSWERS,
+                *reversed(self._patterns),
+                PARTIAL.replace("{:05d}", "*"),
+            ):
                 for file in self.out.glob(pattern):
                     file.unlink()
             for folder in filter(Path.is_dir, self.out.iterdir()):
@@ -113,17 +122,22 @@ class Store:
             return
         if results:
             made = json.loads(results[-1].read_text(encoding="utf-8"))
-            self._check(made.get("identity") or made.get("stts", {}).get("identity") or {})
-            self.finished = made
-            return
+            identity = made.get("identity") or made.get("stts", {}).get("identity") or {}
+            self._check(identity)
+            if identity == self.identity:
+                self.finished = made
+                return
         for part in parts:
-            head = next(_whole_lines(part), None)
-            if head is not None:
+            line = next(_whole_lines(part), None)
+            if line is not None:
+                head = json.loads(line)
                 self._check(head["identity"])
                 self.began = min(self.began, head["began"])
 
     def _check(self, found: Mapping[str, Any]) -> None:
         names = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
+        if names == ["limit"] and _grows(found["limit"], self.identity["limit"]):
+            return
         if names:
             raise ValueError(
                 f"--out {self.out} holds another {self.kind} (different: {', '.join(names)}); "
@@ -133,12 +147,17 @@ class Store:
     def _parts(self) -> list[Path]:
         return sorted(self.out.glob(PARTIAL.replace("{:05d}", "*")))
 
+    def _noted(self) -> list[Path]:
+        """Every file of notes: of a finished run first."""
+        return [*self.out.glob(ANSWERS), *self._parts()]
+
     def _stopped(self, rank: int) -> Path:
         return self.out / f".stopped-{rank:05d}.part"
 
     def notes(self) -> list[Note]:
-        """Finished batches of all ranks."""
-        return [note for part in self._parts() for place, note in enumerate(_whole_lines(part)) if place]
+        """Finished batches of all ranks, each once: a kill while `finish` runs leaves them in two files."""
+        lines = (line for part in self._noted() for place, line in enumerate(_whole_lines(part)) if place)
+        return [json.loads(line) for line in dict.fromkeys(lines)]
 
     def add(self, note: Note, kept: Mapping[str, Tensor], name: str) -> None:
         """Note a finished batch, the tokens `kept` first, as file `name`: after a kill in between both are made again.
@@ -183,7 +202,7 @@ class Store:
         ValueError when a rank stopped, or nobody wrote anything for `WAIT_S` seconds."""
         since, size, said = time.monotonic(), -1, -1e9
         while True:
-            now = sum(part.stat().st_size for part in self._parts())
+            now = sum(part.stat().st_size for part in self._noted())
             if now != size:
                 since, size = time.monotonic(), now
                 notes = self.notes()
@@ -205,8 +224,10 @@ class Store:
             time.sleep(_POLL_S)
 
     def finish(self, files: Mapping[str, str | bytes]) -> None:
-        """Write the final files in this order, the result last; then the parts can go."""
+        """Write all notes, then the final files in this order, the result last; then the parts can go."""
+        lines = [{"identity": self.identity, "began": self.began}, *self.notes()]
         with _writing(self.out):
+            write_whole(self.out / ANSWERS, "".join(json.dumps(line) + "\n" for line in lines))
             for name, content in files.items():
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self.out / name, content)
@@ -219,11 +240,21 @@ class Store:
 _AGAIN = "the same command again goes on behind what is done"
 
 
-def _whole_lines(part: Path) -> Iterator[dict[str, Any]]:
+def read_notes(out: str | Path) -> list[Note]:
+    """Every batch of the finished run in `out`. ValueError where it holds none."""
+    path = Path(out) / ANSWERS
+    if not path.is_file():
+        raise ValueError(f"{out} holds no {ANSWERS}, which a finished run keeps; run it again, or finish it")
+    return [json.loads(line) for place, line in enumerate(_whole_lines(path)) if place]
+
+
+def _grows(before: int | None, now: int | None) -> bool:
+    return before is not None and (now is None or now > before)
+
+
+def _whole_lines(part: Path) -> Iterator[bytes]:
     with part.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        yield from (line for line in file if line.endswith(b"\n"))
 
 
 def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
