@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata, util
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -253,11 +252,11 @@ def _verdict(part: Mapping[str, Any]) -> str:
     return "ok" if part["works"] else f"BROKEN ({part['error']})"
 
 
-def main(argv: Sequence[str]) -> int:
-    """`stts doctor [--json]`; always 0, because telling what is wrong is its success."""
-    parser = argparse.ArgumentParser(prog="stts doctor", description="Tell what this machine has and what it lacks.")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    args = parser.parse_args(argv)
-    found = examine()
-    print(json.dumps(found, indent=1) if args.json else render(found))
-    return 0
+def doctor(*, json: bool = False) -> str:
+    """Tell what this machine has and what it lacks.
+
+    Args:
+        json: for programs.
+    """
+    facts = examine()
+    return dumps(facts, indent=1) if json else render(facts)

@@ -97,7 +97,7 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-class _Reading(FitCLI):
+class ReadingCLI(FitCLI):
     """Parses and builds nothing."""
 
     def before_instantiate_classes(self) -> None:
@@ -112,10 +112,10 @@ def make_cli(argv: Sequence[str]) -> FitCLI:
     return _cli(FitCLI, argv)
 
 
-def read_config(argv: Sequence[str]) -> Any:
+def read_config(argv: Sequence[str], cli_class: type[ReadingCLI] = ReadingCLI) -> Any:
     """Every setting of a run with its default, by the parser that a run uses; nothing is loaded."""
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    return _cli(_Reading, [*argv, "--seed_everything=false"]).config
+    return _cli(cli_class, [*argv, "--seed_everything=false"]).config
 
 
 def _cli(cli_class: type[FitCLI], argv: Sequence[str]) -> FitCLI:

@@ -15,10 +15,8 @@ gradients too, stage 3 and fsdp2 everything; offloading moves the cut part to ho
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,9 +215,9 @@ def _shorter(run: Run, **change: Any) -> Run:
     return replace(shorter, max_tokens=run.max_tokens * after // before)
 
 
-def describe(run: Run, made: Plan, gpu_gib: float) -> str:
+def describe(run: Run, made: Plan) -> str:
     """The plan as text."""
-    room = round(gpu_gib * (1 - _SPARE) * GIB)
+    room = round(run.gpu_gib * (1 - _SPARE) * GIB)
     count = made.parameters
     kept = "every token" if run.pruner == "none" else f"{run.pruner} keeping {run.retention_ratio:g}"
     lines = [f"{run.config.model_type}, {run.num_frames} frames a video, {kept}", ""]
@@ -227,7 +225,9 @@ def describe(run: Run, made: Plan, gpu_gib: float) -> str:
     lines += [f"  {part:22}{count.learning[part]:>16,}{count.frozen[part]:>16,}" for part in PARTS]
     lines += ["", f"memory of one GPU ({run.strategy.name} on {run.gpus}, {run.precision})     GiB"]
     lines += [f"  {name:40}{size / GIB:>10.2f}" for name, size in made.memory.items() if size]
-    lines += [f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({gpu_gib:g} less {_SPARE:.0%} to spare)"]
+    lines += [
+        f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({run.gpu_gib:g} less {_SPARE:.0%} to spare)"
+    ]
     if made.host:
         lines += [f"  {'host memory, per rank':40}{made.host / GIB:>10.2f}"]
     lines += ["", "tokens"]
@@ -250,28 +250,9 @@ def describe(run: Run, made: Plan, gpu_gib: float) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
+def plan(argv: Sequence[str]) -> int:
     """`stts plan`: 0 when the run fits, 1 when it does not."""
-    parser = argparse.ArgumentParser(
-        prog="stts plan",
-        usage="stts plan --config FILE.yaml [--gpus N] [--gpu_gib G] [options of stts fit]",
-        description="Memory, tokens and FLOPs of a training run, before it is started.",
-    )
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs in all; default: devices x nodes of the config")
-    parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU")
-    parser.add_argument("--model_config", type=Path, help="config.json of a model that is not on this machine")
-    parser.add_argument("--frame_size", type=_size, default=(720, 1280), help="of the video files, default 720x1280")
-    parser.add_argument("--text_tokens", type=int, default=128, help="of a conversation without its video")
-    parser.add_argument("--answer_tokens", type=int, default=32, help="how many of them are answers")
-    args, rest = parser.parse_known_args(list(argv))
-    if args.gpus < 0 or args.gpu_gib <= 0:
-        raise ValueError(f"--gpus {args.gpus} and --gpu_gib {args.gpu_gib} must be above 0")
-    run = read_run(rest, args)
+    run = read_run(argv)
     made = make_plan(run)
-    print(describe(run, made, args.gpu_gib))
-    return 0 if made.total <= args.gpu_gib * (1 - _SPARE) * GIB else 1
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width)
+    print(describe(run, made))
+    return 0 if made.total <= run.gpu_gib * (1 - _SPARE) * GIB else 1

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
 from transformers import PretrainedConfig
 
 from stts.models.checkpoints.load import recorded_options
 from stts.models.families.published import config_of
 
-from .cli import read_config
+from .cli import ReadingCLI, read_config
 from .lora import Lora
 from .parts import PARTS
 from .retention import make_retention
@@ -55,11 +55,33 @@ class Run:
     text_tokens: int
     """Of a conversation without its video."""
     answer_tokens: int
+    gpu_gib: float = 80.0
+    """Memory of one GPU."""
 
 
-def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
+class PlanCLI(ReadingCLI):
+    """The parser of `stts fit` with the questions of `stts plan`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.prog = "stts plan"
+        parser.usage = "stts plan --config FILE.yaml [--gpus N] [--gpu_gib G] [options of stts fit]"
+        parser.add_argument("--gpus", type=int, default=0, help="GPUs in all; 0: devices x nodes of the config")
+        parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU")
+        parser.add_argument("--model_config", type=Path | None, help="config.json of a model that is not here")
+        parser.add_argument("--frame_size", type=str, default="720x1280", help="of the video files, height x width")
+        parser.add_argument("--text_tokens", type=int, default=128, help="of a conversation without its video")
+        parser.add_argument("--answer_tokens", type=int, default=32, help="how many of them are answers")
+
+
+def read_run(argv: Sequence[str]) -> Run:
     """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
-    given = read_config(argv)
+    given = read_config(argv, PlanCLI)
+    if given["gpus"] < 0 or given["gpu_gib"] <= 0:
+        raise ValueError(f"--gpus {given['gpus']} and --gpu_gib {given['gpu_gib']} must be above 0")
+    height, _, width = given["frame_size"].partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ValueError(f"--frame_size {given['frame_size']} must be HEIGHTxWIDTH in pixels, such as 720x1280")
     model, data, trainer = given["model"], given["data"], given["trainer"]
     rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
     lora = model["lora"]
@@ -67,7 +89,7 @@ def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
         lora = Lora(**dict(lora))
     shapes = data["kind"] == "shapes"
     return Run(
-        config=config_of(model["model"], args.model_config),
+        config=config_of(model["model"], given["model_config"]),
         pruner=model["pruner"],
         pruner_options=_options(model),
         retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
@@ -76,15 +98,16 @@ def read_run(argv: Sequence[str], args: argparse.Namespace) -> Run:
         checkpointing=model["gradient_checkpointing"],
         precision=str(trainer["precision"] or "32-true"),
         strategy=read_strategy(trainer["strategy"]),
-        gpus=args.gpus or _devices(trainer),
+        gpus=given["gpus"] or _devices(trainer),
         accumulate=trainer["accumulate_grad_batches"],
         num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
-        frame_size=args.frame_size,
+        frame_size=(int(height), int(width)),
         video_size=_plain(model["video_size"]),
         batch_size=data["batch_size"],
         max_tokens=data["max_tokens"],
-        text_tokens=args.text_tokens,
-        answer_tokens=args.answer_tokens,
+        text_tokens=given["text_tokens"],
+        answer_tokens=given["answer_tokens"],
+        gpu_gib=given["gpu_gib"],
     )
 
 

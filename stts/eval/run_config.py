@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.budget import check_ratio
+from stts.command_line import parse_config
 from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.answering.ranks import Ranks
@@ -221,39 +221,12 @@ def notes_on_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
     )
 
 
-def parse(config: type[Any], prog: str, args: Sequence[str]) -> Mapping[str, Any]:
-    """Settings of the dataclass `config` from the command line and the YAML that `--config` names."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=config.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    parser.add_class_arguments(config, as_group=False)
-    settings: dict[str, Any] = parser.parse_args(_join_lists(config, args)).as_dict()
-    settings.pop("config", None)
-    return settings
-
-
-def _join_lists(config: type[Any], args: Sequence[str]) -> list[str]:
-    """`--pruners a b` and `--pruners a,b` become the `--pruners [a,b]` that the parser reads."""
-    hints = get_type_hints(config)
-    flags = {f"--{item.name}" for item in fields(config) if get_origin(hints[item.name]) is tuple}
-    joined: list[str] = []
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.split("=", 1)[0] in flags else [arg])]
-    while words:
-        joined.append(words.pop(0))
-        if joined[-1] in flags:
-            values = []
-            while words and not words[0].startswith("--"):
-                values.append(words.pop(0).strip("[]"))
-            joined.append(f"[{','.join(values)}]")
-    return joined
-
-
 def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Callable[[Any, Ranks], str | None]) -> int:
     """The command line of a verb: `work` does it and returns what is printed, None on ranks that print nothing.
 
     Bad input prints one line on stderr and gives 2."""
     try:
-        settings = parse(config, prog, list(sys.argv[1:] if argv is None else argv))
+        settings = parse_config(config, prog, list(sys.argv[1:] if argv is None else argv))
         shown = work(config(**settings), Ranks.from_env())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

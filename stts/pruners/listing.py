@@ -11,6 +11,7 @@ from torch import nn
 
 from stts.pruners.base import HostInfo, Pruner, Stage
 from stts.pruners.chain import Chain
+from stts.pruners.check import check_pruner
 from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.stop import SToP
 
@@ -69,6 +70,28 @@ def _line(name: str) -> PrunerLine:
         keeps=tuple(keeps),
         modules=tuple(dict.fromkeys(type(part).__module__ for part in parts)),
     )
+
+
+def pruners(name: str | None = None, /, *, check: str | None = None, matrix: bool = False) -> str | int:
+    """List the pruners, show one of them, or check your own.
+
+    Args:
+        name: show this pruner: a name as listed, or module:Class.
+        check: try the promises of this pruner, a name as listed or module:Class.
+        matrix: which pruner runs on which family.
+    """
+    if (name is not None) + (check is not None) + matrix > 1:
+        raise ValueError("stts pruners takes one of NAME, --check NAME and --matrix")
+    if matrix:
+        return (
+            f"{MATRIX.read_text(encoding='utf-8')}\nall: fit, forward and generate, as run by the tests on tiny models"
+        )
+    if check is None:
+        return describe_pruners() if name is None else describe_pruner(name)
+    promises = check_pruner(lambda host: make_pruner(check, host))
+    for promise in promises:
+        print(f"{'ok    ' if promise.ok else 'FAILED'}  {promise.name} ({promise.found})")
+    return 0 if all(promise.ok for promise in promises) else 1
 
 
 def describe_pruners() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import html
@@ -36,6 +35,20 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
+def report(*runs: Path, out: Path = Path("report.html"), samples: int = 60) -> str:
+    """Write runs as one HTML page: table, plots, times, and samples with the tokens every method kept.
+
+    Kept tokens are shown for samples that `stts compare --save_kept N` wrote.
+
+    Args:
+        runs: --out folder of `stts compare` or `stts scale`, one or more.
+        out: the file.
+        samples: how many samples to show of each run.
+    """
+    write_report(runs, out, num_samples=samples)
+    return f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)"
+
+
 def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
     """Write the report of one or more finished runs; whole or not at all."""
     if num_samples < 0:
@@ -44,21 +57,3 @@ def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
     return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in made)), made))
-
-
-def main(argv: Sequence[str]) -> int:
-    """`stts report RUN... --out report.html`."""
-    parser = argparse.ArgumentParser(
-        prog="stts report",
-        description="Write runs as one HTML page: table, plots, times, and samples with the tokens every method kept.",
-        epilog="Kept tokens are shown for samples that `stts compare --save_kept N` wrote.",
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", type=Path, help="--out folder of `stts compare` or `stts scale`"
-    )
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default: report.html)")
-    parser.add_argument("--samples", type=int, default=60, help="how many samples to show of each run (default: 60)")
-    args = parser.parse_intermixed_args(argv)
-    out = write_report(args.runs, args.out, num_samples=args.samples)
-    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
-    return 0

@@ -9,13 +9,10 @@ Shape suffixes:  T = temporal cells,  H, W = pixels,  C = 3 colour channels (RGB
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import av
 import numpy as np
@@ -66,6 +63,51 @@ class View:
         mask_G = np.zeros(self.grid.num_groups, bool)
         mask_G[self.index_K.numpy()] = True
         return mask_G.reshape(self.grid.t, self.grid.h, self.grid.w)
+
+
+def visualize(
+    video: Path,
+    /,
+    *,
+    question: str,
+    model: str,
+    pruner: str | None = None,
+    retention_ratio: float | None = None,
+    num_frames: int | None = None,
+    sampler: str | None = None,
+    positions: Positions | None = None,
+    clip: tuple[float, float] | None = None,
+    folder_fps: float = 1.0,
+    max_new_tokens: int = 32,
+    out: Path | None = None,
+) -> str:
+    """Show which tokens of one video a pruner keeps for one question.
+
+    Args:
+        video: video file, or a folder with its frames as pictures.
+        question: what to ask about it.
+        model: model folder or hub id.
+        pruner: name (see `stts pruners`) or module:Class; null: the model's own.
+        retention_ratio: fraction kept; null: the model's own, else 0.5.
+        num_frames: frames, at most; null: as the model was trained, else 16.
+        sampler: how frames are chosen; null: as trained, else uniform_inclusive.
+        positions: of kept tokens in the LLM; null: as trained.
+        clip: seconds of the video to look at, start and end.
+        folder_fps: pictures of a folder per second.
+        max_new_tokens: longest answer.
+        out: file ending in .png, .mp4 or .html; null: .png named as the video.
+    """
+    out = out or Path(video.stem + ".png")
+    if out.suffix not in _CHOICES:
+        raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
+    if num_frames == 0 or min(num_frames or 1, max_new_tokens) < 1:
+        raise ValueError("--num_frames and --max_new_tokens must be at least 1")
+    view = look(
+        video, question=question, model=model, pruner=pruner, retention_ratio=retention_ratio, num_frames=num_frames,
+        sampler=sampler, positions=positions, clip=clip, folder_fps=folder_fps, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    write_view(view, out)
+    return f"wrote {out}: {_counts(view)}; says {json.dumps(view.said)}, dense {json.dumps(view.said_dense)}"
 
 
 def look(
@@ -244,36 +286,3 @@ def write_view(view: View, out: Path) -> Path:
         else:
             draw_film(view, part)
     return out
-
-
-def main(argv: Sequence[str]) -> int:
-    """`stts visualize VIDEO --question ... --model FOLDER [--pruner NAME] [--out x.png|.mp4|.html]`."""
-    parser = argparse.ArgumentParser(
-        prog="stts visualize", description="Show which tokens of one video a pruner keeps for one question."
-    )
-    parser.add_argument("video", type=Path, help="video file, or a folder with its frames as pictures")
-    parser.add_argument("--question", required=True, help="what to ask about it")
-    parser.add_argument("--model", required=True, help="model folder or hub id")
-    parser.add_argument("--pruner", help="name (see `stts pruners`) or module:Class (default: the model's own)")
-    parser.add_argument("--retention_ratio", type=float, help="fraction kept (default: the model's own, else 0.5)")
-    parser.add_argument("--num_frames", type=int, help="frames, at most (default: as the model was trained, else 16)")
-    parser.add_argument("--sampler", help="how frames are chosen (default: as trained, else uniform_inclusive)")
-    parser.add_argument(
-        "--positions", choices=get_args(Positions), help="of kept tokens in the LLM (default: as trained)"
-    )
-    parser.add_argument("--clip", type=float, nargs=2, metavar=("START", "END"), help="seconds of the video to look at")
-    parser.add_argument("--folder_fps", type=float, default=1.0, help="pictures of a folder per second (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default: 32)")
-    parser.add_argument(
-        "--out", type=Path, help="file ending in .png, .mp4 or .html (default: .png named as the video)"
-    )
-    args = vars(parser.parse_args(argv))
-    out = args.pop("out") or Path(args["video"].stem + ".png")
-    if out.suffix not in _CHOICES:
-        raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
-    if args["num_frames"] == 0 or min(args["num_frames"] or 1, args["max_new_tokens"]) < 1:
-        raise ValueError("--num_frames and --max_new_tokens must be at least 1")
-    view = look(**args)
-    write_view(view, out)
-    print(f"wrote {out}: {_counts(view)}; says {json.dumps(view.said)}, dense {json.dumps(view.said_dense)}")
-    return 0

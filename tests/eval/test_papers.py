@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from stts.command_line import parse_config
 from stts.eval.answering.questions import open_tasks
 from stts.eval.benchmarks.tasks import SUITES, TASKS
 from stts.eval.compare import CompareConfig, main
-from stts.eval.run_config import parse
 from stts.pruners.registry import PRUNERS
 from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_longvideobench, test_mlvu, test_videomme
@@ -23,7 +23,9 @@ PAPERS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_file_needs_model_data_and_out_only(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     given = ["--model", str(tiny_folder), "--data_root", str(tmp_path), "--out", str(tmp_path / "out")]
-    config = CompareConfig(**parse(CompareConfig, "stts compare", ["--config", str(FOLDER / f"{name}.yaml"), *given]))
+    config = CompareConfig(
+        **parse_config(CompareConfig, "stts compare", ["--config", str(FOLDER / f"{name}.yaml"), *given])
+    )
     tasks = [task for entry in config.tasks for task in SUITES.get(entry, (entry,))]
     assert set(tasks) <= set(TASKS) and set(config.pruners) <= set(PRUNERS)
     for task in tasks:

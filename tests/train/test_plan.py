@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import weakref
 from dataclasses import replace
@@ -40,8 +39,7 @@ NAMES = {
 
 def recipe(name: str, *argv: str, gpus: int = 8) -> Run:
     """The run of a recipe of this repository."""
-    given = {"gpus": gpus, "model_config": None, "frame_size": (720, 1280), "text_tokens": 128, "answer_tokens": 32}
-    return read_run(["--config", str(ROOT / "configs" / f"{name}_stts.yaml"), *argv], argparse.Namespace(**given))
+    return read_run(["--config", str(ROOT / "configs" / f"{name}_stts.yaml"), "--gpus", str(gpus), *argv])
 
 
 def tiny_run(
@@ -253,5 +251,6 @@ def test_an_unknown_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_impossible_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert stts.cli.main(["plan", "--gpu_gib", "0"]) == 2
+    config = str(ROOT / "configs" / "molmo2_4b_stts.yaml")
+    assert stts.cli.main(["plan", "--config", config, "--gpu_gib", "0"]) == 2
     assert "must be above 0" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""The console entry: verbs, words on the command line, and how quickly help comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stts
+from stts.cli import VERBS, main
+from stts.command_line import join_words, parse, run
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_load_neither_torch_nor_the_parser(option: str) -> None:
+    call = f"from stts.cli import main; main([{option!r}])"
+    code = f"{call}; import sys; print({{'torch', 'jsonargparse'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {verb} " in text for verb in VERBS) and max(map(len, text.splitlines())) <= 120
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"stts {stts.__version__}\n"
+
+
+def test_a_wrong_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compair"]) == 2
+    assert "did you mean 'compare'?" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    code = "import sys; from stts.cli import main; sys.exit(main(['pruners']))"
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    assert running.stderr.read() == "" and running.wait() == 141
+
+
+def example(
+    video: Path, /, *, names: tuple[str, ...] = (), span: tuple[float, float] | None = None, merge: bool = False
+) -> str:
+    """Say what came.
+
+    Args:
+        video: a file.
+        names: any number.
+    """
+    return f"{video} {names} {span} {merge}"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["a.mp4"], "a.mp4 () None False"),
+        (["a.mp4", "--names", "x", "y", "--merge"], "a.mp4 ('x', 'y') None True"),
+        (["--names=x,y", "--merge", "false", "a.mp4"], "a.mp4 ('x', 'y') None False"),
+        (["a.mp4", "--span", "1", "2.5"], "a.mp4 () (1.0, 2.5) False"),
+    ],
+)
+def test_a_signature_is_a_command_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(example, "stts example", words) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_options_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(example, "stts example", ["a.mp4", "--nam", "x"])
+    assert "--nam" in capsys.readouterr().err
+
+
+def test_other_words_stay_as_they_are() -> None:
+    assert join_words({"names": tuple[str, ...], "merge": bool}, ["--out", "--names", "[a,b]", "--merge=no"]) == [
+        "--out", "--names", "[a,b]", "--merge", "no",
+    ]  # fmt: skip
