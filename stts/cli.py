@@ -11,10 +11,7 @@ from collections.abc import Sequence
 import stts
 
 VERBS = {  # verb -> what it does, and the function that does it
-    "init": (
-        "write an untrained small LLaVA-OneVision for ShapesQA",
-        "stts.models.checkpoints.shapes_vlm:write_small_vlm",
-    ),
+    "init": ("write an untrained small VLM for ShapesQA", "stts.models.checkpoints.shapes_vlm:write_small_vlm"),
     "data shapes": ("write ShapesQA, a synthetic video QA set: --out DIR", "stts.data.shapes.files:shapes"),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", "stts_train.cli:fit"),
     "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", "stts_train.plan:plan"),

@@ -214,7 +214,7 @@ FAMILY_ROOMS = (
 )  # fmt: skip
 # Words with a family's name in them that name something else: a data set, a suite, a release, another project's grader.
 NOT_A_FAMILY = {
-    "stts/cli.py": "from_llava_video|checkpoints.llava_video|convert_llava_video|LLaVA-Video",  # a verb's option
+    "train/publish.py": "from_llava_video|checkpoints.llava_video|convert_llava_video|LLaVA-Video",  # a verb's option
     "stts/data/rows.py": "LLaVA-Video-178K",
     "stts/data/video/samplers.py": "LLaVA-Video loader",
     "stts/eval/run_config.py": "molmo2_13",
