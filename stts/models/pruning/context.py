@@ -309,6 +309,7 @@ class Pruning:
             names,
             blank=blank,
             expand=expand,
+            row_ids=stock[1].get("input_ids") if expand > 1 else None,
             chunk_frames=self.chunk_frames if in_pieces else None,
             notify=self._listener,
         )

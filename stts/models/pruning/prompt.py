@@ -47,6 +47,8 @@ class Prompt:
         self._positions: Positions = positions
         self._stages, self._decide = stages, decide
         self._layers: Prefill | None = None
+        self._sequence_BL: Tensor | None = None
+        """Number of the sample that each place belongs to, where the caller packed several into a row."""
 
     def shorten(self, llm: Any, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
         """Inputs of the language model `llm` for the survivors; `seen`: slots its cache holds already.
@@ -64,6 +66,8 @@ class Prompt:
                 "lengths; leave it off"
             )
         x_BLD, keep_BL = kwargs["inputs_embeds"], self._placed.keep_BL
+        if self._mask_BL is None:  # as the stock code does, which sees packed samples only where there is no mask
+            self._sequence_BL = packed_samples(kwargs.get("position_ids"), x_BLD)
         real_BL = torch.ones_like(keep_BL) if self._mask_BL is None else self._mask_BL.bool()
         keep_BL = real_BL & keep_BL
         position_BL, next_B = self._place(llm, x_BLD, kwargs.get("position_ids"), real_BL, keep_BL)
@@ -71,6 +75,11 @@ class Prompt:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (llm.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=llm.config)  # stock, made here to know it
+        if cache is not None and self._sequence_BL is not None:
+            raise ValueError(
+                "position_ids start anew inside a row, so it packs several samples, but a cache cannot tell them "
+                "apart; pass use_cache=False, or one sample per row"
+            )
         if cache is None:
             return kwargs | self._pack(llm, x_BLD, position_BL, keep_BL)
         return kwargs | self._pad(llm, x_BLD, position_BL, real_BL, keep_BL, cache, next_B)
@@ -111,7 +120,7 @@ class Prompt:
         rotary_BL = position_BL[-3:] if position_BL.dim() == 3 else position_BL  # four rows: the first only counts text
         next_B = rotary_BL.masked_fill(~real_BL, 0).amax(-1).view(-1, rows).amax(0) + 1
         if self._positions == "compact":
-            position_BL = keep_BL.cumsum(1).sub(1).clamp_min(0)
+            position_BL = renumber(keep_BL, self._sequence_BL)
             next_B = keep_BL.sum(1)
         limit: int = llm.config.max_position_embeddings
         if self._positions == "original" or length > limit:  # else nothing can be too long, and nobody needs to wait
@@ -158,8 +167,10 @@ class Prompt:
         placed, (rows, length) = self._placed, self._placed.keep_BL.shape
         video_RM, cell_RM = (x.flatten()[full_RM] for x in (placed.video_BL, placed.cell_BL))
         both_RM = None if placed.both_BL is None else placed.both_BL.flatten()[full_RM]
-        packed = left is None
-        return Slots(full_RM, full_RM // length, valid_RM, video_RM, cell_RM, both_RM, rows, length, packed, bool(left))
+        packed, row_RM = left is None, full_RM // length
+        if self._sequence_BL is not None:
+            row_RM, rows = self._sequence_BL.flatten()[full_RM], int(self._sequence_BL.max()) + 1
+        return Slots(full_RM, row_RM, valid_RM, video_RM, cell_RM, both_RM, rows, length, packed, bool(left))
 
     def _check_window(self, length_B: Tensor, limit: int, real_BL: Tensor, *, renumbers: bool) -> None:
         """ValueError when positions go beyond those the language model was made for.
@@ -192,3 +203,38 @@ class Prompt:
             f"the prompt has {int(kept_B.max())} tokens after pruning and positions up to {longest - 1}, but the "
             f"language model's window is {limit} (max_position_embeddings): {advice}"
         )
+
+
+def packed_samples(position_BL: Tensor | None, x_BLD: Tensor) -> Tensor | None:
+    """int64 (B, L): number of the sample at each place, counted over all rows, where the caller packed several into a
+    row; None where each row is one.
+
+    position_BL: the caller's (B, L), or (4, B, L) whose first row counts text; a new sample begins wherever the next
+    position is not one more, as in transformers' `find_packed_sequence_indices`. ValueError for packed rows with three
+    rows of mrope positions alone: in them the stock code sees no boundary, and samples would see each other."""
+    if position_BL is None:
+        return None
+    if position_BL.dim() == 3 and len(position_BL) == 3:
+        if bool((position_BL == 0).all(0)[:, 1:].any()):
+            raise ValueError(
+                "position_ids start anew inside a row, so it packs several samples, but three rows of mrope positions "
+                "do not say so to the attention; pass four, with the text positions first, or one sample per row"
+            )
+        return None
+    text_BL = (position_BL[0] if position_BL.dim() == 3 else position_BL).expand(x_BLD.shape[:2])
+    begins_BL = text_BL.diff(prepend=text_BL[:, :1] - 1) != 1
+    if not bool(begins_BL.any()):
+        return None
+    begins_BL[:, 0] = True
+    return begins_BL.flatten().cumsum(0).sub(1).view_as(begins_BL)
+
+
+def renumber(keep_BL: Tensor, sequence_BL: Tensor | None) -> Tensor:
+    """int64 (B, L) positions that count kept places, from 0 in every row, or in every sample of a row."""
+    if sequence_BL is None:
+        return keep_BL.cumsum(1).sub(1).clamp_min(0)
+    keep_N, sequence_N = keep_BL.flatten().long(), sequence_BL.flatten()
+    count_N = keep_N.cumsum(0)
+    lengths_S = torch.zeros_like(sequence_N).index_add(0, sequence_N, keep_N)  # samples never outnumber places
+    before_S = lengths_S.cumsum(0) - lengths_S
+    return (count_N - 1 - before_S[sequence_N]).clamp_min(0).view_as(keep_BL)

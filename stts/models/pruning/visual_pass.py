@@ -43,12 +43,14 @@ class VisualPass(PassVideos):
         *,
         blank: bool = False,
         expand: int = 1,
+        row_ids: Tensor | None = None,
         chunk_frames: int | None = None,
         notify: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
         """blank: the only video is one blank frame of a training pass without video. It runs through everything with
         weight zero, so that every rank calls the same modules and every parameter has a (zero) gradient.
-        expand: rows per row of the input ids (beams, samples). chunk_frames: go through the videos in pieces of so many
+        expand: rows per prompt (beams, samples); row_ids: int64 ids of all of them, which without a cache differ behind
+        the prompt. chunk_frames: go through the videos in pieces of so many
         frames; None: all at once. notify: told where a phase begins."""
         if blank:
             budgets = [[Budget(visual.grids[0].num_groups, 1.0, True)] for _ in setup.sites.all]
@@ -57,6 +59,7 @@ class VisualPass(PassVideos):
         self.prompt: Prompt | None = None
         """Once survivors are placed in it."""
         self.blank, self.expand, self.chunk_frames, self.notify = blank, expand, chunk_frames, notify
+        self._row_ids = row_ids
         self.num_videos = 0 if blank else len(self.grids)
         """Videos that the prompt shows."""
         self._llm_fields: list[dict[str, Any]] = [{} for _ in self.grids]
@@ -175,13 +178,22 @@ class VisualPass(PassVideos):
         if self.blank:
             kwargs["inputs_embeds"] = kwargs["inputs_embeds"] + 0 * sum(x_Kd.sum() for x_Kd in everything)
         if self.expand > 1:
-            kwargs["inputs_embeds"] = kwargs["inputs_embeds"].repeat_interleave(self.expand, 0)
+            kwargs["inputs_embeds"] = self._expand_rows(kwargs["inputs_embeds"])
             placed = placed.repeat(self.expand, num_videos)
         self.prompt = Prompt(placed, mask_BL, setup.positions, setup.sites.llm, self._decide_in_llm)
         self.report.grids, self.report.scores = self.grids[:num_videos], self.report.scores[:num_videos]
         self._report_cells()
         self.report.llm_counts = [[n] * (1 + len(self.report.llm_cuts)) for n in self.report.num_kept]
         return kwargs
+
+    def _expand_rows(self, x_BLd: Tensor) -> Tensor:
+        """Each prompt once per beam, with the tokens that this beam has generated."""
+        x_BLd = x_BLd.repeat_interleave(self.expand, 0)
+        if self._row_ids is None:
+            return x_BLd
+        first_BL = self._row_ids[:: self.expand].repeat_interleave(self.expand, 0)
+        own_BLd = self.setup.adapter.inner.get_input_embeddings()(self._row_ids)
+        return torch.where((self._row_ids != first_BL)[..., None], own_BLd.to(x_BLd), x_BLd)
 
     def shorten(self, llm: Any, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
         """Inputs of the language model for the survivors, see `Prompt.shorten`."""
