@@ -192,7 +192,8 @@ class VisualPass(PassVideos):
         if self._row_ids is None:
             return x_BLd
         first_BL = self._row_ids[:: self.expand].repeat_interleave(self.expand, 0)
-        own_BLd = self.setup.adapter.inner.get_input_embeddings()(self._row_ids)
+        inner: Any = self.setup.adapter.inner
+        own_BLd = inner.get_input_embeddings()(self._row_ids)
         return torch.where((self._row_ids != first_BL)[..., None], own_BLd.to(x_BLd), x_BLd)
 
     def shorten(self, llm: Any, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
