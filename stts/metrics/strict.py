@@ -21,7 +21,7 @@ search.
 * Negation also follows a letter ("A is wrong", "B and C are incorrect") and holds for every letter joined to it.
 * "A" before a word is an article unless that word can follow a name ("A is", "A seems", "A best describes", "A in my
   opinion"), whatever verb the sentence holds: "A man is walking" names nothing. In "(A)" and "option A" it
-  is never an article.
+  is never an article. "I" is the pronoun unless a verb of the third person follows.
 * Letters of abbreviations ("U.S.", "5 P.M.") and in front of a hyphen ("T-shirt") name nothing.
 * Options beyond the 26th are AA, AB, ...
 """
@@ -47,7 +47,7 @@ _MARKED = (
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
 _LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:bf|rm|it|sf)?|emph|underline|bm)\s*\{([^{}]*)\}")
 _MATHS = re.compile(r"\\[()\[\]]|\$(?=[A-Za-z(\\][^$]*\$)|(?<=[A-Za-z)}])\$")
-_HTML = re.compile(r"<(b|i|u|em|strong|p|span|code|mark|h[1-6]|li)\b[^<>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
+_HTML = re.compile(r"<(b|i|u|em|strong|p|span|code|mark|h[1-6]|li)\b[^<>]*>([^<>]*)</\1\s*>", re.DOTALL | re.IGNORECASE)
 _TOKENS = re.compile(r"<\|[^<>|]*\|>|</?s>|<br\s*/?>", re.IGNORECASE)
 _EMPHASIS = re.compile(r"(?<![A-Za-z0-9])[*_`]+|[*_`]+(?![A-Za-z0-9])")
 _SINGLE_QUOTE = re.compile(r"(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
@@ -61,8 +61,9 @@ _ENDS = " \t\r\n.,;:!?)"
 
 def answer_text(text: str) -> str:
     """The answer without reasoning and markup; "" where reasoning was cut off. See the module."""
-    text = _BLOCK.sub(" ", unicodedata.normalize("NFKC", text))
-    text = _CLOSES.split(text)[-1]  # the prompt may hold the opening tag
+    text = unicodedata.normalize("NFKC", text)
+    if _CLOSES.search(text):
+        text = _CLOSES.split(_BLOCK.sub(" ", text))[-1]  # the prompt may hold the opening tag
     if _OPENS.search(text):
         return ""
     for marked in _MARKED:
@@ -178,7 +179,7 @@ def _hide(text: str, options: Sequence[str] | dict[str, int]) -> str:
 def _spot(option: str, text: str) -> str | None:
     """`option` where it stands in `text` as whole words, and not only behind a "not"."""
     spots = re.finditer(rf"(?<![a-z0-9]){re.escape(option)}(?![a-z0-9])", text)
-    affirmed = any(not _BEFORE.search(re.sub(r"\b(?:an?|the) \Z", "", text[: spot.start()])) for spot in spots)
+    affirmed = any(not _BEFORE.search(re.sub(r"\b(?:an?|the) \Z", "", _before(text, spot.start()))) for spot in spots)
     return option if affirmed else None
 
 
@@ -188,7 +189,7 @@ def _named(text: str, names: Sequence[str]) -> str | None:
     runs = _runs(text, size)
     affirmed = [run for run in runs if not _negated(text, run)]
     for run in affirmed:
-        if _CHOSEN.search(text[: run[0].start()]):
+        if _CHOSEN.search(_before(text, run[0].start())):
             return _only({mention[1] for mention in run}, names)
     name = "[A-Za-z]" if size == 1 else f"(?:[A-Za-z]|[A-Z]{{2,{size}}})"
     first = re.match(rf"\(?({name})(?:[).:](?![A-Za-z]\.)|$)", text, re.MULTILINE)
@@ -197,7 +198,9 @@ def _named(text: str, names: Sequence[str]) -> str | None:
         joined = re.match(r"\W*(?:(?:or|and|nor)\W+|[/&,(]\W*)[A-Za-z](?![A-Za-z])", text[first.end() :])
         if not joined and {letter.upper() for letter in listed} <= {first[1].upper()}:
             return first[1].upper() if first[1].upper() in names else ""
-    found = {mention[1] for run in affirmed for mention in run} & set(names)
+    # "N/A" and "A or E" of four options name none of them.
+    named = [{mention[1] for mention in run} for run in affirmed]
+    found = {letter for run in named if run <= set(names) for letter in run}
     return _only(found, names) if found else None
 
 
@@ -222,15 +225,20 @@ def _runs(text: str, size: int) -> list[list[re.Match[str]]]:
 
 def _is_word(text: str, mention: re.Match[str]) -> bool:
     """Whether this "A" is an article, or this "I" the pronoun."""
-    before, after = text[: mention.start()], text[mention.end() :]
+    before, after = _before(text, mention.start()), text[mention.end() :]
     if re.search(rf"(?:\(|(?<![a-z]){_LABEL})\Z", before, re.IGNORECASE):
         return False
     follows = _AFTER_NAME if mention[1] == "A" else _VERB
     return mention[1] in "AI" and bool(re.match(rf"[^\S\n]+(?!{follows}){_LOWER}", after))
 
 
+def _before(text: str, place: int) -> str:
+    """What stands close before `place`, so that a long answer costs no more per letter than a short one."""
+    return text[max(0, place - 120) : place]
+
+
 def _negated(text: str, run: Sequence[re.Match[str]]) -> bool:
-    return bool(_BEFORE.search(text[: run[0].start()]) or _AFTER.match(text[run[-1].end() :]))
+    return bool(_BEFORE.search(_before(text, run[0].start())) or _AFTER.match(text[run[-1].end() :]))
 
 
 # --- yes, no and captions -------------------------------------------------------------------------------------------

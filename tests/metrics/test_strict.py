@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 
 import pytest
 from hypothesis import given
@@ -199,6 +200,8 @@ def test_reasoning_that_was_cut_off_is_no_answer(tag: str, text: str) -> None:
         ("It is not red but blue", ("red", "blue"), "B"),
         ("It is not red", ("red", "blue"), ""),
         ("not a red car", ("red car", "blue car"), ""),
+        ("N/A", FOUR, ""),
+        ("A or E", FOUR, ""),
         ("at 5 P.M.", ("x",) * 20, ""),
         ("a T-shirt", ("x",) * 20, ""),
         ("2*3", ("23", "2*3"), "B"),
@@ -216,6 +219,15 @@ def test_reasoning_that_was_cut_off_is_no_answer(tag: str, text: str) -> None:
 )
 def test_words_and_texts(text: str, options: tuple[str, ...], letter: str) -> None:
     assert strict(text, options) == letter
+
+
+@pytest.mark.parametrize(
+    "part", ["A, ", "A or B. C is wrong, ", "the answer is ", "<b>", "<think>", "(", "*", "not ", "{"]
+)
+def test_a_long_answer_takes_no_long_time(part: str) -> None:
+    begin = time.perf_counter()
+    strict(part * (12_000 // len(part)), FOUR)
+    assert time.perf_counter() - begin < 5, "a second where the time grows with the length, minutes with its square"
 
 
 def test_names_of_options() -> None:
