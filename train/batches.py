@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,14 +24,17 @@ _WINDOW = 1024  # shuffled samples packed together, and as many more for every 3
 
 
 class Collate:
-    """A batch from items, also when every one of them was skipped; picklable for loader workers."""
+    """A batch from items, also when every one of them was skipped; picklable for loader workers.
 
-    def __init__(self, collator: Collator, on_error: OnError = "raise") -> None:
-        self.collator, self.on_error = collator, on_error
+    pixel_dtype: of pixel values; None: as the processor makes them, fp32."""
+
+    def __init__(self, collator: Collator, on_error: OnError = "raise", pixel_dtype: torch.dtype | None = None) -> None:
+        self.collator, self.on_error, self.pixel_dtype = collator, on_error, pixel_dtype
 
     def __call__(self, items: Items) -> Batch:
         batch, skipped = make_batch(self.collator, items, self.on_error)
-        return batch or self.collator.blank(skipped)
+        batch, dtype = batch or self.collator.blank(skipped), self.pixel_dtype
+        return batch if dtype is None else batch.with_pixels(lambda pixels: pixels.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class ResumableLoader:
     `per_step` batches make one optimizer step. They are read before the first of them is handed out, so that each can
     be weighed by its share of the whole step; what does not fill a step is left out. `epoch_ends` is called with the
     number of an epoch when its last batch has been read. `fork`: workers start by forking, whatever the platform's
-    default; a frame cache needs that."""
+    default; a frame cache needs that. `pin`: batches come in page-locked memory."""
 
     def __init__(
         self,
@@ -131,8 +136,9 @@ class ResumableLoader:
         per_step: int = 1,
         epoch_ends: Callable[[int], None] | None = None,
         fork: bool = False,
+        pin: bool = False,
     ) -> None:
-        self.epoch_ends, self.fork = epoch_ends, fork
+        self.epoch_ends, self.fork, self.pin = epoch_ends, fork, pin
         self.dataset, self.order, self.collate, self.num_workers = dataset, order, collate, num_workers
         self.per_step = per_step
         self.epoch = self.position = 0
@@ -152,20 +158,39 @@ class ResumableLoader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=outlive_signals,
+            pin_memory=self.pin,
             multiprocessing_context="fork" if self.fork and self.num_workers else None,
         )
-        step: list[Batch] = []
-        for batch in loader:
-            step.append(batch)
-            if len(step) == self.per_step:
-                tokens, videos = (sum(b.num_answer_tokens for b in step), sum(b.num_videos for b in step))
-                for place, part in enumerate(step):
-                    self.position += 1
-                    if self.position == self._length and self.epoch_ends is not None:
-                        self.epoch_ends(self.epoch)  # here: nobody asks for more than the last batch
-                    yield replace(part, step=Step(tokens, videos, len(step), place))
-                step = []
+        steps = self._steps(iter(loader))
+        batches_of, counts = next(steps, ([], []))
+        while batches_of:
+            following: tuple[list[Batch], list[Step]] = [], []
+            for place, count in enumerate(counts):
+                batch, batches_of = batches_of[0], batches_of[1:]
+                if place + 1 < len(counts):
+                    yield self._next(replace(batch, step=count))
+                    continue
+                if self.order.world_size > 1:  # ranks tell each other of the next step at the end of this one
+                    following = next(steps, following)
+                if following[1]:
+                    tokens, videos = following[1][0].num_tokens, following[1][0].num_videos
+                    count = replace(count, has_next=True, next_tokens=tokens, next_videos=videos)
+                yield self._next(replace(batch, step=count))
+            batches_of, counts = following if self.order.world_size > 1 else next(steps, ([], []))
+
+    def _steps(self, batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], list[Step]]]:
+        """The batches of one optimizer step after the other, and the counts that go with each."""
+        is_first = True
+        while step := list(islice(batches, self.per_step)):
+            yield step, Step.of(step, is_first=is_first)
+            is_first = False
+
+    def _next(self, batch: Batch) -> Batch:
+        self.position += 1
+        if self.position == self._length and self.epoch_ends is not None:
+            self.epoch_ends(self.epoch)  # here: nobody asks for more than the last batch
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -174,9 +199,11 @@ class ResumableLoader:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A scheduler signals every process of a job; the run still needs its batches to finish the step and save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(worker: int) -> None:
+    """For a loader worker: a scheduler, or Ctrl-C, signals every process of a job; the run still needs its batches to
+    finish the step and save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 Items = Sequence[Example | Skipped]

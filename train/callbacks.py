@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from stts.data.collate import Batch
+
+from .console import print_rank_zero
 
 
 class ProgressLines(pl.Callback):
@@ -40,13 +42,13 @@ class ProgressLines(pl.Callback):
         losses = " ".join(f"{name[6:]} {values[name].item():.4f}" for name in values if name.startswith("train/"))
         kept = f" kept {values['retention_measured'].item():.3f}" if "retention_measured" in values else ""
         total = trainer.estimated_stepping_batches
-        line(f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step")
+        print_rank_zero(f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if values and not trainer.sanity_checking:
             shown = "  ".join(f"{name[4:]} {value.item():.4f}" for name, value in values.items())
-            line(f"validation at step {trainer.global_step}:  {shown}")
+            print_rank_zero(f"validation at step {trainer.global_step}:  {shown}")
 
 
 class SkipList(pl.Callback):
@@ -117,16 +119,10 @@ class Export(pl.Callback):
             self._write(pl_module, "model")
 
     def _write(self, pl_module: Any, name: str) -> None:
-        line(f"wrote {pl_module.export(self.out / name)}")
+        print_rank_zero(f"wrote {pl_module.export(self.out / name)}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-
-
-@rank_zero_only
-def line(text: str) -> None:
-    """One line for people, at once: a log that is read while the run goes on must not wait in a buffer."""
-    print(text, flush=True)

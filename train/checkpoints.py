@@ -18,12 +18,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from .console import print_rank_zero
+
 FOLDER = "checkpoints"
 _UNFINISHED = ".unfinished-"
 
 
 class Stopped(Exception):
-    """The run was told to stop (SIGTERM), saved itself, and can go on."""
+    """The run was told to stop (SIGTERM, or Ctrl-C), saved itself, and can go on."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def strategy_name(trainer: pl.Trainer) -> str:
 
 class Checkpoints(Checkpoint):
     """Saves every `every_n_steps` optimizer steps (0: never in between), at each best validation accuracy, at the end,
-    and on SIGTERM, where all ranks stop together after the step they are in; keeps the newest `keep` and the best."""
+    and on SIGTERM or Ctrl-C, where all ranks stop together after the step they are in; keeps the newest `keep` and the
+    best."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], every_n_steps: int, keep: int, resumed: bool) -> None:
         if keep < 1 or every_n_steps < 0:
@@ -140,7 +143,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.settings = out / FOLDER, settings
         self.every_n_steps, self.keep, self.resumed = every_n_steps, keep, resumed
         self.best = -1.0
-        self._step, self._told_to_stop = 0, False
+        self._step, self._before = 0, signal.getsignal(signal.SIGINT)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Clear what an earlier run left: unfinished folders, and, when this one starts anew, its checkpoints."""
@@ -154,21 +157,26 @@ class Checkpoints(Checkpoint):
                 self.folder.rename(aside)
         trainer.strategy.barrier()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._step, self._before = trainer.global_step, signal.getsignal(signal.SIGINT)
+
+        def stop(number: int, _: Any) -> None:
+            pl_module.losses.stop_requested = True
+            signal.signal(signal.SIGINT, self._before)  # once more ends the process at once
+            if number == signal.SIGINT:
+                print_rank_zero("saving after this step; Ctrl-C again ends the run at once, without saving")
+
         # In place of Lightning's handler, which starts a collective in the middle of whatever the rank is doing.
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self._told_to_stop = True
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:  # between two batches of one step
             return
-        self._step = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        self._step, stop = trainer.global_step, pl_module.losses.stop  # of any rank, equal on all
         if stop or (self.every_n_steps and self._step % self.every_n_steps == 0):
             self._save(trainer, f"step-{self._step:08d}")
         if stop:

@@ -19,8 +19,9 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import strategies  # noqa: F401  (its short names)
-from .callbacks import Export, ProgressLines, SkipList, line
+from .callbacks import Export, ProgressLines, SkipList
 from .checkpoints import Checkpoints, Stopped, check_fits, choose, settings_of
+from .console import print_rank_zero
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
@@ -158,16 +159,16 @@ def fit(argv: Sequence[str]) -> int:
                 config = read_config(argv)
                 code = fit(rehearsal(argv, config, Path(scratch)))
             if code == 0:
-                line(f"rehearsed, and removed; {not_rehearsed(config)}")
+                print_rank_zero(f"rehearsed, and removed; {not_rehearsed(config)}")
             return code
         cli = make_cli(argv)
         if cli.saved is not None:
             check_fits(cli.saved, cli.trainer)
         if cli.why:
-            line(cli.why)
+            print_rank_zero(cli.why)
         _train(cli)
     except Stopped as stopped:
-        line(str(stopped))
+        print_rank_zero(str(stopped))
         return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

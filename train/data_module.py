@@ -8,19 +8,21 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from stts.data.collate import Collator
+from stts.data.collate import Batch, Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.mixture import Mixture, Source, weights_of
 from stts.data.rows import OnError, Samples
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.data.video.cache import FrameCache
 
-from .batches import Collate, Order, Phase, ResumableLoader, _outlive_sigterm
-from .callbacks import line
+from .batches import Collate, Order, Phase, ResumableLoader, outlive_signals
+from .console import print_rank_zero
 from .lengths import _TokenCounts
+from .precision import PIXEL_DTYPES
 
 
 class VideoData(pl.LightningDataModule):
@@ -159,7 +161,7 @@ class VideoData(pl.LightningDataModule):
         loader = ResumableLoader(
             self.train_data,
             order,
-            Collate(collator, self.on_error),
+            self._collate(),
             self.num_workers,
             per_step,
             self._tell,
@@ -172,7 +174,7 @@ class VideoData(pl.LightningDataModule):
             )
         if len(self.sources) > 1 and self.mixture is not None:
             for source, count, rows in zip(self.sources, self.mixture.counts, self.mixture.sizes, strict=True):
-                line(f"data: {count} samples per epoch of the {rows} rows of {source.path}")
+                print_rank_zero(f"data: {count} samples per epoch of the {rows} rows of {source.path}")
         return loader
 
     def _tell(self, epoch: int) -> None:
@@ -183,7 +185,9 @@ class VideoData(pl.LightningDataModule):
         lookups, hits = self.cache.lookups - self._told[0], self.cache.hits - self._told[1]
         self._told = self.cache.lookups, self.cache.hits
         held_mib = self.cache.used_bytes / 2**20
-        line(f"epoch {epoch}: {hits} of {lookups} videos came from the frame cache, which holds {held_mib:.0f} MiB")
+        print_rank_zero(
+            f"epoch {epoch}: {hits} of {lookups} videos came from the frame cache, which holds {held_mib:.0f} MiB"
+        )
         for logger in self.trainer.loggers:
             logger.log_metrics({"frame_cache_hit_rate": hits / lookups}, step=self.trainer.global_step)
 
@@ -194,15 +198,27 @@ class VideoData(pl.LightningDataModule):
         return DataLoader(
             self.val_data,
             batch_sampler=order.batches(0),
-            collate_fn=Collate(self._collator(), self.on_error),
+            collate_fn=self._collate(),
             num_workers=self.num_workers,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=outlive_signals,
         )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
 
     def _order(self, num_samples: int, **settings: Any) -> Order:
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return Order(num_samples, seed=self.seed, rank=rank, world_size=world_size, **settings)
+
+    @property
+    def _pins(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"
+
+    def _collate(self) -> Collate:
+        assert self.trainer is not None
+        return Collate(self._collator(), self.on_error, PIXEL_DTYPES.get(str(self.trainer.precision)))
 
     def _collator(self) -> Collator:
         assert self.trainer is not None

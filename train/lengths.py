@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers.video_utils import VideoMetadata
 
+from stts.budget import plan
 from stts.data.collate import Collator
 from stts.data.rows import OnError, Sample, Samples
 from stts.data.video.samplers import most_frames
+from stts.models.pruning.context import Pruning
+from stts.pruners.base import soft_in_training
 from stts.tokens import Grid
 
 
@@ -42,6 +45,23 @@ def num_placed_tokens(processor: Any, grid: Grid, num_frames: int) -> int:
     }
     text = processor.replace_video_token(video, 0)
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def planned_tokens(processor: Any, pruning: Pruning, retention_ratio: float, num_frames: int) -> int:
+    """LLM tokens of a video after pruning, with newlines, frame marks and times, as planned: known before the forward
+    pass, because training uses exact budgets.
+
+    Where resolution is free (Qwen), of the largest frame that the processor's limits allow, at times late in a long
+    video: an upper bound, and a loose one unless `size` in the processor's config is set for training."""
+    grid, host = pruning.adapter.grid(num_frames), pruning.adapter.host
+    if host.patches_per_frame == 0:
+        grid = largest_grid(processor, grid, num_frames)
+    placed = num_placed_tokens(processor, grid, num_frames)
+    sites = [stage.site for stage in pruning.pruner.stages]
+    planned = plan(sites, retention_ratio, [grid], host.llm_layers)
+    soft = any(soft_in_training(stage) for stage in pruning.pruner.stages)
+    kept = planned[-1][0].num_kept if planned and not soft else grid.num_groups
+    return int(placed - grid.num_groups + kept)
 
 
 _COUNTED_AT_ONCE = 1024  # samples whose tokens are counted in one piece of work for a loader process

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stts.budget import plan
-from stts.data.collate import IGNORED, Batch
+from stts.data.collate import Batch
 from stts.models.checkpoints.load import (
     as_recorded,
     load_pruner,
@@ -31,18 +26,22 @@ from stts.models.checkpoints.load import (
     pruner_settings,
     recorded_options,
     resize_videos,
-    save_pruned,
 )
 from stts.models.pruning.context import Pruning
-from stts.pruners.base import Positions, soft_in_training
+from stts.pruners.base import Positions
 
-from .lengths import largest_grid, num_placed_tokens
-from .lora import Lora, add_lora, merge
+from .checks import check_trainer, total_steps
+from .clipping import grad_squares, scale_grads
+from .lengths import planned_tokens
+from .live_export import export_live
+from .lora import Lora, add_lora
 from .loss import answer_loss
-from .parts import PARTS, _check, cosine, is_unused, learns, part_of
+from .parts import PARTS, check_rates, cosine, is_unused, learning_parts, learns, parameter_groups
+from .precision import exact_conversions
 from .retention import Setting, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
-from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut, engine_norm, is_cut, whole_tensors
+from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut
+from .validation import Validation
 
 
 class VideoFinetune(pl.LightningModule):
@@ -108,7 +107,7 @@ class VideoFinetune(pl.LightningModule):
         super().__init__()
         rates = dict(zip(PARTS, (llm_lr, vit_lr, connector_lr, scorer_lr), strict=True))
         self.learning_rates = {part: rate for part, rate in rates.items() if rate}
-        _check(self.learning_rates, warmup_steps, min_lr_ratio)
+        check_rates(self.learning_rates, warmup_steps, min_lr_ratio)
         weights: dict[str, Weight] = {"answer": 1.0, "temporal": 0.5} if loss_weights is None else loss_weights
         self.losses = StepLosses(weights, step_losses or ())
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
@@ -145,17 +144,15 @@ class VideoFinetune(pl.LightningModule):
             parameter.requires_grad_(learns(name, self.learning_rates, self.lora, self.pruning.adapter))
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
-        self._family_counts: dict[str, list[int]] = {}
-        self._answer_losses: list[tuple[float, int]] = []
+        self._validation = Validation()
         self._started, self._attached = time.perf_counter(), False
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
-        losses = self._forward(batch)
-        total = self.losses.add(batch, losses, self.device, self.global_step)
-        self._log_step(batch)
+        total = self.losses.add(batch, self._forward(batch), self.device, self.global_step)
+        self._log_batch(batch)
         # Ranks are averaged, and so are the batches of a step: what each contributes to the sum is scaled up before.
         return total * self.trainer.world_size * (1 if batch.step is None else self.trainer.accumulate_grad_batches)
 
@@ -176,19 +173,17 @@ class VideoFinetune(pl.LightningModule):
         all layers together (10,000 tokens of 152,000 words: 6 GB in fp32, several times)."""
         self.pruning.describe(batch.video_uids, batch.timestamps_s)
         inputs = dict(batch.inputs)
-        labels_BL = inputs.pop("labels")[:, 1:]
-        place_A = (labels_BL != IGNORED).any(0).nonzero().flatten()
+        labels_BL, place_A = inputs.pop("labels")[:, 1:], batch.answer_places
         with nullcontext() if retention_ratio is None else self.pruning.aside(retention_ratio):
             logits_BAV = self.model(**inputs, use_cache=False, logits_to_keep=place_A).logits
             return TrainingPass(self, batch, labels_BL[:, place_A], logits_BAV, self.pruning.last)
 
-    def _log_step(self, batch: Batch) -> None:
-        """Losses are those of the step so far, over all ranks; the rest is this rank's."""
-        values: dict[str, Any] = {f"train/{name}_loss": value for name, value in self.losses.values.items()}
-        if batch.blank:
-            self.log_dict(values if self.losses.num_tokens else {}, batch_size=1)
-            return
+    def _log_batch(self, batch: Batch) -> None:
+        """What this rank saw; losses of the whole step are logged at its end."""
         now, report = time.perf_counter(), self.pruning.last
+        values: dict[str, Any] = {}
+        if batch.blank:
+            return
         if report is not None and report.llm_padded:
             values["tokens_per_s"] = report.llm_tokens / max(now - self._started, 1e-9)
             values["pad_waste"] = 1 - report.llm_tokens / report.llm_padded
@@ -204,106 +199,61 @@ class VideoFinetune(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.pruning.retention_ratio = self.retention.target
-        self._family_counts, self._answer_losses = {}, []
+        self._validation = Validation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Teacher forcing: an answer is right when the argmax at every one of its tokens is right."""
-        labels_BL = batch.inputs["labels"][:, 1:]
-        self.pruning.describe(batch.video_uids, batch.timestamps_s)
-        out = self.model(**batch.inputs, use_cache=False)
-        if batch.blank:
-            return
-        asked_BL = labels_BL != IGNORED
-        right_B = ((out.logits[:, :-1].argmax(-1) == labels_BL) | ~asked_BL).all(1).tolist()
-        num_tokens = int(asked_BL.sum())
-        self._answer_losses.append((out.loss.item() * num_tokens, num_tokens))
-        for sample, right in zip(batch.samples, right_B, strict=True):
-            count = self._family_counts.setdefault(str(sample.meta.get("family", "other")), [0, 0])
-            count[0] += right
-            count[1] += 1
+        self._validation.add(self.run_model(batch))
 
     def on_validation_epoch_end(self) -> None:
-        counts = _gather(self._family_counts, self._answer_losses)
-        values = {f"val/accuracy/{family}": right / seen for family, (right, seen) in sorted(counts[0].items())}
-        seen, tokens = sum(seen for _, seen in counts[0].values()), sum(number for _, number in counts[1])
-        if seen:
-            values["val/accuracy"] = sum(right for right, _ in counts[0].values()) / seen
-            values["val/answer_loss"] = sum(loss for loss, _ in counts[1]) / tokens
-        self.log_dict(values, sync_dist=True)  # equal on every rank already
+        self.log_dict(self._validation.values(), sync_dist=True)  # equal on every rank already
 
     def tokens_per_video(self, num_frames: int) -> int:
-        """LLM tokens of a video after pruning, with newlines, frame marks and times, as planned: known before the
-        forward pass, because training uses exact budgets.
-
-        Where resolution is free, of the largest frame that the processor's limits allow, at times late in a
-        long video: an upper bound, and a loose one unless `size` in the processor's config is set for training."""
-        grid, host = self.pruning.adapter.grid(num_frames), self.pruning.adapter.host
-        if host.patches_per_frame == 0:
-            grid = largest_grid(self.processor, grid, num_frames)
-        whole = num_placed_tokens(self.processor, grid, num_frames)
-        sites = [stage.site for stage in self.pruning.pruner.stages]
-        planned = plan(sites, self.retention.highest, [grid], host.llm_layers)
-        kept = planned[-1][0].num_kept if planned else grid.num_groups
-        if any(soft_in_training(stage) for stage in self.pruning.pruner.stages):
-            kept = grid.num_groups
-        return int(whole - grid.num_groups + kept)
+        """LLM tokens of a video after pruning, newlines, frame marks and times included; see `planned_tokens`."""
+        return planned_tokens(self.processor, self.pruning, self.retention.highest, num_frames)
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that learn, by part; parts without any are left out."""
-        found: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                found[part_of(name, self.pruning.adapter)].append(parameter)
-        return {part: parameters for part, parameters in found.items() if parameters}
+        return learning_parts(self.named_parameters(), self.pruning.adapter)
 
     def configure_optimizers(self) -> Any:
-        groups = []
-        for part, parameters in self.parts().items():
-            for decay in (True, False):
-                chosen = [parameter for parameter in parameters if (parameter.ndim > 1) == decay]
-                if chosen:
-                    groups.append(
-                        {
-                            "params": chosen,
-                            "lr": self.learning_rates[part],
-                            "weight_decay": self.weight_decay if decay else 0.0,
-                            "name": part if decay else f"{part}_no_decay",
-                        }
-                    )
-        optimizer = adamw(self.trainer.strategy, groups, betas=self.betas, eps=self.eps)
-        total = int(self.trainer.estimated_stepping_batches)
+        groups = parameter_groups(self.parts(), self.learning_rates, self.weight_decay)
+        precision = str(self.trainer.precision)
+        optimizer = adamw(self.trainer.strategy, groups, precision, betas=self.betas, eps=self.eps)
+        total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine(step, total, self.warmup_steps, self.min_lr_ratio)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """ValueError where gradients are not finite. DeepSpeed, which holds them itself: see `optimizer_step`."""
+        """End of a step where gradients are held by torch. ValueError where a loss or a gradient is not finite."""
         if isinstance(self.trainer.strategy, DeepSpeed):
-            return
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        grads = {part: [p.grad for p in group if p.grad is not None] for part, group in self.parts().items()}
-        norms = {part: get_total_norm(group) for part, group in grads.items()}
-        values = {f"{part}_grad_norm": _number(norm) for part, norm in norms.items()}
-        self._check_gradient(values)
-        self.log_dict(values, batch_size=1)
-        for group, norm in zip(grads.values(), values.values(), strict=True):
-            norm = norm if self.clip_per_part else math.hypot(*values.values())
-            if norm > limit:
-                torch._foreach_mul_(group, limit / norm)
+            return  # which clips by itself: see `optimizer_step`
+        parts = self.parts()
+        squares = self.losses.close(self.device, grad_squares(parts))
+        norms = {part: math.sqrt(square) for part, square in zip(parts, squares, strict=True)}
+        self._end_step(norms)
+        scale_grads(parts, norms, math.inf if self.max_grad_norm is None else self.max_grad_norm, self.clip_per_part)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        norm = engine_norm(self.trainer)
-        if norm is not None:
-            self._check_gradient({"grad_norm": norm})
-            self.log("grad_norm", norm, batch_size=1)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeed) and self.losses.is_complete:
+            norms = strategy.grad_norms()
+            # equal on all ranks: the sum over ranks is their mean times the number of ranks
+            shares = [norm.to(self.device) / self.trainer.world_size for norm in norms.values()]
+            self._end_step(dict(zip(norms, self.losses.close(self.device, shares), strict=True)))
 
-    def _check_gradient(self, norms: Mapping[str, float]) -> None:
-        if not self.trainer.precision.startswith("16"):  # fp16: an overflow is met by rescaling
-            self.losses.check_finite("gradient", norms, self.global_step)
+    def _end_step(self, norms: dict[str, float]) -> None:
+        self.losses.check_finite("loss", self.losses.values, self.global_step)
+        if not str(self.trainer.precision).startswith("16"):  # fp16: an overflow is met by rescaling
+            self.losses.check_finite(
+                "gradient", {f"{part}_grad_norm": norm for part, norm in norms.items()}, self.global_step
+            )
+        values = {f"train/{name}_loss": value for name, value in self.losses.values.items()}
+        self.log_dict(values | {f"{part}_grad_norm": norm for part, norm in norms.items()}, batch_size=1)
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
@@ -311,21 +261,22 @@ class VideoFinetune(pl.LightningModule):
         if isinstance(self.trainer.strategy, FSDP2):
             layers = [layer for layer in self.modules() if isinstance(layer, GradientCheckpointingLayer)]
             assert self.device_mesh is not None
-            cut(self, layers, self.device_mesh, self.trainer.precision, ("training_step", "validation_step"))
+            ranks = self.device_mesh["data_parallel"]  # the mesh itself has two axes: torch would copy over the first
+            cut(self, layers, ranks, self.trainer.precision, ("training_step", "validation_step"))
 
     def setup(self, stage: str) -> None:
         """On for the whole run: activation checkpointing calls blocks again in the backward pass."""
+        strategy = self.trainer.strategy
+        check_trainer(self.trainer)
         used = [(n, p) for n, p in self.named_parameters() if not is_unused(n, self.pruning.adapter)]
-        check_frozen(self.trainer.strategy, [name for name, parameter in used if not parameter.requires_grad])
+        check_frozen(strategy, [name for name, parameter in used if not parameter.requires_grad])
+        exact_conversions(strategy.precision_plugin)
         self._widen()
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
         self.pruning.run_all_modules(self.trainer.world_size > 1)
-        if isinstance(self.trainer.strategy, DeepSpeed):
+        if isinstance(strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
-            if self.max_grad_norm is not None and self.clip_per_part:
-                rank_zero_warn(
-                    "DeepSpeed clips with one norm for all parts; set model.clip_per_part=false to say so in the config"
-                )
+            strategy.clip_per_part = self.clip_per_part and self.max_grad_norm is not None
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # hooks for reentrant checkpointing: they would carry gradients through parts that are frozen
@@ -363,40 +314,4 @@ class VideoFinetune(pl.LightningModule):
         """Write the model and its pruner as an ordinary Hugging Face folder, whole or not at all.
 
         Where parameters are cut every rank must call it; rank 0 writes."""
-        path, tensors, writes = Path(path), None, not self._attached or self.trainer.is_global_zero
-        if self._attached and is_cut(self.trainer.strategy):
-            tensors = whole_tensors(self, keep=writes)
-        if writes and self.lora is not None:
-            tensors = merge(self.state_dict() if tensors is None else tensors, self.lora)
-        # The switched-on attention must not end up in config.json. On every rank: where the hooks stand among
-        # DeepSpeed's decides in which order parameters are gathered.
-        self.pruning.detach()
-        self.pruning.retention_ratio = self.retention.target
-        try:
-            if writes:
-                save_pruned(path, self.model, self.processor, self.pruning, tensors=tensors, trained=self.trained)
-            return path
-        finally:
-            if self._attached:
-                self.pruning.attach()
-
-
-def _number(norm: Tensor) -> float:
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def _gather(
-    families: dict[str, list[int]], losses: Sequence[tuple[float, int]]
-) -> tuple[dict[str, list[int]], list[tuple[float, int]]]:
-    """Counts of all ranks together; families may differ between ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return families, list(losses)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (families, list(losses)))
-    merged: dict[str, list[int]] = {}
-    for part, _ in parts:
-        for family, (right, seen) in part.items():
-            count = merged.setdefault(family, [0, 0])
-            count[0] += right
-            count[1] += seen
-    return merged, [loss for _, part in parts for loss in part]
+        return export_live(self, Path(path), self.trainer if self._attached else None)

@@ -17,6 +17,7 @@ from .cli import ReadingCLI, read_config
 from .lora import Lora
 from .parts import PARTS
 from .retention import make_retention
+from .zero_config import read_deepspeed_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +122,24 @@ def read_strategy(given: Any) -> Strategy:
     name = given if isinstance(given, str) else str(given["class_path"]).rpartition(".")[2]
     options = {} if isinstance(given, str) else dict(given.get("init_args") or {})
     if name.lower().startswith("deepspeed"):
-        digits = [int(letter) for letter in name if letter.isdigit()]
-        stage = options.get("stage", digits[0] if digits else 2)
-        offload = name.endswith("offload")
+        if (file := options.get("config")) is not None:
+            zero = read_deepspeed_json(_plain(file))["zero_optimization"]
+            stage = zero["stage"]
+            optimizer, parameters = (
+                (zero.get(part) or {}).get("device", "none") != "none"
+                for part in ("offload_optimizer", "offload_param")
+            )
+        else:
+            digits = [int(letter) for letter in name if letter.isdigit()]
+            stage = options.get("stage") if options.get("stage") is not None else (digits[0] if digits else 2)
+            optimizer = name.endswith("offload") or bool(options.get("offload_optimizer"))
+            parameters = (name.endswith("offload") and stage == 3) or bool(options.get("offload_parameters"))
         return Strategy(
-            name=f"deepspeed stage {stage}{' offload' * (offload or bool(options.get('offload_optimizer')))}",
+            name=f"deepspeed stage {stage}{' offload' * optimizer}",
             cuts=(stage >= 3, stage >= 2, stage >= 1),
             deepspeed=True,
-            offload_optimizer=offload or bool(options.get("offload_optimizer")),
-            offload_parameters=(offload and stage == 3) or bool(options.get("offload_parameters")),
+            offload_optimizer=optimizer,
+            offload_parameters=parameters,
         )
     if name.lower() in ("fsdp2", "fsdp", "modelparallelstrategy", "fsdpstrategy"):
         return Strategy(name="fsdp2", cuts=(True, True, True))

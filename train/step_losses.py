@@ -48,7 +48,7 @@ class StepLoss(ABC):
     including blank ones (their share of the step is 0), so it must run the same modules whatever the batch holds."""
 
     name: ClassVar[str]
-    """Of the logged value, `train/<name>_loss`, and in `loss_weights`."""
+    """Of the logged value, `train/<name>_loss`."""
     mean_over: ClassVar[MeanOver] = "answer tokens"
     """What the value is a mean over; decides how much each batch of a step weighs."""
 
@@ -71,6 +71,10 @@ class StepLoss(ABC):
 class StepLosses:
     """Sums up the losses of an optimizer step, over its batches and all ranks.
 
+    All that ranks must tell each other travels in one collective at the end of the step (`close`), and the host waits
+    for the device once, there. What the ranks need to know before the step, its number of answer tokens and videos,
+    travelled with the step before; only the first step of an epoch asks for it in a collective of its own.
+
     weights: of the answer loss and of what stages return, by name. extra: losses computed from the pass.
     ValueError for an extra loss whose name is taken."""
 
@@ -88,46 +92,74 @@ class StepLosses:
         self._mean_over: dict[str, MeanOver] = {"answer": "answer tokens"}
         self._mean_over |= {loss.name: loss.mean_over for loss in extra}
         self.values: dict[str, float] = {}
-        """Of the step so far, over all ranks, by name, before their weights."""
-        self.num_tokens = self.num_videos = 0.0
-        """Of the whole step, over all ranks: answer tokens, videos."""
+        """Of the step that was closed last, over all ranks, by name, before their weights; empty for a blank step."""
+        self.stop_requested = False
+        """Set by a signal handler: this process was told to stop."""
+        self.stop = False
+        """Whether any rank had been told to stop when the last step was closed. Equal on all ranks."""
+        self._sums: dict[str, Tensor] = {}
+        self._known: tuple[float, ...] | None = None
+        self._totals: tuple[float, ...] = (0.0, 0.0)
+        self._step: Step | None = None
         self._uids: list[str] = []
 
-    def add(self, batch: Batch, losses: Mapping[str, Tensor], device: torch.device, step: int) -> Tensor:
-        """The part of the step's total that this batch gives: sum over names of weight * share * loss.
+    def add(self, batch: Batch, losses: Mapping[str, Tensor], device: torch.device, at: int) -> Tensor:
+        """The part of the step's total that this batch gives: sum over names of weight * share * loss. `at`: number of
+        the optimizer step, from 0, for weights that follow a ramp.
 
-        ValueError for a loss without a weight, and, on every rank, for one that is not finite."""
+        ValueError for a loss without a weight."""
         # Indexing, not .get(): a loss without a weight must fail on step 0, not train silently at zero.
         if unknown := sorted(set(losses) - set(self.weights)):
             raise ValueError(
                 f"the pruner gives the losses {unknown}, which model.loss_weights={self.weights} does not name; "
                 "add a weight for each (0 to leave it out on purpose)"
             )
-        shares = self._shares(batch, device)
-        parts = {name: shares[self._mean_over.get(name, "videos")] * value for name, value in losses.items()}
-        self._uids += batch.uids
-        names = sorted(self.weights)  # the same on every rank, whatever its batch gave
-        values = sum_over_ranks([parts[name].detach() if name in parts else 0.0 for name in names], device)
-        self.check_finite("loss", dict(zip(names, values, strict=True)), step)
-        for name, value in zip(names, values, strict=True):
-            if name in parts:
-                self.values[name] = self.values.get(name, 0.0) + value
-        return torch.stack([weight_at(self.weights[name], step) * value for name, value in parts.items()]).sum()
-
-    def _shares(self, batch: Batch, device: torch.device) -> dict[MeanOver, float]:
-        """How much this batch is of the whole optimizer step, over all ranks and accumulated batches: of its answer
-        tokens, and of its videos. A blank batch has a share of 0.
-
-        A step's answer loss is then the mean over its answer tokens, however ranks and batches share them; a mean of
-        means would weigh a token of a short answer more. Losses of stages are means over the videos of their batch."""
-        step = batch.step or Step(batch.num_answer_tokens, batch.num_videos, 1, 0)
+        step = batch.step or Step.of([batch])[0]
         if step.place == 0:
-            self.num_tokens, self.num_videos = sum_over_ranks([step.num_tokens, step.num_videos], device)
-            self.values, self._uids = {}, []
-        return {
-            "answer tokens": batch.num_answer_tokens / max(self.num_tokens, 1.0),
-            "videos": batch.num_videos / max(self.num_videos, 1.0),
-        }
+            self._begin(step, device)
+        self._step = step
+        # How much this batch is of the whole optimizer step, over all ranks and accumulated batches. A step's answer
+        # loss is then the mean over its answer tokens, however ranks and batches share them; a mean of means would
+        # weigh a token of a short answer more. A blank batch has a share of 0.
+        tokens, videos = self._totals
+        shares = {"answer tokens": step.own_tokens / max(tokens, 1.0), "videos": step.own_videos / max(videos, 1.0)}
+        parts = {name: shares[self._mean_over.get(name, "videos")] * value for name, value in losses.items()}
+        for name, value in parts.items():
+            part = value.detach().float()
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+        self._uids += batch.uids
+        weights = {name: weight_at(self.weights[name], at) for name in parts}
+        return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+
+    def _begin(self, step: Step, device: torch.device) -> None:
+        known, self._known = self._known, None
+        if world_size() == 1:
+            known = float(step.num_tokens), float(step.num_videos)
+        elif step.is_first or known is None:  # the step before knew nothing of this one
+            row = torch.tensor([step.num_tokens, step.num_videos], dtype=torch.float64, device=device)
+            known = tuple(sum_over_ranks(row).tolist())
+        self._totals, self._sums, self._uids = known, {}, []
+
+    def close(self, device: torch.device, squares: Sequence[Tensor] = ()) -> list[float]:
+        """At the end of the step, on every rank: sum up, in one collective, and wait for the device, once.
+
+        Returns `squares`, scalars, summed over ranks. `values` and `stop` are those of the step afterwards."""
+        step, names = self._step, sorted(self.weights)
+        assert step is not None, "close() follows add()"
+        own = [step.next_tokens, step.next_videos, float(self.stop_requested)]
+        sums = [self._sums.get(name, 0.0) for name in names]
+        row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in (*own, *sums, *squares)])
+        tokens, videos, stop, *rest = sum_over_ranks(row).tolist()
+        self._known = (tokens, videos) if step.has_next else None
+        self.stop = stop > 0
+        values = dict(zip(names, rest, strict=False))
+        self.values = {name: values[name] for name in self._sums} if self._totals[0] else {}
+        return rest[len(names) :]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the batch that was added last ends its optimizer step."""
+        return self._step is not None and self._step.place + 1 == self._step.num_batches
 
     def check_finite(self, what: str, values: Mapping[str, float], step: int) -> None:
         """ValueError with the samples of all ranks. The values must be equal on every rank: then all of them stop.
@@ -161,13 +193,13 @@ def _check_weight(name: str, weight: Weight) -> None:
 
 
 def world_size() -> int:
+    """Number of ranks; 1 where torch.distributed is not in use."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
 
 
-def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
-    """One collective, in which every rank takes part."""
-    row = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+def sum_over_ranks(row: Tensor) -> Tensor:
+    """`row`, summed in place over ranks: one collective, in which every rank takes part."""
     if world_size() > 1:
         torch.distributed.all_reduce(row)
-    return row.tolist()
+    return row

@@ -1,4 +1,4 @@
-"""What one sees of a run while it trains: throughput, pictures of what is kept, and where both are written.
+"""Throughput of a run, and the list of all logged values.
 
 Logged values have these names in every logger (CSV, W&B, TensorBoard); "this rank" is rank 0, whose log it is:
 
@@ -39,8 +39,6 @@ from stts.models.pruning.report import Report
 
 from .module import VideoFinetune
 from .parts import part_of
-
-# --- throughput ------------------------------------------------------------------------------------------------------
 
 PEAK_TFLOPS = {
     r"\bH200 NVL\b": 835.5,
@@ -85,7 +83,6 @@ class FlopMeter:
         self.pruning = module.pruning
         self.shape = vlm_shape(module.model.config)
         self.on = self.in_backward = False
-        self.lengths: dict[str, int] = {}
         self.linear: defaultdict[str, _Linear] = defaultdict(_Linear)
         self.handles = []
         head = module.model.get_output_embeddings()
@@ -112,11 +109,6 @@ class FlopMeter:
             linear.backward += flops * (args[0].requires_grad + learns)
 
         return count
-
-    def note_lengths(self, batch: Batch) -> None:
-        """Prompt lengths, read between forward and backward pass: the loss check has just waited for the device."""
-        lengths = batch.inputs["attention_mask"].sum(1).tolist()
-        self.lengths = dict(zip(batch.uids, lengths, strict=True))
 
     def read(self, batch: Batch, report: Report | None) -> tuple[float, float]:
         """FLOPs of the batch that just ran, and those that were computed again; begins anew."""
@@ -149,7 +141,8 @@ class FlopMeter:
         llm = self.shape.llm
         lost = [groups - kept for groups, kept in zip(report.num_groups, report.num_kept, strict=True)]
         dropped = dict(zip(batch.video_uids, lost, strict=False))  # none of a blank batch
-        squares = sum((self.lengths[uid] - dropped.get(uid, 0)) ** 2 for uid in batch.uids)
+        rows = zip(batch.uids, batch.lengths, strict=True)
+        squares = sum((length - dropped.get(uid, 0)) ** 2 for uid, length in rows)
         return 4.0 * llm.layers * llm.heads * llm.head_dim * squares
 
     def _free_stages(self, report: Report) -> float:
@@ -194,11 +187,10 @@ class Throughput(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         assert self.meter is not None
-        self.meter.on, self._batch = True, batch
+        self.meter.on = True
 
     def on_before_backward(self, *_: Any) -> None:
         assert self.meter is not None
-        self.meter.note_lengths(self._batch)
         self.meter.in_backward = True
 
     def on_after_backward(self, *_: Any) -> None:
@@ -225,9 +217,3 @@ class Throughput(pl.Callback):
 
     def on_validation_end(self, *_: Any) -> None:
         self._since += time.perf_counter() - self._pause
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-# --- loggers ---------------------------------------------------------------------------------------------------------

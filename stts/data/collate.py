@@ -9,7 +9,7 @@ Shape suffixes:  B = rows,  L = text length,  V = videos,  T = frames,  C = 3 co
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,14 +35,34 @@ _TICKS_PER_S = 1_000_000_000
 
 @dataclass(frozen=True)
 class Step:
-    """What the batches of one optimizer step hold together on this rank, counted before the first of them runs."""
+    """Counts of the optimizer step that a batch is a part of, on this rank, made before the first of its batches runs:
+    on a device they would have to be waited for."""
 
     num_tokens: int
-    """Answer tokens."""
+    """Answer tokens of all batches of the step."""
     num_videos: int
     num_batches: int
     place: int
     """Of this batch among them, from 0."""
+    own_tokens: int
+    """Answer tokens of this batch; 0 for a blank one."""
+    own_videos: int
+    is_first: bool = True
+    """Whether the step before told nothing of this one: the first after a start, or of an epoch."""
+    has_next: bool = False
+    """Whether the counts of the step after this one are known, those below."""
+    next_tokens: int = 0
+    next_videos: int = 0
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], *, is_first: bool = True) -> list[Step]:
+        """One for each of the batches that make an optimizer step together."""
+        tokens = [batch.num_answer_tokens for batch in batches]
+        videos = [batch.num_videos for batch in batches]
+        return [
+            cls(sum(tokens), sum(videos), len(batches), place, *own, is_first)
+            for place, own in enumerate(zip(tokens, videos, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,12 @@ class Batch:
     """True: stands in for a batch in which every sample was skipped, and must weigh nothing."""
     step: Step | None = None
     """The optimizer step this batch is a part of; None: it is one by itself."""
+    lengths: tuple[int, ...] = ()
+    """Per row, tokens of the prompt before pruning, padding left out; counted here, because on a device the host would
+    have to wait for them."""
+    answer_places: Tensor | None = None
+    """int64, places of `labels` moved one to the left where some row has an answer: where the LLM's head must run. None
+    without labels."""
 
     @property
     def num_answer_tokens(self) -> int:
@@ -86,7 +112,29 @@ class Batch:
             can_move = isinstance(value, Tensor | StreamedPixels)
             return value.to(device, non_blocking=non_blocking) if can_move else value
 
-        return replace(self, inputs={name: move(value) for name, value in self.inputs.items()})
+        moved = {name: move(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=moved, answer_places=move(self.answer_places))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked host memory, from which a device copies while the host goes on."""
+
+        def pin(value: Any) -> Any:
+            if isinstance(value, list):
+                return [pin(item) for item in value]
+            return value.pin_memory() if isinstance(value, Tensor) else value
+
+        pinned = {name: pin(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=pinned, answer_places=pin(self.answer_places))
+
+    def with_pixels(self, convert: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `convert` applied to its pixel values, and to nothing else: a timestamp in bf16 would be
+        seconds off."""
+
+        def each(value: Any) -> Any:
+            return [each(item) for item in value] if isinstance(value, list) else convert(value)
+
+        pixels = {name: each(value) for name, value in self.inputs.items() if name.startswith("pixel_values")}
+        return replace(self, inputs=self.inputs | pixels)
 
 
 class Collator:
@@ -118,9 +166,10 @@ class Collator:
             _check_one_kind(examples)
         texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
         videos = [example for example in examples if example.has_video]
-        inputs = self._process(texts, videos, examples)
+        inputs, places = self._process(texts, videos, examples), None
         if self.training:
             inputs["labels"] = self._labels(inputs["input_ids"], inputs["attention_mask"], examples)
+            places = (inputs["labels"][:, 1:] != IGNORED).any(0).nonzero().flatten()
         return Batch(
             inputs=inputs,
             uids=tuple(example.sample.uid for example in examples),
@@ -132,6 +181,8 @@ class Collator:
             answers=tuple(_last_answer(example.sample) for example in examples),
             samples=tuple(example.sample for example in examples),
             skipped=skipped,
+            lengths=tuple(inputs["attention_mask"].sum(1).tolist()),
+            answer_places=places,
         )
 
     def blank(self, skipped: Sequence[Skipped] = ()) -> Batch:

@@ -19,21 +19,23 @@ import stts  # noqa: F401  (before lightning)
 # isort: split
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
 from stts_train import checkpoints
-from stts_train.callbacks import line
-from stts_train.checkpoints import Checkpoints
 from stts_train.cli import fit
+from stts_train.console import print_rank_zero
 from tests.conftest import make_inputs
 
 
 class KeepLogits(pl.Callback):
-    """At the end writes `<out>/live.pt`: what the live model says, pruned and dense, cut over ranks or not."""
+    """At the end writes `<out>/live.pt`: what the live model says, pruned and dense, cut over ranks or not, and which
+    share of its parameters this rank holds between two steps."""
 
     QUESTION, FRAMES = "v what colour ?", 8
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.eval()
+        held = held_share(pl_module)
         if hasattr(pl_module, "unshard"):
             pl_module.unshard()
         inputs = live_inputs(pl_module.processor, next(p.dtype for p in pl_module.parameters()))
@@ -43,15 +45,21 @@ class KeepLogits(pl.Callback):
             dense = pl_module.model(**inputs).logits
             pl_module.pruning.attach()
         if trainer.is_global_zero:
-            torch.save({"pruned": pruned, "dense": dense}, Path(trainer.default_root_dir) / "live.pt")
+            torch.save({"pruned": pruned, "dense": dense, "held": held}, Path(trainer.default_root_dir) / "live.pt")
+
+
+def held_share(module: torch.nn.Module) -> float:
+    parameters = list(module.parameters())
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    held += sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor") and not p.numel())
+    return held / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 class WaitForSignal(pl.Callback):
-    """After step 6 rank 0 waits until it has been told to stop."""
+    """Within step 6 rank 0 waits until it has been told to stop."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        [saves] = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
-        while trainer.global_step == 6 and trainer.is_global_zero and not saves._told_to_stop:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        while trainer.global_step == 5 and trainer.is_global_zero and not pl_module.losses.stop_requested:
             time.sleep(0.01)
 
 
@@ -81,6 +89,6 @@ def live_inputs(processor: Any, dtype: torch.dtype) -> Any:
 
 if __name__ == "__main__":
     for argv in json.loads(Path(sys.argv[1]).read_text()):
-        line(f"== {next(word for word in argv if word.startswith('--out='))}")
+        print_rank_zero(f"== {next(word for word in argv if word.startswith('--out='))}")
         if code := fit(argv):
             sys.exit(code)

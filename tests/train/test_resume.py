@@ -60,7 +60,7 @@ def test_a_run_that_is_killed_and_told_to_stop_has_the_losses_of_one_that_is_not
 ) -> None:
     """The same command three times. First: kill -9 of all its processes, a step behind its checkpoint or in the middle
     of writing the next one. Then SIGTERM, to the first process, as a shell sends it, or to all, loader workers
-    included, as schedulers do."""
+    included, as schedulers do; or SIGINT to all, as Ctrl-C does."""
     argv = settings(tiny_folder, tmp_path, *TWO_RANKS, *strategy(name))
     in_save = name == "deepspeed_stage_2"
     process = start([*argv, *(["--trainer.callbacks=tests.train.fits.DieInSave"] if in_save else [])])
@@ -71,9 +71,10 @@ def test_a_run_that_is_killed_and_told_to_stop_has_the_losses_of_one_that_is_not
     assert bool(list((tmp_path / "checkpoints").glob(".unfinished-step-00000008/run.json"))) == in_save
 
     process = start([*argv, "--trainer.callbacks=tests.train.fits.WaitForSignal"])
-    told = wait_for(process, "step 6/")
+    told = wait_for(process, "step 5/")
     assert f"going on from {tmp_path}/checkpoints/step-00000004" in told
-    (os.killpg if name in ("ddp", "deepspeed_stage_3") else os.kill)(process.pid, signal.SIGTERM)
+    told_by = signal.SIGINT if name == "fsdp2" else signal.SIGTERM
+    (os.killpg if name in ("ddp", "deepspeed_stage_3", "fsdp2") else os.kill)(process.pid, told_by)
     code, rest = finish(process)
     assert code == 0 and "stopped at step 6; the same command goes on" in rest, rest
     told += rest

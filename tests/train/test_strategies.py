@@ -21,12 +21,14 @@ from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
 from stts.models.checkpoints.load import load_vlm
 from stts_train.batches import Order
+from stts_train.parts import PARTS
 from stts_train.strategies import DeepSpeed, check_frozen
 from tests.train.fits import live_inputs
 from tests.train.launch import CUTS, RATES, ROOT, TWO_RANKS, finish, logged, needs_deepspeed, run_all, start, strategy
 
 STEPS = 6
 LOSSES = ("train/answer_loss", "train/temporal_loss")
+NORMS = tuple(f"{part}_grad_norm" for part in PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
     argv = [f"--config={ROOT / 'configs' / 'shapes_stts.yaml'}", f"--model.model={model}", f"--out={out}", *RATES]
     argv += [f"--data.train={rows}", "--data.val=null", "--data.num_frames=8", "--data.on_error=skip"]
-    argv += ["--data.max_tokens=0", "--data.num_workers=0", "--model.warmup_steps=0", "--model.clip_per_part=false"]
+    argv += ["--data.max_tokens=0", "--data.num_workers=0", "--model.warmup_steps=0"]
+    # every part is clipped, by another factor, and steps of AdamW depend on the size of gradients
+    argv += ["--model.max_grad_norm=0.02", "--model.eps=1e-3"]
     argv += [f"--trainer.max_steps={STEPS}", "--trainer.log_every_n_steps=1", "--progress_every=1"]
     return [*argv, "--checkpoint_every=0", "--trainer.accelerator=cpu", *more]
 
@@ -90,6 +94,12 @@ def assert_same(out: Path, expected: Path, tolerance: float, name: str = "") -> 
         values = logged(expected, loss)
         assert len(values) >= 3
         np.testing.assert_allclose(logged(out, loss), values, atol=tolerance, rtol=0, err_msg=f"{name} {loss}")
+    for part in NORMS:
+        norms = logged(expected, part)
+        assert max(norms) > 0.02, "what is clipped"
+        np.testing.assert_allclose(
+            logged(out, part), norms, rtol=10 * tolerance, atol=tolerance, err_msg=f"{name} {part}"
+        )
 
 
 @pytest.mark.slow
@@ -166,6 +176,8 @@ def check_export(case: Case, out: Path, expected: Path | None) -> None:
         for name, value in load_file(expected / "model" / file).items() if expected is not None else ():
             assert (whole[name] - value).abs().max() < 1e-5, f"{case.name} {name}"
     kept = torch.load(out / "live.pt")
+    is_cut = case.strategy.startswith(("fsdp2", "deepspeed_stage_3"))
+    assert (kept["held"] < 0.6) == is_cut, f"{case.name}: a rank holds {kept['held']:.2f} of the parameters"
     vlm = stts.PrunedVLM.from_pretrained(exported)
     inputs = live_inputs(vlm.processor, vlm.model.dtype)
     stock, _ = load_vlm(exported)

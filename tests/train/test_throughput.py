@@ -55,7 +55,6 @@ def measure(module: VideoFinetune, num_samples: int = 1) -> tuple[float, float, 
     with module.train().pruning, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs:
         meter.on = True
         losses = module._forward(batch)
-        meter.note_lengths(batch)
         meter.in_backward = True
         torch.stack(list(losses.values())).sum().backward()
     ours, again = meter.read(batch, module.pruning.last)

@@ -1,0 +1,199 @@
+"""DeepSpeed ZeRO as a strategy of Lightning's, on CPU and CUDA alike."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from stts.data.collate import Batch
+
+from .zero_config import fill_in, read_deepspeed_json
+from .zero_engine import GradientOrder, PartNorms
+
+
+class _Precision(DeepSpeedPrecision):
+    """Converts pixels and nothing else."""
+
+    def convert_input(self, data: Batch) -> Batch:
+        return data.with_pixels(super().convert_input)
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """ZeRO 0 to 3. Rank 0's parameters are broadcast and cut when training starts, so whatever `from_pretrained` loaded
+    and the scorer drew is what every rank trains; each rank holds the whole model in host memory until then.
+
+    Args:
+        config: a DeepSpeed JSON file, or its contents; then no other argument is given. See `zero_config.py`.
+        stage: 0 shares nothing, 1 optimizer states, 2 gradients too, 3 parameters too.
+        offload_optimizer: keep optimizer states in host memory (needs a C++ compiler).
+        offload_parameters: keep parameters in host memory (stage 3).
+        persistence_threshold: parameters of fewer elements are not cut (stage 3).
+        options: other arguments of Lightning's DeepSpeedStrategy, such as buffer sizes or nvme_path.
+
+    **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast, of the model only
+    parameters (with rotary frequencies in bf16, late tokens turn by whole radians more or less than in the exported
+    model); gradients are summed in one order on all ranks, whatever their batches hold; each part of the model may
+    have a gradient norm of its own."""
+
+    def __init__(
+        self,
+        config: str | dict[str, Any] | None = None,
+        stage: int | None = None,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        persistence_threshold: int = 100_000,
+        options: dict[str, Any] | None = None,
+        **connector: Any,
+    ) -> None:
+        if find_spec("deepspeed") is None:
+            raise ValueError("DeepSpeed is not installed: pip install 'stts-video[train]', or use trainer.strategy=ddp")
+        # Operators are built with ninja on first use; an environment that was not activated is not on the path.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        self._file: dict[str, Any] | None = None
+        if config is not None:
+            if stage is not None or offload_optimizer or offload_parameters or options:
+                raise ValueError(
+                    f"config={config} says how DeepSpeed runs; leave out stage, offload_optimizer, offload_parameters "
+                    "and options, or the file"
+                )
+            self._file = read_deepspeed_json(config)
+            super().__init__(config=self._file, **connector)
+        else:
+            stage = 2 if stage is None else stage
+            if stage not in (0, 1, 2, 3):
+                raise ValueError(f"stage={stage} is not a stage of ZeRO; use 0, 1, 2 or 3")
+            if offload_parameters and stage != 3:
+                raise ValueError(f"offload_parameters needs stage 3, where parameters are cut; got stage {stage}")
+            super().__init__(
+                stage=stage,
+                offload_optimizer=offload_optimizer,
+                offload_parameters=offload_parameters,
+                **(options or {}),
+                **connector,
+            )
+            self._zero["stage3_param_persistence_threshold"] = persistence_threshold
+        self.clip_per_part = False
+        """Clip the gradients of each part by its own norm; set before training starts."""
+        self.part_norms: PartNorms | None = None
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        section: dict[str, Any] = self.config["zero_optimization"]
+        return section
+
+    @property
+    def stage(self) -> int:
+        return int(self._zero["stage"])
+
+    @property
+    def offload_optimizer(self) -> bool:
+        return (self._zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+    def _format_config(self) -> None:
+        module: Any = self.lightning_module
+        if self._file is not None and module is not None:
+            self.config = fill_in(
+                self._file,
+                accumulate=module.trainer.accumulate_grad_batches,
+                ranks=self.world_size,
+                batch_size=getattr(module.trainer.datamodule, "batch_size", 0),
+                max_grad_norm=module.max_grad_norm,
+                precision=str(module.trainer.precision),
+                llm_width=module.pruning.adapter.host.llm_width,
+            )
+        assert isinstance(self.config, dict)
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # for its log of throughput, which is not shown
+        super()._format_config()
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for an index
+
+    @property
+    def precision_plugin(self) -> Precision:
+        assert self._precision_plugin is not None
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, chosen: Precision | None) -> None:
+        self._precision_plugin = chosen
+        if isinstance(chosen, DeepSpeedPrecision):
+            self._precision_plugin = _Precision(chosen.precision)  # type: ignore[arg-type]  # checked by Lightning
+
+    def setup_environment(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        _name_locks()
+
+        if isinstance(self.accelerator, CPUAccelerator):
+            if get_accelerator().device_name() != "cpu":
+                raise ValueError("DeepSpeed has chosen the GPU of this machine; set DS_ACCELERATOR=cpu to train on CPU")
+            self.accelerator.setup_device(torch.device("cpu"))
+            self.setup_distributed()
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        exact = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        super()._initialize_deepspeed_train(model)
+        for name, buffer in exact.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(self.root_device))
+        optimizer = self.optimizers[0]
+        if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
+            if self.world_size > 1:
+                GradientOrder(optimizer, learning)
+            self.part_norms = PartNorms(optimizer, per_part=self.clip_per_part)
+        elif self.clip_per_part:
+            raise ValueError(
+                f"DeepSpeed stage {self.stage} holds no gradients by part; set model.clip_per_part=false, or use "
+                "trainer.strategy=ddp (stage 0 cuts nothing either)"
+            )
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Gradient norms of the step just taken, before clipping, by part; `all` where the engine computes one alone,
+        at stage 0 with clipping. Not finite where a gradient was not."""
+        if self.part_norms is not None:
+            return self.part_norms.norms
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return {} if norm is None else {"all": torch.as_tensor(float(norm) if norm >= 0 else math.nan)}
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        names: dict[str, dict[str, Any]] = {"deepspeed": {}}
+        names |= {f"deepspeed_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)}
+        names["deepspeed_stage_2_offload"] = {"stage": 2, "offload_optimizer": True}
+        names["deepspeed_stage_3_offload"] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+        for name, settings in names.items():
+            strategy_registry.register(name, cls, override=True, **settings)
+
+
+@rank_zero_only
+def _name_locks() -> None:
+    """torch waits without a word for a build of operators to end, for ever if it was killed."""
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        name = lock.parent.name
+        print(f"waiting for the build of {name}; if no other process compiles it, delete {lock}", flush=True)
