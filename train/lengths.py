@@ -51,7 +51,7 @@ def planned_tokens(processor: Any, pruning: Pruning, retention_ratio: float, num
     """LLM tokens of a video after pruning, with newlines, frame marks and times, as planned: known before the forward
     pass, because training uses exact budgets.
 
-    Where resolution is free (Qwen), of the largest frame that the processor's limits allow, at times late in a long
+    Where resolution is free, of the largest frame that the processor's limits allow, at times late in a long
     video: an upper bound, and a loose one unless `size` in the processor's config is set for training."""
     grid, host = pruning.adapter.grid(num_frames), pruning.adapter.host
     if host.patches_per_frame == 0:
