@@ -38,6 +38,7 @@ class VideoData(pl.LightningDataModule):
         max_fps: upper bound on frames per second of video.
         on_error: 'raise' stops at a sample that cannot be used (a broken file, text or picture beyond a limit), 'skip'
             counts and lists it.
+        follow_links: follow links that lead out of `root`; those of a Hugging Face cache are followed anyway.
         timeout_s: seconds one sample's files may take to read before they count as broken; null: no limit.
         cache_gib: memory per rank, in GiB, for decoded frames that later epochs read again; 0: none.
         shapes: form of the clips (kind 'shapes').
@@ -62,6 +63,7 @@ class VideoData(pl.LightningDataModule):
         num_frames: int = 16,
         max_fps: float | None = None,
         on_error: OnError = "raise",
+        follow_links: bool = False,
         timeout_s: float | None = 60.0,
         cache_gib: float = 0.0,
         shapes: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
@@ -121,7 +123,7 @@ class VideoData(pl.LightningDataModule):
                 self.val_data = ShapesFrames("val", num_val_clips, seed, shapes)
         else:
             reading: dict[str, Any] = {"sampler": sampler, "num_frames": num_frames, "max_fps": max_fps}
-            reading |= {"on_error": on_error, "timeout_s": timeout_s}
+            reading |= {"on_error": on_error, "timeout_s": timeout_s, "follow_links": follow_links}
             assert train
             self.sources = [Source(train)] if isinstance(train, str) else list(train)
             weights = weights_of(self.sources)

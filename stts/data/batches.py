@@ -54,5 +54,6 @@ def _describe(sample: Sample, fault: Exception) -> str:
     text = str(fault).removeprefix(name).removeprefix(":").strip()
     if not isinstance(fault, ValueError):
         text = f"{type(fault).__name__}: {text}"
-    files = ", ".join(str(path) for path in (sample.video, *sample.images) if path is not None)
-    return f"{name} ({files or 'no media'}): {text}; correct or drop the row, or skip such rows with on_error=skip"
+    return (
+        f"{name} ({sample.files or 'no media'}): {text}; correct or drop the row, or skip such rows with on_error=skip"
+    )

@@ -50,9 +50,10 @@ class VideoJsonl(Dataset[Example | Skipped]):
     """The rows of one data file, decoded when asked for; never more than the sampled frames in memory, and with
     `stream` not even those: a video file then becomes an `Example.stream` (folders of pictures are read as ever).
 
-    `on_error="skip"` returns a `Skipped` where media are missing, broken or not read within `timeout_s`; "raise" lets
-    the ValueError out. Rows that cannot be parsed raise here, in the constructor, whatever `on_error` says. The
-    pictures of a frame folder are shown at the row's key `fps`, one a second where it has none."""
+    `on_error="skip"` returns a `Skipped` where media are missing, broken or not read within `timeout_s`, and leaves out
+    rows that cannot be parsed (see `Samples`); "raise" lets the ValueError out, which names sample and file. The
+    pictures of a frame folder or list are shown at the row's key `fps`, one a second where it has none. follow_links:
+    see `Samples`; it holds for the pictures of a folder too."""
 
     def __init__(
         self,
@@ -69,12 +70,21 @@ class VideoJsonl(Dataset[Example | Skipped]):
         timeout_s: float | None = None,
         cache: FrameCache | None = None,
         stream: bool = False,
+        follow_links: bool | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} must be one of {get_args(OnError)}")
         if timeout_s is not None and not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s={timeout_s} must be a positive number of seconds; None for no limit")
-        self.samples = Samples(path, root, limit=limit, seed=limit_seed, uid_prefix=uid_prefix)
+        self.samples = Samples(
+            path,
+            root,
+            limit=limit,
+            seed=limit_seed,
+            uid_prefix=uid_prefix,
+            on_error=on_error,
+            follow_links=follow_links,
+        )
         self.sampler, self.num_frames, self.max_fps, self.on_error = sampler, num_frames, max_fps, on_error
         self.timeout_s, self.cache, self.stream = timeout_s, cache, stream
 
@@ -85,10 +95,13 @@ class VideoJsonl(Dataset[Example | Skipped]):
         sample = self.samples[index]
         try:
             return self._load(sample)
-        except VideoError as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            files = "" if isinstance(error, VideoError) else f"{sample.files}: {type(error).__name__}: "
             if self.on_error == "raise":
-                raise VideoError(f"sample {sample.uid!r}: {error}") from error
-            return Skipped(sample.uid, str(error))
+                raise VideoError(f"sample {sample.uid!r}: {files}{error}") from error
+            return Skipped(sample.uid, f"{files}{error}")
 
     def _load(self, sample: Sample) -> Example:
         try:
@@ -96,14 +109,13 @@ class VideoJsonl(Dataset[Example | Skipped]):
                 images = tuple(read_picture(path) for path in sample.images)
             if sample.video is None:
                 return Example(sample, images=images)
-            if self.stream and not sample.video.is_dir():
+            if self.stream and isinstance(sample.video, Path) and not sample.video.is_dir():
                 return self._streamed(sample, sample.video, images)
             video = self._video(sample, sample.video)
         except TimeoutError as error:
-            names = ", ".join(str(path) for path in (*sample.images, sample.video) if path is not None)
             raise VideoError(
-                f"{names}: not read within timeout_s={self.timeout_s}; is the disk there? Otherwise raise the limit, "
-                "ask for a shorter clip, or re-encode the file"
+                f"{sample.files}: not read within timeout_s={self.timeout_s}; is the disk there? Otherwise raise the "
+                "limit, ask for a shorter clip, or re-encode the file"
             ) from error
         return Example(sample, video.frames, video.timestamps_s, images, video.duration_s)
 
@@ -118,18 +130,19 @@ class VideoJsonl(Dataset[Example | Skipped]):
         )
         return Example(sample, None, stream.timestamps_s, images, stream.source.duration_s, stream)
 
-    def _video(self, sample: Sample, path: Path) -> Decoded:
+    def _video(self, sample: Sample, path: Path | tuple[Path, ...]) -> Decoded:
         fps = sample.meta.get("fps", 1.0)
         if type(fps) not in (int, float) or not 0 < fps < math.inf:
             raise VideoError(f"key 'fps' is {fps!r}, expected a positive number; correct it or leave it out")
         with time_limit(self.timeout_s):
-            if not path.is_file() and not path.is_dir():
-                raise VideoError(f"no video file at {path}; fetch it, or correct the row's 'video' or the root")
-            key = frames_key(path, (self.sampler, self.num_frames, sample.clip, self.max_fps, fps))
+            first = path if isinstance(path, Path) else path[0]
+            if not first.is_file() and not first.is_dir():
+                raise VideoError(f"no video file at {first}; fetch it, or correct the row's 'video' or the root")
+            key = frames_key(first, (path, self.sampler, self.num_frames, sample.clip, self.max_fps, fps))
         # The cache stays outside the limit: an alarm must not fall between taking its lock and giving it back.
-        found = None if self.cache is None else self.cache.get(key)
-        if found is not None:
-            return found
+        cached = None if self.cache is None else self.cache.get(key)
+        if cached is not None:
+            return cached
         with time_limit(self.timeout_s):
             video = read_video(
                 path,
@@ -139,6 +152,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
                 max_fps=self.max_fps,
                 timeout_s=self.timeout_s,
                 folder_fps=fps,
+                inside=None if self.samples.follow_links else self.samples.base,
             )
         decoded = Decoded(video.frames, video.timestamps_s, video.source.duration_s)
         if self.cache is not None:

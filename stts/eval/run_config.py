@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.budget import check_ratio
 from stts.command_line import parse_config
+from stts.data.paths import following_links
 from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.answering.ranks import Ranks
@@ -64,6 +65,8 @@ class RunConfig:
     """Leave out questions whose video is not there, and count them; without it they are an error."""
     on_error: OnError = "raise"
     """What a video does that is there but broken: raise, or skip (counted and listed)."""
+    follow_links: bool = False
+    """Follow links in the data folder that lead out of it; those of a Hugging Face cache are followed anyway."""
     timeout_s: float | None = None
     """Longest time in seconds that reading one video may take."""
     num_workers: int | None = None
@@ -147,11 +150,12 @@ class RunConfig:
 
     def open_tasks(self) -> list[Task]:
         """ValueError, before anything slow, for whatever a task refuses, such as a --scoring that it does not know."""
-        if self.data is not None:
-            tasks = [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
-        else:
-            assert self.data_root is not None
-            tasks = open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
+        with following_links(self.follow_links):
+            if self.data is not None:
+                tasks = [open_jsonl(self.data, skip_missing=self.skip_missing, limit=self.limit)]
+            else:
+                assert self.data_root is not None
+                tasks = open_tasks(self.tasks, self.data_root, skip_missing=self.skip_missing, limit=self.limit)
         for task in tasks:
             known = ("strict", "compat", *task.benchmark.compat)
             if self.scoring not in known:
@@ -166,6 +170,7 @@ class RunConfig:
             sampler=self.sampler,
             max_fps=self.max_fps,
             on_error=self.on_error,
+            follow_links=self.follow_links,
             timeout_s=self.timeout_s,
             prompt=self.prompt,
             wordings=self.wordings,
@@ -184,7 +189,7 @@ class RunConfig:
 
     def identity(self, tasks: Sequence[Task], *folders: str | Path | None) -> dict[str, Any]:
         """What decides the result: settings, device (times never mix), and the content of files."""
-        beside = ("out", "overwrite", "name", "num_workers", "timeout_s", "data_root")
+        beside = ("out", "overwrite", "name", "num_workers", "timeout_s", "data_root", "follow_links")
         settings = {name: value for name, value in self.settings().items() if name not in beside}
         return {
             **settings,

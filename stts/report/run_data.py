@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from stts.data.datasets import Example
+from stts.data.paths import following_links
 from stts.eval.answering.kept_tokens import KeptCells, read_kept
 from stts.eval.answering.questions import Source, open_jsonl, open_tasks
 from stts.eval.answering.run_folder import RESULT
@@ -121,12 +122,15 @@ class Pictures:
 
 def _source(config: Mapping[str, Any]) -> Source:
     """The questions of a comparison as its `config` says. ValueError or OSError where they are gone."""
-    if config.get("tasks"):
-        tasks = open_tasks(config["tasks"], config["data_root"], skip_missing=True)
-    else:
-        tasks = [open_jsonl(config["data"], skip_missing=True)]
+    follow_links = config.get("follow_links", False)
+    with following_links(follow_links):
+        if config.get("tasks"):
+            tasks = open_tasks(config["tasks"], config["data_root"], skip_missing=True)
+        else:
+            tasks = [open_jsonl(config["data"], skip_missing=True)]
     return Source(
         tasks=tasks,
+        follow_links=follow_links,
         num_frames=config["num_frames"],
         sampler=config["sampler"],
         prompt=config.get("prompt", "letter"),

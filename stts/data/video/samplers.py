@@ -127,7 +127,7 @@ def choose_frames(
     """Frame numbers of the whole file, int64 `(T,)`, never decreasing, 1 <= T <= num_frames.
 
     `clip = (start_s, end_s)` lets the sampler see only the frames shown in that range, both ends included; a range
-    between two frames holds the frame on screen at its start. An end after the end of the video means its end
+    between two frames holds the frame on screen at its start. An end after the end of the video (or inf) means its end
     (annotations are rounded up), a start there is an error. `max_fps` lowers `num_frames` until the mean rate from
     the first to the last chosen frame is at most that. Raises ValueError for arguments outside these rules."""
     if sampler not in SAMPLERS:
@@ -162,7 +162,7 @@ def _mean_fps(times_T: npt.NDArray[np.float64]) -> float:
 def _cut(timeline: Timeline, clip: tuple[float, float]) -> tuple[int, Timeline]:
     """The number of the first frame inside `clip`, and the timeline of the clip with its start as zero."""
     start_s, end_s = (float(edge) for edge in clip)
-    if not start_s < end_s or not math.isfinite(end_s):
+    if not start_s < end_s:
         raise ValueError(f"clip=({start_s}, {end_s}) is empty; expected start_s < end_s, in seconds: check the row")
     if start_s < 0 or start_s >= timeline.duration_s - _TIME_SLACK_S:
         raise ValueError(

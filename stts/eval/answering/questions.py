@@ -128,6 +128,8 @@ class Source:
     max_fps: float | None = None
     """Upper bound on frames per second of video."""
     on_error: OnError = "raise"
+    follow_links: bool = False
+    """Whether the pictures of a folder of frames may be links that lead out of the folder beside it."""
     timeout_s: float | None = None
     """Longest time that reading one video may take."""
     prompt: Prompt = "letter"
@@ -203,6 +205,7 @@ class Source:
                 max_fps=self.max_fps,
                 timeout_s=self.timeout_s,
                 folder_fps=question.fps or 1.0,
+                inside=None if self.follow_links else question.video.parent,
             )
             self._newest[choice] = Decoded(video.frames, video.timestamps_s, video.source.duration_s)
         return self._newest[choice]

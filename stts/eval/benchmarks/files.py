@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stts.data.paths import confined
+
 
 class MissingVideoError(ValueError):
     """A row whose video is not there."""
@@ -154,7 +156,8 @@ def find_video(
 ) -> Path:
     """The first `root / folder / name + suffix` that exists; with `folder`, a folder of frames.
 
-    `folders` are the benchmark's and may be links; a name comes from a row and must stay inside its folder."""
+    `folders` are the benchmark's and may be links; a name comes from a row and must stay inside its folder, links as
+    `stts.data.paths` says."""
     for place in folders:
         for name in names:
             for suffix in suffixes:
@@ -164,19 +167,12 @@ def find_video(
     raise MissingVideoError(f"no video at {root / folders[0] / f'{names[0]}{suffixes[0]}'}")
 
 
-def confined(base: Path, name: str) -> Path:
-    base = base.resolve()
-    try:
-        path = (base / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"path {name!r} cannot be followed ({error}); correct the row") from error
-    if not path.is_relative_to(base):
-        raise ValueError(f"path {name!r} leaves {base}; correct the row, or move the file there")
-    return path
-
-
 def frame_files(folder: Path) -> list[Path]:
     """The images of a folder of frames, 2.jpg before 10.jpg."""
-    images = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    images = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith(".")
+    ]
     return sorted(images, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else 0, part)
                                             for part in re.split(r"(\d+)", path.name) if part])  # fmt: skip

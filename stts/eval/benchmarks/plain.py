@@ -36,6 +36,8 @@ class PlainJsonl(Benchmark):
         sample = row.value("sample")
         if sample.video is None or sample.images:
             raise ValueError(f"{sample.uid!r} must show one video and no image; leave it out")
+        if isinstance(sample.video, tuple):
+            raise ValueError(f"{sample.uid!r} lists frames; put them into a folder of their own and name that one")
         if not sample.video.exists():
             raise MissingVideoError(f"{sample.uid!r}: no video file at {sample.video}")
         options, answer = row.texts("options") if row.values.get("options") else (), sample.messages[-1]
