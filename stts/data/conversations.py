@@ -1,4 +1,4 @@
-"""One row of a data file as a `Sample`: what was said, with which media. Forms of LLaVA, messages and VideoChat2-IT."""
+"""One row of a data file as a `Sample`: what was said, with which media; `Samples` lists the forms it may have."""
 
 from __future__ import annotations
 
