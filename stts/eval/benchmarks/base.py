@@ -109,32 +109,8 @@ class Benchmark(ABC):
         **Differs:** public scorers treat bad rows each in their own way (MVBench's shows one frame where a range has no
         length, and counts an answer that is no option as wrong); here no method is asked, so they change no score."""
         root = Path(root)
-        questions: list[Question] = []
-        missing: list[str] = []
-        bad: list[str] = []
-        row_of: dict[str, Row] = {}
-        files: dict[Path, None] = {}
         try:
-            for row in self.rows(root):
-                files[row.file] = None
-                try:
-                    if row.fault:
-                        raise ValueError(row.fault)
-                    question = self.read(row, len(questions) + len(missing) + len(bad))
-                    if question is not None and question.uid in row_of:
-                        raise ValueError(f"uid {question.uid!r} is already on {row_of[question.uid]}")
-                except MissingVideoError as error:
-                    missing.append(f"{row}: {error}")
-                    continue
-                except ValueError as error:
-                    bad.append(f"{row}: {error}")
-                    if not self.published:
-                        raise ValueError(f"{self.title}: {bad[0]}") from error
-                    continue
-                if question is None:
-                    continue
-                row_of[question.uid] = row
-                questions.append(question)
+            questions, missing, bad, files = self._read_all(root)
         except FileNotFoundError as error:
             layouts = "".join(f"\n  {layout}" for layout in self.layouts)
             raise ValueError(f"{self.title} ({self.name}): {error}; accepted under the root:{layouts}") from error
@@ -158,13 +134,36 @@ class Benchmark(ABC):
             notes.append(f"{self.name}: left out {len(bad)} of {found} rows, which cannot be asked: {listed}{more}")
         if self.expected_rows not in (None, found):
             notes.append(f"{self.name}: {found} rows, published {self.expected_rows}")
-        return Loaded(
-            tuple(questions),
-            tuple(missing),
-            tuple(bad),
-            tuple(notes),
-            {path.relative_to(root).as_posix(): hashlib.sha1(path.read_bytes()).hexdigest() for path in files},
-        )
+        stamps = {path.relative_to(root).as_posix(): hashlib.sha1(path.read_bytes()).hexdigest() for path in files}
+        return Loaded(tuple(questions), tuple(missing), tuple(bad), tuple(notes), stamps)
+
+    def _read_all(self, root: Path) -> tuple[list[Question], list[str], list[str], list[Path]]:
+        """Questions, rows without video, bad rows, files."""
+        questions: list[Question] = []
+        missing: list[str] = []
+        bad: list[str] = []
+        row_of: dict[str, Row] = {}
+        files: dict[Path, None] = {}
+        for row in self.rows(root):
+            files[row.file] = None
+            try:
+                if row.fault:
+                    raise ValueError(row.fault)
+                question = self.read(row, len(questions) + len(missing) + len(bad))
+                if question is not None and question.uid in row_of:
+                    raise ValueError(f"uid {question.uid!r} is already on {row_of[question.uid]}")
+            except MissingVideoError as error:
+                missing.append(f"{row}: {error}")
+                continue
+            except ValueError as error:
+                bad.append(f"{row}: {error}")
+                if not self.published:
+                    raise ValueError(f"{self.title}: {bad[0]}") from error
+                continue
+            if question is not None:
+                row_of[question.uid] = row
+                questions.append(question)
+        return questions, missing, bad, list(files)
 
     def prompt(self, question: Question, times_s: Sequence[float] = (), wording: str | None = None) -> str:
         """What the model is asked; `times_s` are the seconds of the frames it sees, for tasks with subtitles.
