@@ -4,6 +4,7 @@ read; and the road from these settings to a loaded model."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from stts.data.paths import following_links
 from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
 from stts.eval.answering.ranks import Ranks
-from stts.eval.answering.run_folder import file_stamps
+from stts.eval.answering.run_folder import PARTIAL, file_stamps
 from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
 from stts.models.families.base import host_info
 from stts.models.pruning.siglip import SiglipSource, load_siglip
@@ -229,16 +230,28 @@ def notes_on_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
 def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Callable[[Any, Ranks], str | None]) -> int:
     """The command line of a verb: `work` does it and returns what is printed, None on ranks that print nothing.
 
-    Bad input prints one line on stderr and gives 2."""
+    Bad input prints one line on stderr and gives 2; so does Ctrl-C, with how to go on, and gives 130."""
+    settings: Mapping[str, Any] = {}
     try:
         settings = parse_config(config, prog, list(sys.argv[1:] if argv is None else argv))
         shown = work(config(**settings), Ranks.from_env())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nstopped: {_left_in(settings.get('out'))}", file=sys.stderr)
+        return 130
     if shown is not None:
         print(shown)
     return 0
+
+
+def _left_in(out: Path | None) -> str:
+    """What an interrupted run left, and how to go on."""
+    if out is None or not out.is_dir() or not any(out.glob(PARTIAL.replace("{:05d}", "*"))):
+        return "nothing was answered yet; the same command starts again"
+    return f"{out} holds every finished batch; the same command again goes on behind them"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import pytest
 import stts
 from stts.data.shapes.files import write_shapes
 from stts.eval.answering.ranks import Ranks
+from stts.eval.compare import main as compare
 from stts.eval.evaluate import main, run_eval
 from stts.eval.run_config import EvalConfig
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
@@ -165,21 +166,59 @@ def test_tests_of_pairs_by_hand() -> None:
         mcnemar([True], [])
 
 
-def test_a_killed_run_goes_on_to_the_same_files(config: EvalConfig, tmp_path: Path) -> None:
-    run_eval(replace(config, out=tmp_path / "straight"), progress=False)
+STOPS = """
+import os, signal, time
+from stts.pruners.simple import Uniform
+
+class Stops(Uniform):  # at the last clip: waits to be killed, or sends Ctrl-C to itself
+    def prune(self, video, budget):
+        if "STOP" in os.environ and video.uid.startswith(LAST):
+            if os.environ["STOP"] == "SIGINT":
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+        return super().prune(video, budget)
+"""
+
+
+@pytest.fixture
+def stops(config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A pruner that stops at the last clip, with everything before it noted."""
     last = sorted((config.data.parent / "test").glob("*.mp4"))[-1]  # type: ignore[union-attr]
-    whole = last.read_bytes()
-    last.unlink()
-    os.mkfifo(last)  # the run waits here for ever, with everything before it noted
-    process = start(flags(config))
+    (tmp_path / "stops.py").write_text(STOPS.replace("LAST", repr(last.stem)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "stops", raising=False)
+    return "stops:Stops"
+
+
+@pytest.mark.parametrize(("verb", "run"), [("eval", main), ("compare", compare)])
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(
+    config: EvalConfig, stops: str, verb: str, run: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    several = "s" if verb == "compare" else ""
+    args = ["--model", config.model, "--data", config.data, "--out", config.out, f"--pruner{several}", stops]
+    args = [str(arg) for arg in [*args, f"--retention_ratio{several}", 0.5, "--num_frames", 4, "--batch_size", 1]]
+    monkeypatch.setenv("STOP", "SIGINT")
+    assert run(args) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped: {config.out} holds every finished batch; the same command again goes on behind them"
+    )
+    assert (config.out / "partial-00000.jsonl").read_bytes().count(b"\n") == 1 + 3 * (CLIPS - 1)
+    monkeypatch.delenv("STOP")
+    assert run(args) == 0
+    assert "67%" in capsys.readouterr().err, "the bar starts behind what is done"
+
+
+def test_a_killed_run_goes_on_to_the_same_files(config: EvalConfig, stops: str, tmp_path: Path) -> None:
+    config = replace(config, pruner=stops)
+    run_eval(replace(config, out=tmp_path / "straight"), progress=False)
+    process = start(flags(config), PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", STOP="wait")
     part = config.out / "partial-00000.jsonl"
-    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 1 + 3 * (CLIPS - 1)):
-        time.sleep(0.02)
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") == 1 + 3 * (CLIPS - 1)):
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL and not list(config.out.glob("*/*_results.json"))
-    last.unlink()
-    last.write_bytes(whole)
     with part.open("ab") as file:
         file.write(b'{"keys": ["cut by a ki')
     with pytest.raises(ValueError, match=r"another evaluation \(different: num_frames\).*--overwrite true"):
