@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stts.metrics.cost import llm_prefill_flops, video_cost, vit_block_flops
+from stts.metrics.cost import llm_prefill_flops, vit_block_flops
 from stts.metrics.memory import Widths, block_bytes, head_bytes, input_bytes, scorer_bytes
 from stts.models.families.base import vlm_shape
 from stts.models.pruning.context import Pruning
+from stts.models.pruning.report import planned_cost
 from stts.tokens import Grid
 
 from .plan_config import Run
@@ -95,22 +96,14 @@ class _Work:
     def flops(self) -> dict[str, int]:
         """Of one sample, forward, backward and recomputation."""
         run, config = self.run, self.run.config
-        shape = vlm_shape(config).at(self.grid)
-        _, left = self._patches
-        start, dropped = self._drop
-        stages = self.pruning.pruner.stages
-        pruner = sum(stage.flops(self.grid, shape.vit.width, self.kept) for stage in stages)
-        cut = dropped < shape.vit.blocks
-        per_frame, more = divmod(left, self.grid.t)
-        cost = video_cost(
-            shape,
-            num_frames=self.grid.t,
-            llm_tokens=self.kept,
-            kept_patches=[per_frame + (frame < more) for frame in range(self.grid.t)] if cut else None,
-            drop_after=dropped - 1 if cut else None,
-            num_cells=self.kept,
-            pruner_flops=pruner,
-        )
+        shape, host, pruner = vlm_shape(config), self.pruning.adapter.host, self.pruning.pruner
+        start, _ = self._drop
+        drops = self.kept < self.grid.num_groups
+        cost = planned_cost(pruner, shape, host, self.grid, run.retention_ratio if drops else 1.0)
+        if not drops:  # in training its stages run all the same
+            own = sum(stage.flops(self.grid, host.vit_width, self.kept) for stage in pruner.stages)
+            cost = replace(cost, pruner=own)
+        shape = shape.at(self.grid)
         language = llm_prefill_flops(shape.llm, self.sample)
         head = 2 * run.answer_tokens * shape.llm.width * config.text_config.vocab_size
         through, redo = self.upstream, int(run.checkpointing)

@@ -38,14 +38,14 @@ import torch.nn.functional as F
 import transformers
 from gpu_checks import Calls, Marks, StageWatch, check_kernel, no_syncs, overhead_timed
 from gpu_table import OOM, derive, report
-from measure import flops_of, machine, spread, where, write_json
+from measure import flops_of, machine, parts_of, spread, where, write_json
 from rival_tower import Rival
 from transformers.utils import logging
 
 import stts
-from stts.models.families.base import host_info
+from stts.models.families.base import host_info, vlm_shape
 from stts.models.pruning.phases import Phases
-from stts.models.pruning.report import Report
+from stts.models.pruning.report import planned_cost
 from stts.packing.attention import kernel_name
 from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.stts import STTS
@@ -151,13 +151,12 @@ class Bench:
         training = cell.part == "training"
         inputs = self.inputs(cell.frames, training=training)
         grid = gpu_models.grid_of(self.config, cell.frames, tiny=self.plan.tiny)
-        causal, num_text = self.config.model_type != "molmo2", inputs["input_ids"].shape[1] - grid.num_groups
+        num_tokens, causal = inputs["input_ids"].shape[1], self.config.model_type != "molmo2"
         if pruned is not None:
-            return flops_of(pruned, pruned.last, num_text, training, causal=causal)
-        stock = stts.Pruning(self.model, "none")
-        layers = stock.adapter.host.llm_layers
-        report = Report([grid], [torch.arange(0)], [None], llm_layers=layers, llm_counts=[[grid.num_groups]])
-        return flops_of(stock, report, num_text, training, causal=causal)
+            return flops_of(pruned, pruned.last, num_tokens - grid.num_groups, training, causal=causal)
+        dense, shape = stts.Pruning(self.model, "none"), vlm_shape(self.config)
+        cost = planned_cost(dense.pruner, shape, dense.adapter.host, grid, 1.0)
+        return parts_of(cost, shape, [num_tokens] * shape.llm.layers, training, causal=causal, learned=False)
 
     # --- training ----------------------------------------------------------------------------------------------------
 

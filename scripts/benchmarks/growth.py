@@ -39,11 +39,12 @@ from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.files import staged
-from stts.metrics.cost import VideoCost, video_cost
+from stts.metrics.cost import VideoCost
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.families.base import vlm_shape
 from stts.models.families.published import config_of
+from stts.models.pruning.report import planned_cost
 from stts.pruners.listing import EXAMPLE_HOST
 from stts.pruners.registry import make_pruner
 from stts.tokens import Grid
@@ -53,7 +54,7 @@ WAYS = {"dense": None, "visionzip": "visionzip", "stts": "stts"}
 RATIO = 0.5
 FRAMES = (8, 16, 32, 64, 128, 256)
 MOLMO2 = "allenai/Molmo2-4B"
-MOLMO2_SIDE, MOLMO2_DROP_AFTER = 9, 4  # groups per side of a frame; the scorer decides after block 3
+MOLMO2_SIDE = 9  # groups per side of a frame
 SIZES = {
     "image_size": 128, "patch_size": 16, "vit_width": 192, "vit_blocks": 8, "vit_heads": 3, "vit_mlp": 768,
     "llm_width": 256, "llm_layers": 6, "llm_heads": 4, "llm_kv_heads": 2, "llm_mlp": 1024,
@@ -65,36 +66,16 @@ QUICK = {"image_size": 64, "patch_size": 16, "vit_width": 32, "vit_blocks": 6, "
 
 
 def molmo2_cost(num_frames: int, way: str) -> VideoCost:
-    """One video through Molmo2-4B; STTS keeps the first frame whole and spreads the rest as evenly as it can be."""
+    """One video through Molmo2-4B, as planned."""
     config = config_of(MOLMO2)
     shape, grid = vlm_shape(config), Grid(num_frames, MOLMO2_SIDE, MOLMO2_SIDE)
-    groups, per_group = grid.num_groups, shape.merge_side**2
-    if way == "dense":
-        return video_cost(shape, num_frames=num_frames, llm_tokens=groups, num_cells=groups)
-    kept = int(groups * RATIO)
-    if way != "stts":
-        [stage] = make_pruner(way, EXAMPLE_HOST).stages
-        own = stage.flops(grid, config.text_config.hidden_size, kept)
-        return video_cost(shape, num_frames=num_frames, llm_tokens=kept, num_cells=groups, pruner_flops=own)
-    stage = stts_of_molmo2()
-    rest, more = divmod(kept - grid.per_frame, num_frames - 1)
-    survivors = [grid.per_frame, *([rest + 1] * more), *([rest] * (num_frames - 1 - more))]
-    return video_cost(
-        shape,
-        num_frames=num_frames,
-        llm_tokens=kept,
-        kept_patches=[n * per_group for n in survivors],
-        drop_after=MOLMO2_DROP_AFTER,
-        num_cells=kept,
-        pruner_flops=stage.flops(grid, shape.vit.width, kept),
-    )
-
-
-def stts_of_molmo2() -> Any:
-    """Its scorer, without memory for weights."""
-    with torch.device("meta"):
-        [stage] = make_pruner("stts", replace(EXAMPLE_HOST, family="molmo2", vit_depth=25, patches_per_group=9)).stages
-    return stage
+    host = replace(
+        EXAMPLE_HOST, family="molmo2", vit_width=shape.vit.width, vit_depth=25, llm_width=shape.llm.width,
+        llm_layers=shape.llm.layers, patches_per_group=shape.merge_side**2,
+    )  # fmt: skip
+    with torch.device("meta"):  # a scorer without memory for its weights
+        pruner = make_pruner("none" if way == "dense" else way, host)
+    return planned_cost(pruner, shape, host, grid, 1.0 if way == "dense" else RATIO)
 
 
 # --- measured --------------------------------------------------------------------------------------------------------

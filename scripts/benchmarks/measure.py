@@ -19,7 +19,7 @@ import torch
 
 import stts
 from stts.files import write_whole
-from stts.metrics.cost import llm_prefill_flops, tokens_per_layer
+from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.families.base import vlm_shape
 from stts.models.pruning.report import Report, cost_of
 
@@ -110,18 +110,29 @@ def flops_of(
     assert report is not None, "no pass was run"
     host = pruned.adapter.host
     shape = vlm_shape(pruned.model.config)
-    parts = dict.fromkeys(PARTS, 0)
-    learned = pruned.module is not None
+    total = dict.fromkeys(PARTS, 0)
     for video in range(len(report.grids)):
         cost = cost_of(shape, host, pruned.pruner, report, video)
         entry, *after = report.llm_counts[video]
-        visual = tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
-        passes = 3 if training else 1
-        parts["tower"] += passes * (cost.vit + cost.vit_embed)
-        parts["other"] += passes * cost.connector
-        parts["pruner"] += (passes if learned else 1) * cost.pruner
-        parts["LLM"] += passes * llm_prefill_flops(shape.llm, [n + num_text for n in visual], causal=causal)
-    return parts
+        visual_L = tokens_per_layer(entry, report.llm_cuts, after, shape.llm.layers)
+        parts = parts_of(
+            cost, shape, [n + num_text for n in visual_L], training, causal=causal, learned=pruned.module is not None
+        )
+        total = {part: total[part] + flops for part, flops in parts.items()}
+    return total
+
+
+def parts_of(
+    cost: VideoCost, shape: VlmShape, tokens_L: Sequence[int], training: bool, *, causal: bool, learned: bool
+) -> dict[str, int]:
+    """The same of one video, with `tokens_L` tokens, text included, in every layer of the LLM."""
+    passes = 3 if training else 1
+    return {
+        "tower": passes * (cost.vit + cost.vit_embed),
+        "other": passes * cost.connector,
+        "pruner": (passes if learned else 1) * cost.pruner,
+        "LLM": passes * llm_prefill_flops(shape.llm, tokens_L, causal=causal),
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:

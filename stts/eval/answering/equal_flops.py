@@ -1,8 +1,7 @@
 """Equal FLOPs: the ratio at which a method costs what another one costs, tower and its own work included.
 
 Equal tokens flatter methods that run the whole tower: a pruner before the LLM pays for every patch, one inside the
-tower does not. Costs are those of `stts.metrics.cost`, for one video, before anything is run; where a stage drops
-inside the tower, survivors are taken to lie evenly over the frames behind the first.
+tower does not. Costs are those of one planned video (`planned_cost`), before anything is run.
 """
 
 from __future__ import annotations
@@ -10,53 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from stts.budget import plan
 from stts.eval.answering.cell import DENSE
-from stts.eval.answering.method import Runner, cost_of
+from stts.eval.answering.method import Runner
 from stts.metrics.cost import VideoCost
 from stts.models.families.base import vlm_shape
 from stts.models.pruning.context import Pruning
-from stts.models.pruning.report import Report
+from stts.models.pruning.report import planned_cost
 from stts.tokens import Grid
 
 _STEP = 10_000
 """Ratios are tried in steps of 1 / _STEP."""
 
 
-def planned_cost(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
-    """FLOPs of one video of this grid at this ratio. ValueError for a ratio that the pruner cannot reach."""
-    host, stages = pruning.adapter.host, pruning.pruner.stages
+def _cost(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
     shape = vlm_shape(pruning.model.config)
-    budgets = plan([stage.site for stage in stages], retention_ratio, [grid], host.llm_layers)
-    kept = [row[0].num_kept for row in budgets]
-    entry, after, kept_patches = grid.num_groups, [], None
-    for stage, num_kept in zip(stages, kept, strict=True):
-        if stage.site.kind == "llm":
-            after.append(num_kept)
-            continue
-        entry = num_kept
-        if stage.site.kind == "vit" and num_kept < grid.num_groups:
-            kept_patches = [_spread(num_kept, grid, shape.at(grid).vit.patches)]
-    report = Report(
-        [grid],
-        [torch.arange(0)],
-        [None],
-        kept_patches=kept_patches,
-        stage_kept=[[num_kept] for num_kept in kept],
-        llm_layers=host.llm_layers,
-        llm_cuts=sorted(stage.site.layer or 0 for stage in stages if stage.site.kind == "llm"),
-        llm_counts=[[entry, *after]],
-    )
-    return cost_of(shape, host, pruning.pruner, report, 0)
-
-
-def _spread(num_kept: int, grid: Grid, patches: int) -> list[int]:
-    """Patches per frame: the first frame whole, the rest of the groups even over the others."""
-    rest = num_kept - grid.per_frame
-    groups = [grid.per_frame, *(rest * (t + 1) // (grid.t - 1) - rest * t // (grid.t - 1) for t in range(grid.t - 1))]
-    return [round(patches * count / grid.per_frame) for count in groups]
+    return planned_cost(pruning.pruner, shape, pruning.adapter.host, grid, retention_ratio)
 
 
 def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
@@ -69,7 +36,7 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
     while low < high:
         middle = (low + high + 1) // 2
         try:
-            cost = planned_cost(pruning, grid, middle / _STEP)
+            cost = _cost(pruning, grid, middle / _STEP)
         except ValueError:  # under what the method can reach
             low = middle
             continue
@@ -79,18 +46,13 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
         else:
             high = middle - 1
     if not found:
-        dense = planned_cost_of_dense(pruning, grid)
+        dense = _cost(pruning, grid, 1.0).total
         least = "no ratio is in reach" if lowest is None else f"{100 * lowest.total / dense:.1f} % of dense"
         raise ValueError(
             f"costs more however little it keeps: at least about {least} (tower {100 * _tower(lowest) / dense:.1f} %), "
             f"and {100 * target / dense:.1f} % are asked for"
         )
     return found / _STEP
-
-
-def planned_cost_of_dense(pruning: Pruning, grid: Grid) -> int:
-    """FLOPs of one video of this grid, unpruned."""
-    return planned_cost(pruning, grid, 1.0).total
 
 
 def _tower(cost: VideoCost | None) -> int:
@@ -125,7 +87,7 @@ def match_flops(runners: Sequence[Runner], grid: Grid, reference: str, *, tokens
             matched.append(Runner(replace(cell, reason=reason), None))
             continue
         try:
-            target = planned_cost(like.pruning, grid, like.cell.retention_configured).total
+            target = _cost(like.pruning, grid, like.cell.retention_configured).total
             ratio = equal_flops_ratio(base, grid, target)
         except ValueError as error:
             matched.append(Runner(replace(cell, reason=str(error)), None))

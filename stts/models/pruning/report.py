@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from stts.budget import plan
 from stts.metrics.cost import VideoCost, VlmShape, tokens_per_layer, video_cost
 from stts.pruners.base import HostInfo, Pruner
 from stts.tokens import Grid
@@ -90,3 +92,38 @@ def cost_of(shape: VlmShape, host: HostInfo, pruner: Pruner, report: Report, vid
         num_cells=connected,
         pruner_flops=own,
     )
+
+
+def planned_cost(pruner: Pruner, shape: VlmShape, host: HostInfo, grid: Grid, retention_ratio: float) -> VideoCost:
+    """What one video of this grid costs at this ratio, before anything is run: the cost of a plan.
+
+    Where a stage drops inside the tower, the first frame is taken to stay whole and the other survivors to lie evenly
+    over the rest. ValueError for a ratio that the pruner cannot reach."""
+    budgets = plan([stage.site for stage in pruner.stages], retention_ratio, [grid], host.llm_layers)
+    kept = [row[0].num_kept for row in budgets]
+    entry, after, kept_patches = grid.num_groups, [], None
+    for stage, num_kept in zip(pruner.stages, kept, strict=True):
+        if stage.site.kind == "llm":
+            after.append(num_kept)
+            continue
+        entry = num_kept
+        if stage.site.kind == "vit" and num_kept < grid.num_groups:
+            kept_patches = [_spread(num_kept, grid, shape.at(grid).vit.patches)]
+    report = Report(
+        [grid],
+        [torch.arange(0)],
+        [None],
+        kept_patches=kept_patches,
+        stage_kept=[[num_kept] for num_kept in kept],
+        llm_layers=host.llm_layers,
+        llm_cuts=sorted(stage.site.layer or 0 for stage in pruner.stages if stage.site.kind == "llm"),
+        llm_counts=[[entry, *after]],
+    )
+    return cost_of(shape, host, pruner, report, 0)
+
+
+def _spread(num_kept: int, grid: Grid, patches: int) -> list[int]:
+    """Patches per frame."""
+    rest = num_kept - grid.per_frame
+    groups = [grid.per_frame, *(rest * (t + 1) // (grid.t - 1) - rest * t // (grid.t - 1) for t in range(grid.t - 1))]
+    return [round(patches * count / grid.per_frame) for count in groups]
