@@ -252,7 +252,7 @@ def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -
 
 def _curve(result: ComparisonResult | None, method: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
     rows = [_row(result, method, ratio) for ratio in ratios]
-    return sorted((row.flops_share or 0.0, row.accuracy) for row in rows if row and row.accuracy is not None)
+    return sorted((row.flops["exact"]["share"], row.accuracy) for row in rows if row and row.accuracy is not None)
 
 
 def _at(curve: Sequence[tuple[float, float]], share: float) -> str:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from stts.eval.answering.cell import DENSE, Cell
 from stts.eval.answering.loop import Answers
-from stts.eval.answering.method import Said
+from stts.eval.answering.method import Answer
 from stts.eval.answering.questions import Asked, Source, Task
 from stts.eval.benchmarks.scores import Scored, Scores
 from stts.eval.benchmarks.tasks import SUITES, suite_score
 from stts.eval.results.dense_reference import DenseReference
 from stts.eval.run_config import notes_on_tasks
+from stts.metrics.cost import VideoCost
 
 if TYPE_CHECKING:
     from stts.eval.run_config import EvalConfig
@@ -54,7 +55,7 @@ class Run:
     """Notes on settings that come from the model's folder."""
 
     @property
-    def said(self) -> Mapping[str, Said]:
+    def said(self) -> Mapping[str, Answer]:
         return self.answers.said[self.cell.key]
 
     @property
@@ -88,7 +89,7 @@ def result_files(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     return results, files
 
 
-def _submission(task: Task, asked: Sequence[Asked], said: Mapping[str, Said]) -> Any:
+def _submission(task: Task, asked: Sequence[Asked], said: Mapping[str, Answer]) -> Any:
     make = getattr(task.benchmark, "submission", None)
     if make is None or all(one.question.answer is not None for one in asked):
         return None
@@ -128,7 +129,7 @@ def _sample(run: Run, asked: Asked, graded: Scored | None) -> dict[str, Any]:
             "correct": graded.correct if graded else None,
             "counted": graded.counted if graded else None,
             "flops": said.cost.total,
-            "flops_dense": said.dense_cost.total,
+            "flops_dense": _dense(said).total,
             "ms": dict(run.answers.sample_ms.get(run.cell.key, {}).get(asked.key, {})),
         },
     }
@@ -150,7 +151,7 @@ def _row(run: Run, task: Task, asked: Sequence[Asked], graded: Mapping[str, Scor
         "headline": scores.headline if scores else None,
         "retention_measured": _mean([one.retention for one in said]),
         "kept_per_frame": _mean([one.retention * one.num_groups / one.num_frames for one in said]),
-        "flops_share": sum(one.cost.total for one in said) / sum(one.dense_cost.total for one in said),
+        "flops_share": sum(one.cost.total for one in said) / sum(_dense(one).total for one in said),
         "ms": statistics.median(timed) if timed else None,
     }
     if scores is not None:
@@ -269,7 +270,7 @@ def _efficiency(run: Run) -> dict[str, Any]:
     kept = sorted(one.retention * one.num_groups for one in said)
     parts = ("vit", "vit_embed", "pruner", "connector", "llm")
     flops = {part: _mean([getattr(one.cost, part) for one in said]) for part in parts}
-    dense = {part: _mean([getattr(one.dense_cost, part) for one in said]) for part in parts}
+    dense = {part: _mean([getattr(_dense(one), part) for one in said]) for part in parts}
     phases = run.answers.ms.get(run.cell.key, {})
     peak = run.answers.peak_gib.get(run.cell.key)
     return {
@@ -297,6 +298,11 @@ def _efficiency(run: Run) -> dict[str, Any]:
         "memory_gib": {"weights": run.weights_gib, "peak_alloc": peak},
         "env": dict(run.environment),
     }
+
+
+def _dense(answer: Answer) -> VideoCost:
+    assert answer.dense_cost is not None, "answers of this run hold it"
+    return answer.dense_cost
 
 
 def _mean(values: Sequence[float]) -> float:

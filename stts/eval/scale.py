@@ -27,7 +27,7 @@ from stts.data.collate import Batch, Collator
 from stts.data.datasets import Example
 from stts.data.video.cache import Decoded
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
-from stts.eval.answering.method import Generated, Runner, Said, environment, make_runners
+from stts.eval.answering.method import Answer, Measured, Runner, Texts, environment, make_runners
 from stts.eval.answering.questions import Asked, Source, Task
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import Store
@@ -171,7 +171,7 @@ class LookRunner(Runner):
     packed: bool = False
     """All rows of the batch as one row, each attending to itself only."""
 
-    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Generated:
+    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> tuple[Texts, Measured]:
         assert self.pruning is not None
         self.pruning.run_all_modules(self.packed)  # our own road also where the stock code could run: only it packs
 
@@ -180,14 +180,14 @@ class LookRunner(Runner):
             logits_BV: torch.Tensor = out.logits[:, -1]
             return logits_BV
 
-        logits_BV, ms, peak, report = self.timed(batch, first_step)
+        logits_BV, measured = self.timed(batch, first_step)
         logprob_BV = logits_BV.double().log_softmax(-1)
-        logprobs, texts = [], []
+        texts: Texts = []
         for row, key in enumerate(batch.uids):
             ids = option_ids(processor, self.options[key])
-            logprobs.append(logprob_BV[row, ids].tolist())
-            texts.append(self.options[key][combine([logprobs[-1]], "mean").option])
-        return Generated(texts, [1] * len(texts), ms, peak, report, logprobs)
+            logprobs = logprob_BV[row, ids].tolist()
+            texts.append((self.options[key][combine([logprobs], "mean").option], 1, logprobs))
+        return texts, measured
 
 
 def option_ids(processor: ProcessorMixin, options: Sequence[str]) -> list[int]:
@@ -369,7 +369,7 @@ def _longest_text(source: Source, collate: Collator) -> int:
 
 def _join(answers: Answers, base: Source, looks: int, config: ScaleConfig) -> Answers:
     """One answer per question from its parts; a question of which a part is missing is left out."""
-    said: dict[str, dict[str, Said]] = {}
+    said: dict[str, dict[str, Answer]] = {}
     asked: dict[str, Mapping[str, Any]] = {}
     for one in base.asked:
         parts = [f"{one.key}#{look}" for look in range(looks)] if looks > 1 else [one.key]
@@ -382,7 +382,7 @@ def _join(answers: Answers, base: Source, looks: int, config: ScaleConfig) -> An
     return replace(answers, asked=asked, said=said)
 
 
-def _one(asked: Asked, parts: Sequence[Said], vote: Vote) -> Said:
+def _one(asked: Asked, parts: Sequence[Answer], vote: Vote) -> Answer:
     """Costs add up; the retention is the mean."""
     verdict = combine([part.option_logprobs or [] for part in parts], vote)
 

@@ -158,20 +158,21 @@ def look(
     batch = Collator(processor, training=False)([example])
     assert batch is not None
     batch = batch.to(vlm.device)
-    plain = dense.generate(batch, processor, max_new_tokens)
-    made = runner.generate(batch, processor, max_new_tokens)
-    grid, scores = made.report.grids[0], made.report.scores[0]
+    [plain], _ = dense.answer(batch, processor, max_new_tokens)
+    [answer], measured = runner.answer(batch, processor, max_new_tokens)
+    report = measured.report
+    grid, scores = report.grids[0], report.scores[0]
     return View(
         frames_THWC=first_of_cells(shown.frames, grid.t),
         times_s=shown.timestamps_s.tolist(),
         grid=grid,
-        index_K=made.report.index[0].cpu(),
+        index_K=report.index[0].cpu(),
         scores_G=None if scores is None else scores.float().cpu(),
         cell=runner.cell,
         question=question,
-        said=made.texts[0].strip(),
-        said_dense=plain.texts[0].strip(),
-        retention=made.report.retention_per_video[0],
+        said=answer.prediction.strip(),
+        said_dense=plain.prediction.strip(),
+        retention=answer.retention,
     )
 
 

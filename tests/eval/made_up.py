@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stts.eval.results.result import ComparisonResult
-from stts.eval.results.table import BEFORE, DENSE, Cell, Kind, Outcome, Record
+from stts.eval.results.table import BEFORE, DENSE, Cell, Graded, Kind, Record
 from stts.metrics.cost import VideoCost
 
 METHODS: dict[Kind, tuple[str, ...]] = {
@@ -71,7 +71,7 @@ def result_with(
                 kept = 64 if cell.kind == "inside the LLM" else int(64 * cell.retention_configured)
                 retention = cell.retention_configured + (0 if settings["exact"] else number / 1000)
                 cost = VideoCost(10**12, 0, 0, 0, int(10**12 * cell.retention_configured))
-                outcomes[cell.key] = Outcome("x", "x", number < 12 - place, 4, 64, kept, retention, cost)
+                outcomes[cell.key] = Graded("x", 4, 64, kept, retention, cost, parsed="x", correct=number < 12 - place)
         records.append(Record(f"q{number}", f"v{number // 3}.mp4", "", "x", outcomes))
     return ComparisonResult(
         settings,

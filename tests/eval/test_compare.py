@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ def row_of(result: ComparisonResult, method: str, ratio: float = 1.0) -> Row:
     return row
 
 
+def flops(row: Row) -> Mapping[str, float]:
+    return row.flops["exact"]
+
+
 def test_every_file_tells_the_same(config: CompareConfig) -> None:
     answer_like_dense(config)
     result = run(config)
@@ -114,9 +118,9 @@ def test_every_file_tells_the_same(config: CompareConfig) -> None:
         lines = list(csv.DictReader(file))
     table = (config.out / "comparison.md").read_text()
     for line, row, of_json in zip(lines, result.rows, written["rows"], strict=True):
-        assert row.accuracy is not None and row.flops_total is not None
+        assert row.accuracy is not None
         assert (line["method"], float(line["accuracy"])) == (row.method, row.accuracy)
-        assert float(line["flops_total"]) == row.flops_total == of_json["flops_total"]
+        assert float(line["flops/exact/total"]) == flops(row)["total"] == of_json["flops"]["exact"]["total"]
         shown = next(text for text in table.splitlines() if text.startswith(f"| {row.method} |"))
         assert f"| {100 * row.accuracy:.1f} [" in shown
 
@@ -130,12 +134,13 @@ def test_budgets_are_met_and_costs_are_those_of_the_formulas(config: CompareConf
         for method in ("random", "uniform", "novelty"):
             row = row_of(result, method, ratio)
             assert row.retention_measured == ratio and row.kept_per_frame == planned / FRAMES
-            assert (row.flops_vit, row.flops_llm, row.flops_connector) == (cost.vit, cost.llm, cost.connector)
-        assert row_of(result, "random", ratio).flops_pruner == 0
-        assert row_of(result, "novelty", ratio).flops_pruner == 4 * FRAMES * CELLS * TINY["llm_width"]
+            assert {part: flops(row)[part] for part in ("vit", "llm")} == {"vit": cost.vit, "llm": cost.llm}
+            assert flops(row)["connector"] == cost.connector
+        assert flops(row_of(result, "random", ratio))["pruner"] == 0
+        assert flops(row_of(result, "novelty", ratio))["pruner"] == 4 * FRAMES * CELLS * TINY["llm_width"]
     dense = video_cost(shape, num_frames=FRAMES, llm_tokens=FRAMES * CELLS)
-    assert row_of(result, DENSE).flops_total == dense.total
-    assert row_of(result, "random", 0.25).flops_share == cost.total / dense.total
+    assert flops(row_of(result, DENSE))["total"] == dense.total
+    assert flops(row_of(result, "random", 0.25))["share"] == cost.total / dense.total
 
 
 def test_dense_is_the_stock_model_and_so_is_everything_kept(config: CompareConfig, tiny: tuple[Any, Any]) -> None:
@@ -150,7 +155,7 @@ def test_dense_is_the_stock_model_and_so_is_everything_kept(config: CompareConfi
         stock = processor.tokenizer.batch_decode(ids[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for text, record in zip(stock, result.records[start : start + 3], strict=True):
             assert {outcome.prediction for outcome in record.outcomes.values()} == {text}
-    assert {row.flops_share for row in result.rows} == {1.0}
+    assert {flops(row)["share"] for row in result.rows} == {1.0}
 
 
 def test_pruning_changes_answers_and_the_seed_changes_random(config: CompareConfig, tmp_path: Path) -> None:
@@ -281,7 +286,7 @@ def test_a_cut_inside_the_llm_counts_every_layer(config: CompareConfig, tiny: tu
     dense = FRAMES * CELLS  # half of 3 x 96 tokens: 96 before the cut, then 24 in both layers behind it
     cost = video_cost(vlm_shape(tiny[0].config), num_frames=FRAMES, llm_tokens=[dense, 24, 24])
     assert (late.retention_measured, late.retention_at_entry, late.kept_per_frame) == (0.5, 1.0, CELLS / 2)
-    assert late.flops_llm == cost.llm and uniform.flops_llm is not None and cost.llm > uniform.flops_llm
+    assert flops(late)["llm"] == cost.llm and cost.llm > flops(uniform)["llm"]
     assert (late.kind, uniform.kind) == ("inside the LLM", "before the LLM")
     assert result.records[0].outcomes["mine:Late@0.5"].num_kept == dense
     assert "mine:Late (a sketch) drop tokens inside the LLM" in (config.out / "comparison.md").read_text()
@@ -320,11 +325,11 @@ def test_without_exact_the_count_is_the_methods_own(config: CompareConfig) -> No
     own = run(config, pruners=("mine:Generous", "uniform"), exact=False, limit=3)
     row = row_of(own, "mine:Generous", 0.5)
     assert (row.retention_measured, row.kept_per_frame) == ((CELLS / 2 + 2) / CELLS, CELLS / 2 + 2)
-    assert row.flops_pruner == TINY["llm_width"] * FRAMES * (CELLS / 2 + 2)
+    assert flops(row)["pruner"] == TINY["llm_width"] * FRAMES * (CELLS / 2 + 2)
     assert row_of(own, "uniform", 0.5).retention_measured == 0.5
     assert "budgets are not equal" in (config.out / "comparison.md").read_text()
     whole = run(config, pruners=("mine:Generous",), retention_ratios=(1.0,), limit=3, out=config.out.with_name("whole"))
-    assert row_of(whole, "mine:Generous", 1.0).flops_pruner == 0, "a stage that is skipped costs nothing"
+    assert flops(row_of(whole, "mine:Generous", 1.0))["pruner"] == 0, "a stage that is skipped costs nothing"
 
 
 def test_an_option_that_the_pruner_lacks_stops_the_run(config: CompareConfig) -> None:
@@ -372,16 +377,14 @@ def test_a_learned_pruner_brings_its_weights_or_is_refused(config: CompareConfig
     row, other = row_of(result, "stts", 0.5), row_of(result, "random-vit", 0.5)
     dense = row_of(result, DENSE)
     assert row.retention_measured == other.retention_measured == 0.5
-    assert row.flops_pruner is not None and other.flops_pruner == 0 < row.flops_pruner
-    assert row.flops_vit is not None and dense.flops_vit is not None and row.flops_vit < dense.flops_vit
-    assert row.flops_connector is not None and dense.flops_connector is not None
-    assert row.flops_connector < dense.flops_connector, "dropped patches do not reach the connector"
+    assert flops(other)["pruner"] == 0 < flops(row)["pruner"]
+    assert flops(row)["vit"] < flops(dense)["vit"]
+    assert flops(row)["connector"] < flops(dense)["connector"], "dropped patches do not reach the connector"
     official = {"stts": {"compat": "official"}, "random-vit": {"prune_block": 1}}
     again = run(config, model=trained, pruners=("stts", "random-vit"), pruner_options=official, out=tmp_path / "again")
-    assert other.flops_vit is not None, "at its own default, behind block 3"
     for name in official:  # the option that stts was trained with stays, the one given to random-vit counts
-        shallow = row_of(again, name, 0.5).flops_vit
-        assert shallow is not None and shallow < 0.95 * other.flops_vit, "behind block 1"
+        shallow = flops(row_of(again, name, 0.5))["vit"]
+        assert shallow < 0.95 * flops(other)["vit"], "behind block 1, its own default is block 3"
     before = [record.outcomes[BEFORE].prediction for record in result.records]
     assert before == [record.outcomes[DENSE].prediction for record in result.records], "the same weights here"
 

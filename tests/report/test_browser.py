@@ -200,8 +200,8 @@ def full(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         if row["reason"] is None:
             half = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "difference": None, "num_unparsed": 3}
             row["tasks"] = {"mvbench": half, "videomme": {**half, "accuracy": row["accuracy"], "num_unparsed": 0}}
-            exact = {"total": row["flops_total"], "share": row["flops_share"]}
-            row["flops"] = {"exact": exact, "macs": {"total": row["flops_total"] / 2, "share": row["flops_share"]}}
+            exact = row["flops"]["exact"]
+            row["flops"] = {"exact": exact, "macs": {"total": exact["total"] / 2, "share": exact["share"]}}
             row["time_ms"] = {"vit": 8.0, "prefill": 10 * row["retention_measured"], "ttft": 20.0}
             row["p_value"] = None if row["kind"] == "unpruned" else 0.0004
     equal = dict(run["rows"][1], equal_flops_to="random 0.5", retention_configured=0.4837261)

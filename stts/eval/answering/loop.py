@@ -6,7 +6,7 @@ differs. A finished batch is noted at once; a killed run goes on behind it. Rank
 A note (a line of a part file) holds, with `cell` = `Cell.key` and `key` = `Asked.key`:
 
     keys     what the batch was about                  asked    {key: {input, frame_times}}
-    said     {cell: {key: Said}}                       skipped  [{uid, reason}]
+    said     {cell: {key: Answer}}                       skipped  [{uid, reason}]
     failed   {cell: why it refused a video}            signals  {cell: {signal: what it was made from}}
     ms       {cell: {generate, ... per sample}}, empty where the batch is not comparable
     gib      {cell: peak memory}
@@ -28,7 +28,7 @@ from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
 from stts.eval.answering.kept_tokens import kept_tensors
-from stts.eval.answering.method import Runner, Said, asked_of
+from stts.eval.answering.method import Answer, Runner, asked_of
 from stts.eval.answering.questions import Source
 from stts.eval.answering.run_folder import Note, Store
 
@@ -39,7 +39,7 @@ class Answers:
 
     asked: Mapping[str, Mapping[str, Any]]
     """By key: `input`, the prompt without its chat template, and `frame_times`, seconds. Skipped ones are left out."""
-    said: Mapping[str, Mapping[str, Said]]
+    said: Mapping[str, Mapping[str, Answer]]
     """By cell, then by key. A method that refused a video is in `failed` only."""
     skipped: tuple[Mapping[str, str], ...]
     """`uid` and `reason` of every question whose video could not be read."""
@@ -195,7 +195,7 @@ def _answer_batch(
             moved = batch.to(runner.pruning.model.device)
             to_device = 1000 * (time.perf_counter() - begin) / len(batch.uids)
         try:
-            answered = runner.answer(moved, collate.processor, limit)
+            answers, measured = runner.answer(moved, collate.processor, limit)
         except ValueError as error:
             if runner.cell.kind == "unpruned" or options.refusals == "raise":
                 raise
@@ -203,15 +203,15 @@ def _answer_batch(
                 f"stopped at sample {batch.uids[0]!r} or one beside it: {' '.join(str(error).split())}"
             )
         else:
-            note["said"][cell] = {uid: asdict(said) for uid, said in zip(batch.uids, answered.said, strict=True)}
-            ms = {name: value / len(batch.uids) for name, value in answered.ms.items()}
+            note["said"][cell] = {uid: asdict(one) for uid, one in zip(batch.uids, answers, strict=True)}
+            ms = {name: value / len(batch.uids) for name, value in measured.ms.items()}
             before = {**loaded.ms, "preprocess": loaded.ms["preprocess"] + to_device}
             note["ms"][cell] = {**before, **ms, "ttft_e2e": sum(before.values()) + ms["ttft"]}
-            note["signals"][cell] = dict(answered.report.signals)
-            if answered.peak_gib is not None:
-                note["gib"][cell] = answered.peak_gib
+            note["signals"][cell] = dict(measured.report.signals)
+            if measured.peak_gib is not None:
+                note["gib"][cell] = measured.peak_gib
             if runner.cell.kind != "unpruned":
-                kept |= kept_tensors(cell, answered.report, batch.uids, batch.timestamps_s, options.shown)
+                kept |= kept_tensors(cell, measured.report, batch.uids, batch.timestamps_s, options.shown)
         bar.update(len(batch.uids))
     return note, kept
 
@@ -226,7 +226,7 @@ def gather(source: Source, notes: Sequence[Note]) -> Answers:
     """The notes of all ranks as if one had made them, in the order of the source; each question once."""
     place = {key: number for number, key in enumerate(source.keys)}
     notes = sorted(of_source(source, notes), key=lambda note: place[note["keys"][0]])
-    asked, said, failed = {}, {}, {}  # type: dict[str, Any], dict[str, dict[str, Said]], dict[str, str]
+    asked, said, failed = {}, {}, {}  # type: dict[str, Any], dict[str, dict[str, Answer]], dict[str, str]
     skipped: dict[str, Mapping[str, str]] = {}
     signals: dict[str, Mapping[str, str]] = {}
     ms: dict[str, dict[str, list[float]]] = {}
@@ -239,7 +239,7 @@ def gather(source: Source, notes: Sequence[Note]) -> Answers:
             failed.setdefault(cell, reason)
         signals |= {cell: made for cell, made in note["signals"].items() if made}
         for cell, found in note["said"].items():
-            said.setdefault(cell, {}).update({key: Said.from_json(made) for key, made in found.items()})
+            said.setdefault(cell, {}).update({key: Answer.from_json(made) for key, made in found.items()})
         for cell, phases in note["ms"].items():
             sample_ms.setdefault(cell, {}).update(dict.fromkeys(note["asked"], phases))
             for phase, value in phases.items():

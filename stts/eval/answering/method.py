@@ -6,7 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, get_args, runtime_checkable
 
@@ -20,14 +20,15 @@ from stts.data.collate import Batch
 from stts.data.rows import Sample
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
-from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer, video_cost
+from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.checkpoints.load import load_pruner, load_vlm
 from stts.models.families.base import host_info, vlm_shape
 from stts.models.pruning.context import Phase, Pruning
 from stts.models.pruning.phases import Phases
-from stts.models.pruning.report import Report, cost_of
+from stts.models.pruning.report import Report, cost_of, planned_cost
 from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.base import Positions, Pruner
+from stts.pruners.simple import Dense
 
 _SEEDED = ("random", "random-vit")
 _OPTION = re.compile(r"\(?[A-Z][).:]\s")
@@ -42,24 +43,7 @@ class Labelled(Protocol):
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What one method said to one batch."""
-
-    texts: list[str]
-    """One per row of the batch."""
-    num_tokens: list[int]
-    """Of each text, its end token included."""
-    ms: dict[str, float]
-    """Milliseconds of the batch by phase (`pruning/phases.py`), `ttft` on the device, and `generate`: all of it."""
-    peak_gib: float | None
-    """Most memory allocated meanwhile, weights included; None on a CPU."""
-    report: Report
-    option_logprobs: list[list[float]] | None = None
-    """Per row, of each option, where options were scored."""
-
-
-@dataclass(frozen=True)
-class Said:
+class Answer:
     """What one method said to one question, what it kept, and what that cost."""
 
     prediction: str
@@ -72,32 +56,38 @@ class Said:
     """Equivalent retention: visual tokens present, meaned over the layers of the LLM, / num_groups."""
     cost: VideoCost
     """By the formula `exact`."""
-    dense_cost: VideoCost
-    """Of the same video unpruned."""
-    llm_flops: Mapping[str, int]
+    llm_flops: Mapping[str, int] = field(default_factory=dict)
     """Prefill of the visual tokens by the formulas `fastv` and `pdrop`."""
-    kept_per_frame: list[int]
+    dense_cost: VideoCost | None = None
+    """Of the same video unpruned; None, like what follows, in files that do not hold it."""
+    kept_per_frame: Sequence[int] = ()
     """Tokens left after the last stage."""
-    num_input_tokens: int
+    num_input_tokens: int | None = None
     """Of the whole prompt before pruning."""
-    num_output_tokens: int
-    option_logprobs: list[float] | None = None
+    num_output_tokens: int | None = None
+    """With the end token."""
+    option_logprobs: Sequence[float] | None = None
     """Of each option, where options were scored."""
 
     @classmethod
     def from_json(cls, made: Mapping[str, Any]) -> Self:
-        costs = {name: VideoCost(**made[name]) for name in ("cost", "dense_cost")}
+        costs = {name: VideoCost(**made[name]) for name in ("cost", "dense_cost") if made.get(name) is not None}
         return cls(**{**made, **costs})
 
 
 @dataclass(frozen=True)
-class Answered:
-    """The same for every row of a batch."""
+class Measured:
+    """How one batch went."""
 
-    said: list[Said]
     ms: dict[str, float]
+    """Milliseconds of the batch by phase (`pruning/phases.py`), `ttft` on the device, and `generate`: all of it."""
     peak_gib: float | None
+    """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report
+
+
+Texts = list[tuple[str, int, list[float] | None]]
+"""Per row of a batch: the text, its number of tokens with the end token, and log-probabilities of the options."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class Runner:
     cell: Cell
     pruning: Pruning | None
 
-    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Generated:
+    def generate(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> tuple[Texts, Measured]:
         """Greedy answers to `batch`, each row of which shows one video."""
         assert self.pruning is not None
         model = self.pruning.model
@@ -119,14 +109,13 @@ class Runner:
             )  # fmt: skip
             return ids_BL
 
-        ids_BL, ms, peak_gib, report = self.timed(batch, greedy)
+        ids_BL, measured = self.timed(batch, greedy)
         new_BL = ids_BL[:, batch.inputs["input_ids"].shape[1] :]
         texts = processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-        return Generated(texts, _lengths(new_BL, model), ms, peak_gib, report)
+        return [(text, length, None) for text, length in zip(texts, _lengths(new_BL, model), strict=True)], measured
 
-    def timed(self, batch: Batch, call: Callable[[], Tensor]) -> tuple[Tensor, dict[str, float], float | None, Report]:
-        """What `call`, a generate or a forward pass, gives under the pruner, which is told about the videos; then
-        milliseconds by phase, peak memory, report."""
+    def timed(self, batch: Batch, call: Callable[[], Tensor]) -> tuple[Tensor, Measured]:
+        """What `call`, a generate or a forward pass, gives under the pruner, which is told about the videos."""
         assert self.pruning is not None
         device = self.pruning.model.device
         with self.pruning, torch.inference_mode():
@@ -134,41 +123,40 @@ class Runner:
             self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
             begin = _now(device)
             with Phases(self.pruning) as phases:
-                made = call()
+                output = call()
             elapsed_ms, times = 1000 * (_now(device) - begin), phases.times
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
         ms = {phase: getattr(times, f"{phase}_ms") for phase in (*get_args(Phase), "ttft")}
-        return made, {"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report
+        return output, Measured({"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report)
 
-    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> Answered:
+    def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> tuple[list[Answer], Measured]:
         """Greedy answers with what they kept and cost."""
         assert self.pruning is not None
-        made = self.generate(batch, processor, max_new_tokens)
-        report, model = made.report, self.pruning.model
+        texts, measured = self.generate(batch, processor, max_new_tokens)
+        report, model = measured.report, self.pruning.model
         shape, host = vlm_shape(model.config), self.pruning.adapter.host
-        said, num_input = [], batch.inputs["attention_mask"].sum(1).tolist()
-        for row, (text, num_tokens) in enumerate(zip(made.texts, made.num_tokens, strict=True)):
+        num_input = batch.inputs["attention_mask"].sum(1).tolist()
+        answers = []
+        for row, (text, num_tokens, option_logprobs) in enumerate(texts):
             grid, tokens = report.grids[row], _tokens(report, row, shape)
-            said.append(
-                Said(
+            answers.append(
+                Answer(
                     prediction=text,
                     num_frames=grid.t,
                     num_groups=grid.num_groups,
                     num_kept=report.llm_counts[row][0],
                     retention=report.retention_per_video[row],
                     cost=cost_of(shape, host, self.pruning.pruner, report, row),
-                    dense_cost=video_cost(
-                        shape.at(grid), num_frames=grid.t, llm_tokens=grid.num_groups, num_cells=grid.num_groups
-                    ),
+                    dense_cost=planned_cost(Dense(), shape, host, grid, 1.0),
                     llm_flops={name: llm_prefill_flops(shape.llm, tokens, name) for name in ("fastv", "pdrop")},
                     kept_per_frame=torch.bincount(report.index[row].cpu() // grid.per_frame, minlength=grid.t).tolist(),
                     num_input_tokens=num_input[row],
                     num_output_tokens=num_tokens,
-                    option_logprobs=made.option_logprobs[row] if made.option_logprobs else None,
+                    option_logprobs=option_logprobs,
                 )
             )
-        return Answered(said, made.ms, made.peak_gib, report)
+        return answers, measured
 
 
 def asked_of(sample: Sample) -> str:

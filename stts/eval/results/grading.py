@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from stts.eval.answering.loop import Answers
+from stts.eval.answering.method import Answer
 from stts.eval.answering.questions import Source
 from stts.eval.benchmarks.scores import Scores
-from stts.metrics.cost import VideoCost
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One method on one sample."""
+@dataclass(frozen=True, kw_only=True)
+class Graded(Answer):
+    """An answer and whether it is right."""
 
-    prediction: str
     parsed: str | None
     correct: bool
-    num_frames: int
-    num_groups: int
-    """Visual tokens of the video before pruning."""
-    num_kept: int
-    """Visual tokens that the first layer of the LLM sees."""
-    retention: float
-    """Equivalent retention: visual tokens present, meaned over the layers of the LLM, / num_groups."""
-    cost: VideoCost
-    """By the formula `exact`."""
-    llm_flops: Mapping[str, int] = field(default_factory=dict)
-    """LLM prefill by the formulas `fastv` and `pdrop`."""
     counted: bool = True
     """False only in a compat scoring that leaves this answer out."""
 
@@ -42,7 +30,7 @@ class Record:
     family: str
     """Group by which its task breaks scores down first."""
     answer: str
-    outcomes: Mapping[str, Outcome]
+    outcomes: Mapping[str, Graded]
     """By `Cell.key`."""
     question: str = ""
     """What the user asked last, without media markers."""
@@ -50,11 +38,7 @@ class Record:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
-        made = {
-            key: Outcome(**{**outcome, "cost": VideoCost(**outcome["cost"])})
-            for key, outcome in row["outcomes"].items()
-        }
-        return cls(**{**row, "outcomes": made})
+        return cls(**{**row, "outcomes": {key: Graded.from_json(one) for key, one in row["outcomes"].items()}})
 
 
 @dataclass(frozen=True)
@@ -107,18 +91,7 @@ def make_records(source: Source, answers: Answers, scores: Mapping[str, Mapping[
         outcomes = {}
         for cell, said in answers.said.items():
             one, item = said[asked.key], graded[cell, asked.task.name, asked.question.uid]
-            outcomes[cell] = Outcome(
-                prediction=one.prediction,
-                parsed=item.parsed,
-                correct=item.correct,
-                num_frames=one.num_frames,
-                num_groups=one.num_groups,
-                num_kept=one.num_kept,
-                retention=one.retention,
-                cost=one.cost,
-                llm_flops=one.llm_flops,
-                counted=item.counted,
-            )
+            outcomes[cell] = Graded(**vars(one), parsed=item.parsed, correct=item.correct, counted=item.counted)
         records.append(
             Record(
                 uid=asked.key,

@@ -65,7 +65,7 @@ def draw(result: ComparisonResult) -> bytes:
         kept = [(row.retention_measured or 0) * math.exp(offset) for row in curve.points]
         _bars(left, kept, curve, fade)
         _line(left, kept, curve)
-        _line(right, [100 * (row.flops_share or 0) for row in curve.points], curve)
+        _line(right, [100 * row.flops["exact"]["share"] for row in curve.points], curve)
     _axis_of_ratios(left, ratios, [row.retention_measured or 0 for curve in drawn for row in curve.points])
     left.set_ylabel("accuracy (%)")
     right.set_xlabel("FLOPs of ViT, pruner, connector and LLM (% of dense)")

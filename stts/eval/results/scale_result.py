@@ -100,8 +100,8 @@ def make_point(
                 difference_low=change.low if change else None,
                 difference_high=change.high if change else None,
                 llm_tokens=statistics.fmean(record.outcomes[key].num_kept for record in records),
-                tflops=(row.flops_total or 0) / 1e12,
-                tflops_vit=(row.flops_vit or 0) / 1e12,
+                tflops=row.flops["exact"]["total"] / 1e12,
+                tflops_vit=row.flops["exact"]["vit"] / 1e12,
                 seconds=looks * sum(timed) / 1000 if timed else None,
             )
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from stts.eval.answering.cell import DENSE, Cell, Kind
 from stts.eval.benchmarks.tasks import SUITES, suite_score
-from stts.eval.results.grading import Outcome, Record, TaskScore
+from stts.eval.results.grading import Graded, Record, TaskScore
 from stts.metrics.accuracy import Estimate, accuracy, mcnemar, paired_difference
 
 PHASES = ("video", "preprocess", "vit", "prune", "connect", "prefill", "decode", "ttft", "ttft_e2e")
@@ -49,14 +49,6 @@ class Row:
     """To dense on the same samples; None for dense itself."""
     difference_low: float | None = None
     difference_high: float | None = None
-    flops_vit: float | None = None
-    flops_vit_embed: float | None = None
-    flops_connector: float | None = None
-    flops_pruner: float | None = None
-    flops_llm: float | None = None
-    flops_total: float | None = None
-    flops_share: float | None = None
-    """Total over the total of dense."""
     ms_per_sample: float | None = None
     """Median over timed batches; None when there was none."""
     num_timed_batches: int = 0
@@ -111,8 +103,6 @@ def make_row(
     headlines = {name: task["headline"] for name, task in tasks.items()}
     mean, retained, retained_by_task = _retained(tasks)
     low, high = np.percentile([outcome.retention for outcome in outcomes], [5, 95]).tolist()
-    flops = _flops(outcomes, dense)
-    exact = flops["exact"]
     pairs = [
         (record.outcomes[cell.key].correct, record.outcomes[DENSE].correct, f"{record.task}/{record.video}")
         for record in records
@@ -136,13 +126,6 @@ def make_row(
         difference=change.value if change else None,
         difference_low=change.low if change else None,
         difference_high=change.high if change else None,
-        flops_vit=exact["vit"],
-        flops_vit_embed=exact["vit_embed"],
-        flops_connector=exact["connector"],
-        flops_pruner=exact["pruner"],
-        flops_llm=exact["llm"],
-        flops_total=exact["total"],
-        flops_share=exact.get("share"),
         ms_per_sample=statistics.median(batch_ms) if batch_ms else None,
         num_timed_batches=len(batch_ms),
         signals=signals or {},
@@ -154,7 +137,7 @@ def make_row(
         p_value=mcnemar(*zip(*pairs, strict=True)) if change else None,
         tasks=tasks,
         suites={name: suite_score(name, headlines) for name, names in SUITES.items() if set(names) <= set(tasks)},
-        flops=flops,
+        flops=_flops(outcomes, dense),
         time_ms={name: statistics.median(values) for name, values in (phase_ms or {}).items() if values},
         peak_gib=peak_gib,
     )
@@ -233,7 +216,7 @@ def _retained(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, flo
     return mean, mean / _mean(dense), _mean(shares)
 
 
-def _flops(outcomes: Sequence[Outcome], dense: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+def _flops(outcomes: Sequence[Graded], dense: Sequence[Graded]) -> dict[str, dict[str, float]]:
     made: dict[str, dict[str, float]] = {}
     for formula in ("exact", "macs", "fastv", "pdrop"):
         if formula in ("fastv", "pdrop") and not all(outcome.llm_flops for outcome in outcomes):
@@ -244,7 +227,7 @@ def _flops(outcomes: Sequence[Outcome], dense: Sequence[Outcome]) -> dict[str, d
     return made
 
 
-def _parts(outcomes: Sequence[Outcome], formula: str) -> dict[str, float]:
+def _parts(outcomes: Sequence[Graded], formula: str) -> dict[str, float]:
     scale = 1 if formula == "exact" else 2
     parts = {
         name: _mean(getattr(outcome.cost, name) for outcome in outcomes) / scale

@@ -9,12 +9,12 @@ from itertools import groupby
 
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.eval.results.footnotes import notes_on, title_of
-from stts.eval.results.grading import Outcome, Record, TaskScore
+from stts.eval.results.grading import Graded, Record, TaskScore
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.summary import PHASES, Row
 
 __all__ = [
-    "BEFORE", "DENSE", "Cell", "ComparisonResult", "Kind", "Outcome", "Record", "Row", "TaskScore", "notes_on",
+    "BEFORE", "DENSE", "Cell", "ComparisonResult", "Graded", "Kind", "Record", "Row", "TaskScore", "notes_on",
     "render_csv", "render_markdown", "render_text", "title_of",
 ]  # fmt: skip
 
@@ -111,15 +111,15 @@ def _cells_of(result: ComparisonResult) -> Lines:
         if row.reason is not None:
             body.append(line + ["-"] * (len(head) - len(line)))
             continue
-        assert row.accuracy is not None and row.flops_vit is not None and row.flops_share is not None
+        flops = row.flops["exact"]
         line += [f"{row.retention_measured:.3f}", f"{row.kept_per_frame:.3g}"]
         line += [_percent(row.tasks[task]["headline"] if task in row.tasks else None) for task in shown]
         if several:
             line += [*(_percent(row.suites.get(suite)) for suite in suites), _percent(row.mean), _percent(row.retained)]
         line += [interval(row.accuracy, row.accuracy_low, row.accuracy_high, "")]
         line += [interval(row.difference, row.difference_low, row.difference_high, "+")]
-        line += [_scaled(part, size) for part in (row.flops_vit, row.flops_llm, row.flops_pruner, row.flops_total)]
-        line += [f"{100 * row.flops_share:.1f} %", "-" if row.ms_per_sample is None else f"{row.ms_per_sample:.1f}"]
+        line += [_scaled(flops[part], size) for part in ("vit", "llm", "pruner", "total")]
+        line += [f"{100 * flops['share']:.1f} %", "-" if row.ms_per_sample is None else f"{row.ms_per_sample:.1f}"]
         body.append(line)
     return head, body
 
@@ -165,7 +165,7 @@ def _flops_of(result: ComparisonResult) -> Lines:
 
 
 def _unit(result: ComparisonResult) -> tuple[float, str]:
-    largest = max(row.flops_total or 0 for row in result.rows)
+    largest = max(row.flops["exact"]["total"] for row in result.rows if row.flops)
     return next(((s, u) for s, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= s), (1.0, ""))
 
 

@@ -93,7 +93,7 @@ def test_rows_at_equal_flops_stand_below_those_at_equal_tokens(result: Compariso
         if row.reason is not None:
             assert "of dense" in row.reason
             continue
-        assert row.flops_total == pytest.approx(like.flops_total, rel=0.03)
+        assert row.flops["exact"]["total"] == pytest.approx(like.flops["exact"]["total"], rel=0.03)
         assert row.retention_configured != like.retention_configured
     assert any(row.reason is None for row in matched)
     text = render_text(result)
