@@ -154,34 +154,6 @@ def llm_prefill_flops(
     return sum(llm_block_flops(shape, n, formula, causal=causal) for n in num_tokens)
 
 
-def llm_decode_flops(
-    shape: LlmShape, num_prompt: int, num_new: int, formula: Literal["exact", "fastv"] = "exact"
-) -> int:
-    """`num_new` tokens one at a time behind a prompt of `num_prompt`, each seeing all before it and itself.
-
-    exact: 4 d h (H + G) + 4 n H h + 6 d m a token and block; fastv: 4 d^2 + 2 d m + 2 n d (HoliTom's accounting)."""
-    d, m, width = shape.width, shape.mlp, shape.heads * shape.head_dim
-    context = num_new * num_prompt + num_new * (num_new + 1) // 2
-    if formula == "fastv":
-        return shape.layers * (num_new * (4 * d * d + 2 * d * m) + 2 * d * context)
-    if formula != "exact":
-        raise ValueError(f"formula {formula!r} is unknown for decoding; expected exact or fastv")
-    linear = 4 * d * shape.head_dim * (shape.heads + shape.kv_heads) + (6 if shape.gated else 4) * d * m
-    return shape.layers * (num_new * linear + 4 * width * context)
-
-
-def kv_cache_bytes(shape: LlmShape, num_tokens: int, bytes_per_value: int = 2) -> int:
-    """Keys and values of `num_tokens` tokens in every layer; bf16 unless told otherwise."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_value * num_tokens
-
-
-def equivalent_retention(num_tokens: Sequence[int], num_dense: int) -> float:
-    """Visual tokens summed over the LLM layers / the dense sum: what a method that drops at layer K really keeps."""
-    if not num_tokens or num_dense < 1:
-        raise ValueError(f"need one count per layer and num_dense >= 1, got {list(num_tokens)} and {num_dense}")
-    return sum(num_tokens) / (len(num_tokens) * num_dense)
-
-
 def tokens_per_layer(entry: int, cuts: Sequence[int], counts: Sequence[int], layers: int) -> list[int]:
     """Visual tokens in every LLM layer: `entry` of them at first, `counts[i]` from layer `cuts[i]` on.
 

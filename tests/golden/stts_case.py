@@ -20,10 +20,10 @@ from stts.budget import from_removed, plan
 from stts.models.families import attention
 from stts.models.families.base import TowerInput
 from stts.models.pruning.tower import Drop, run_tower
-from stts.packing.pack import reference_rows
 from stts.pruners.scorer import WindowPooling
 from stts.pruners.stts import STTS
 from stts.tokens import Budget, Grid, Kept, VideoTokens
+from tests.golden.stts_rows import reference_rows
 
 Kind = Literal["image", "video", "padding"]
 POOLING = {"query": "wq", "key": "wk", "value": "wv", "out": "wo"}

@@ -21,10 +21,11 @@ from stts.pruners import ops
 from stts.pruners.base import HostInfo, with_newlines
 from stts.pruners.fastvid import FastVID
 from stts.pruners.holitom import HoliTom
-from stts.pruners.stop import FeatureNormSToP, SToP, feature_importance, sink_score
+from stts.pruners.stop import SToP, sink_score
 from stts.pruners.visionzip import VisionZip
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 from tests.golden.conftest import Case, cases
+from tests.golden.stop_feature_norm import FeatureNormSToP, feature_importance
 
 VISIONZIP = cases("stop", containing="mid.sink_top20")
 FASTVID = cases("stop", containing="mid.segment_sizes")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stts.packing.pack import reference_rows
 from stts.pruners.temporal import temporal_target, window_features
 from tests.golden.conftest import cases
 from tests.golden.stts_case import (
@@ -31,6 +30,7 @@ from tests.golden.stts_case import (
     patch_mask,
     scorer_names,
 )
+from tests.golden.stts_rows import reference_rows
 
 MODES = [None, "official"]
 TOWER = cases("stts", containing="patches")

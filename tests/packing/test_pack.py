@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stts.packing.pack import first_fit_decreasing, pack_samples
+from stts.packing.pack import pack_samples
+from tests.golden.stts_rows import first_fit_decreasing
 
 sizes_and_capacity = st.integers(1, 40).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(0, capacity), max_size=30), st.just(capacity))

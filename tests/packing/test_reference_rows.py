@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stts.packing.pack import reference_rows
+from tests.golden.stts_rows import reference_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "stts" / "case7_packing_only.safetensors"
 ABSENT = -99  # how the file marks a patch that went nowhere; -1 there is the revived frame

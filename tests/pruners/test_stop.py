@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from stts.pruners.base import HostInfo
 from stts.pruners.fastvid import FastVID
 from stts.pruners.holitom import HoliTom
-from stts.pruners.stop import FeatureNormSToP, SToP, feature_importance, sink_score
+from stts.pruners.stop import SToP, sink_score
 from stts.pruners.visionzip import VisionZip
 from stts.tokens import Budget, Grid, Kept, SinkPenalty, VideoTokens
+from tests.golden.stop_feature_norm import FeatureNormSToP, feature_importance
 
 HOST = HostInfo(
     family="tiny", vit_width=8, vit_mlp=8, vit_heads=2, vit_depth=6, lowest_tap=5, llm_width=8, llm_layers=8,

@@ -1,4 +1,4 @@
-"""Scorer weights of the authors' release of STTS (arXiv 2603.18004, allenai/molmo2) under our names, and back.
+"""Scorer weights of the authors' release of STTS (arXiv 2603.18004, allenai/molmo2) under our names.
 
 There the scorer is `temporal_token_scorer` somewhere inside the model; only the tail of a name is read.
 """
@@ -70,11 +70,6 @@ def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"missing: {missing}; remove, rename or add these"
         )
     return {ours: tensors[name] for ours, name in origin.items()}
-
-
-def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_ours`, for a state dict of `STTS`; names start at the scorer."""
-    return {f"{ANCHOR}.{theirs}": state[ours] for theirs, ours in TO_OURS.items()}
 
 
 def _like_a_scorer(name: str) -> bool:

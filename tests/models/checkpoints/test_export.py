@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from stts.cli import main
 from stts.models.checkpoints.hub import PrunedVLM
 from stts.models.checkpoints.load import load_vlm, pruner_settings, save_pruned
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
-from stts.models.checkpoints.stts_release import TO_OURS, read_reference, to_ours, to_reference
+from stts.models.checkpoints.stts_release import ANCHOR, TO_OURS, read_reference, to_ours
 from tests.conftest import TINY, make_inputs
 from tests.golden.conftest import cases
 from tests.models.families import qwen_tiny
@@ -272,6 +273,11 @@ def test_the_release_s_names_become_ours_and_go_back(case: Any, prefix: str) -> 
     assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
     assert ours["scorer.pooling.query.weight"] is theirs[f"{prefix}patch_token_pooler.wq.weight"]
     assert ours["scorer.mlp.2.bias"] is theirs[f"{prefix}mlp.w3.bias"]
+
+
+def to_reference(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `to_ours`; names start at the scorer."""
+    return {f"{ANCHOR}.{theirs}": state[ours] for theirs, ours in TO_OURS.items()}
 
 
 def release(**changes: Any) -> dict[str, torch.Tensor]:
