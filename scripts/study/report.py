@@ -195,9 +195,11 @@ def _paired(runs: Sequence[ComparisonResult | None], cell: str, other: Compariso
             found.append(paired_difference(ours, rival, [record.video for record in records]))
     if not found:
         return NOT_RUN
-    low = min(one.low for one in found if one.low is not None)  # a study has more than one video
-    high = max(one.high for one in found if one.high is not None)
-    return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    value = f"{100 * fmean(one.value for one in found):+.1f}"
+    lows, highs = ([end for one in found if (end := getattr(one, side)) is not None] for side in ("low", "high"))
+    if not lows:  # too few videos for an interval
+        return f"{value} [-]"
+    return f"{value} [{100 * min(lows):+.1f}, {100 * max(highs):+.1f}]"
 
 
 def _by_family(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:

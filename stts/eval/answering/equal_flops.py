@@ -21,7 +21,8 @@ _STEP = 10_000
 """Ratios are tried in steps of 1 / _STEP."""
 
 
-def _cost(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
+def cost_at(pruning: Pruning, grid: Grid, retention_ratio: float) -> VideoCost:
+    """Of one video, before anything is run. ValueError for a ratio that the pruner cannot reach."""
     shape = vlm_shape(pruning.model.config)
     return planned_cost(pruning.pruner, shape, pruning.adapter.host, grid, retention_ratio)
 
@@ -36,7 +37,7 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
     while low < high:
         middle = (low + high + 1) // 2
         try:
-            cost = _cost(pruning, grid, middle / _STEP)
+            cost = cost_at(pruning, grid, middle / _STEP)
         except ValueError:  # under what the method can reach
             low = middle
             continue
@@ -46,7 +47,7 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
         else:
             high = middle - 1
     if not found:
-        dense = _cost(pruning, grid, 1.0).total
+        dense = cost_at(pruning, grid, 1.0).total
         least = "no ratio is in reach" if lowest is None else f"{100 * lowest.total / dense:.1f} % of dense"
         raise ValueError(
             f"costs more however little it keeps: at least about {least} (tower {100 * _tower(lowest) / dense:.1f} %), "
@@ -87,7 +88,7 @@ def match_flops(runners: Sequence[Runner], grid: Grid, reference: str, *, tokens
             matched.append(Runner(replace(cell, reason=reason), None))
             continue
         try:
-            target = _cost(like.pruning, grid, like.cell.retention_configured).total
+            target = cost_at(like.pruning, grid, like.cell.retention_configured).total
             ratio = equal_flops_ratio(base, grid, target)
         except ValueError as error:
             matched.append(Runner(replace(cell, reason=str(error)), None))

@@ -11,7 +11,7 @@ import torch
 
 import stts
 from stts.data.shapes.files import write_shapes
-from stts.eval.answering.equal_flops import equal_flops_ratio, planned_cost
+from stts.eval.answering.equal_flops import cost_at, equal_flops_ratio
 from stts.eval.answering.method import cost_of
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.results.result import ComparisonResult
@@ -33,7 +33,7 @@ def test_the_planned_cost_is_the_measured_one(tiny: tuple[Any, Any], name: str) 
     report = pruning.last
     assert report is not None
     measured = cost_of(vlm_shape(model.config), pruning.adapter.host, pruning.pruner, report, 0)
-    planned = planned_cost(pruning, report.grids[0], 0.7)
+    planned = cost_at(pruning, report.grids[0], 0.7)
     if name == "stts":  # where its survivors lie is known afterwards only
         assert planned.total == pytest.approx(measured.total, rel=0.02) and planned.llm == measured.llm
     else:
@@ -43,17 +43,17 @@ def test_the_planned_cost_is_the_measured_one(tiny: tuple[Any, Any], name: str) 
 def test_the_ratio_is_the_largest_that_fits(tiny: tuple[Any, Any]) -> None:
     pruning, grid = stts.pruning(tiny[0], "visionzip"), Grid(FRAMES, 4, 4)
     for wanted in (0.9, 0.5, 0.123):
-        target = planned_cost(pruning, grid, wanted).total
+        target = cost_at(pruning, grid, wanted).total
         ratio = equal_flops_ratio(pruning, grid, target)
-        assert wanted <= ratio and planned_cost(pruning, grid, ratio).total == target, "the same number of tokens"
-        assert planned_cost(pruning, grid, min(1.0, ratio + 1e-4)).total > target
-    assert equal_flops_ratio(pruning, grid, 2 * planned_cost(pruning, grid, 1.0).total) == 1.0
+        assert wanted <= ratio and cost_at(pruning, grid, ratio).total == target, "the same number of tokens"
+        assert cost_at(pruning, grid, min(1.0, ratio + 1e-4)).total > target
+    assert equal_flops_ratio(pruning, grid, 2 * cost_at(pruning, grid, 1.0).total) == 1.0
     with pytest.raises(
         ValueError, match=r"at least about \d+\.\d % of dense \(tower \d+\.\d %\), and 1\.0 % are asked"
     ):
-        equal_flops_ratio(pruning, grid, planned_cost(pruning, grid, 1.0).total // 100)
+        equal_flops_ratio(pruning, grid, cost_at(pruning, grid, 1.0).total // 100)
     inside = stts.pruning(tiny[0], "fastv", retention_ratio=0.9)
-    assert equal_flops_ratio(inside, grid, planned_cost(inside, grid, 0.8).total) == pytest.approx(0.8, abs=0.02)
+    assert equal_flops_ratio(inside, grid, cost_at(inside, grid, 0.8).total) == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.fixture(scope="module")
