@@ -231,7 +231,7 @@ def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Call
     """The command line of a verb: `work` does it and returns what is printed, None on ranks that print nothing.
 
     Bad input prints one line on stderr and gives 2; so does Ctrl-C, with how to go on, and gives 130."""
-    settings: Mapping[str, Any] = {}
+    settings: dict[str, Any] = {}
     try:
         settings = parse_config(config, prog, list(sys.argv[1:] if argv is None else argv))
         shown = work(config(**settings), Ranks.from_env())
