@@ -155,6 +155,11 @@ class Kept:
     """int64 rows of the G axis, unique, increasing (compat="official" may keep the release's order)."""
     x_KD: Tensor | None = None
     """Rewritten (merged) features; None: the adapter gathers at the drop."""
+    x_ND: Tensor | None = None
+    """vit, where the drop follows the decision at once: the patches after merging; those that leave are not read."""
+    size_N: Tensor | None = None
+    """vit, with `x_ND`: fp32, how many patches each one stands for; its logarithm is the key bias of all blocks behind
+    the drop."""
     attention_bias_N: Tensor | None = None
     """Key bias for blocks layer + 1 .. drop_after: a gradient path to the scores."""
     gate_G: Tensor | None = None

@@ -236,6 +236,8 @@ def _outputs(kept: Kept, video: VideoTokens) -> str:
     num_rows, width = video.x_ND.shape
     expected = {  # shape, dtype
         "x_KD": ((len(kept.index_K), width), video.x_ND.dtype),
+        "x_ND": ((num_rows, width), video.x_ND.dtype),
+        "size_N": ((num_rows,), torch.float32),
         "attention_bias_N": ((num_rows,), torch.float32),
         "gate_G": ((video.num_groups,), torch.float32),
         "scores_G": ((video.num_groups,), torch.float32),
@@ -256,7 +258,7 @@ def _outputs(kept: Kept, video: VideoTokens) -> str:
 def _difference(kept: Kept, other: Kept) -> str:
     if not torch.equal(kept.index_K, other.index_K):
         return f"kept {kept.index_K.tolist()}, then {other.index_K.tolist()}"
-    for name, absent in (("x_KD", torch.nan), ("attention_bias_N", 0.0), ("gate_G", 1.0), ("scores_G", torch.nan)):
+    for name, absent in (("x_KD", torch.nan), ("x_ND", torch.nan), ("size_N", 1.0), ("attention_bias_N", 0.0), ("gate_G", 1.0), ("scores_G", torch.nan)):
         a, b = getattr(kept, name), getattr(other, name)
         if a is None and b is None:
             continue

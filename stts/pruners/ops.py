@@ -255,17 +255,19 @@ def density_peaks(
 def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Mean of each cluster's rows, (C, D) fp32, zeros where a cluster is empty, and their number, (C,) int64.
 
-    cluster_N: int64 in [0, C); rows with -1 belong nowhere. Deterministic on every device: summed in row order on the
-    CPU, as a product with the membership matrix on CUDA, where scattered addition has no fixed order."""
+    cluster_N: int64 in [0, C); rows with -1 belong nowhere. Deterministic: the rows of a cluster are summed in their
+    order, on CUDA too, where `index_put_` sorts them (`index_add` adds as they come)."""
     member_N = cluster_N >= 0
     spare_N = torch.where(member_N, cluster_N, num_clusters)
-    count_C = torch.bincount(spare_N, minlength=num_clusters + 1)[:num_clusters]
+    # Counted by scattering ones: bincount would wait for the device.
+    count_C = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x_ND.device)
+    count_C = count_C.scatter_add_(0, spare_N, torch.ones_like(spare_N))[:num_clusters]
+    sum_CD = x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32)
     if x_ND.is_cuda:
-        sum_CD = F.one_hot(spare_N, num_clusters + 1)[:, :num_clusters].T.float() @ x_ND.float()
+        sum_CD = sum_CD.index_put((spare_N,), x_ND.float(), accumulate=True)
     else:
-        sum_CD = x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32)
-        sum_CD = sum_CD.index_add(0, spare_N, x_ND.float())[:num_clusters]
-    return sum_CD / count_C.clamp_min(1)[:, None], count_C
+        sum_CD = sum_CD.index_add(0, spare_N, x_ND.float())
+    return sum_CD[:num_clusters] / count_C.clamp_min(1)[:, None], count_C
 
 
 # --- counts --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from stts.pruners.simple import Dense, Random, Uniform
 from stts.pruners.stop import SToP
 from stts.pruners.stts import STTS
 from stts.pruners.tango import Tango, TangoInner
+from stts.pruners.tome import ToMe
 from stts.pruners.vcast import VCAST
 from stts.pruners.vidcom2 import VidCom2
 from stts.pruners.visionselector import VisionSelector
@@ -90,6 +91,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "framefusion": FrameFusion.for_host,
     "flashvid": FlashVID.for_host,
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
+    "tome": ToMe.for_host,
     "visionselector": VisionSelector.for_host,
 }
 

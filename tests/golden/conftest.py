@@ -24,6 +24,7 @@ PRUNERS = HERE.parents[1] / "stts" / "pruners"
 NOT_READ: dict[tuple[str, str, str], str] = {}
 """(method, file pattern, tensor pattern) -> why no test reads it."""
 
+NO_TENSORS = "(not a safetensors file)"
 _read: dict[Path, set[str]] = {}
 
 
@@ -68,6 +69,15 @@ def cases(method: str, containing: str) -> list[Case]:
     return [case for case in found if containing in case]
 
 
+def read_text(method: str, name: str) -> str | None:
+    """A file of the method that holds no tensors; None where this folder has no such file."""
+    path = FOLDER / method / name
+    if not path.is_file():
+        return None
+    _read.setdefault(path, set()).add(NO_TENSORS)
+    return path.read_text()
+
+
 # --- nothing goes unread -----------------------------------------------------------------------------------------
 
 _deselected: set[Path] = set()
@@ -103,7 +113,7 @@ def _unread(folder: Path) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.name == "README.md":
             continue
-        names = set(Case(path)._names) if path.suffix == ".safetensors" else {"(not a safetensors file)"}
+        names = set(Case(path)._names) if path.suffix == ".safetensors" else {NO_TENSORS}
         for name in sorted(names - _read.get(path, set())):
             if not any(
                 m == folder.name and fnmatch.fnmatch(path.stem, f) and fnmatch.fnmatch(name, t) for m, f, t in NOT_READ
