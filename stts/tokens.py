@@ -14,10 +14,11 @@ from typing import Literal
 from torch import Tensor
 
 SiteKind = Literal["vit", "pre_llm", "llm"]
-Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "prompt"]
+Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "prompt", "words", "aligned"]
 """What a stage may ask the adapter to collect: `attn` mean-query attention per group, `probe` attention of the tower's
 pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in the space of
-the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video."""
+the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video, `words` the embeddings
+of the text around the video, `aligned` every group in the space of `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,16 @@ class PromptTokens:
     """(L, kv_heads * head_dim) keys of the layer before, rotary embedding applied."""
     norm_D: Tensor
     """(D,) weight of the LLM's final RMS norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The text of the prompt around the video, as it enters layer 0 of the LLM; without images and other videos."""
+
+    before_LD: Tensor
+    """(L, D) embeddings before the video."""
+    behind_LD: Tensor
+    """(L, D) embeddings behind it: the question, and in training the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,10 @@ class VideoTokens:
     """One global feature per frame."""
     text_C: Tensor | None = None
     """The question in the space of `frame_TC`; None where no aligned text tower is at hand."""
+    aligned_GC: Tensor | None = None
+    """Every group in the space of `text_C`; None where no aligned tower is at hand."""
     prompt: PromptTokens | None = None
+    words: Words | None = None
     uid: str = ""
     """Seeds `random`; equal uids share one question."""
     sink: SinkPenalty | None = None

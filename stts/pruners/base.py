@@ -95,6 +95,11 @@ class HostInfo:
     patches_per_group: int
     patches_per_frame: int = 729
     """0 where it differs from video to video."""
+    llm_heads: int = 2
+    llm_kv_heads: int = 1
+    llm_mlp: int = 8
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
     newline_per_row: bool = False
     """A newline token follows every row of every frame (LLaVA-Video); False: one after the whole video, or none."""
     mrope: bool = False

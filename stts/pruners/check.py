@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stts.budget import plan
 from stts.pruners.base import HostInfo, Newlines, Positions, Pruner, Stage, soft_in_training
-from stts.tokens import Budget, Grid, Kept, PromptTokens, Signal, Site, VideoTokens
+from stts.tokens import Budget, Grid, Kept, PromptTokens, Signal, Site, VideoTokens, Words
 
 Scene = Literal["cuts", "still", "flat"]
 """cuts: scenes in which some places stand still; still: one frame, repeated; flat: all tokens equal."""
@@ -161,10 +161,12 @@ def example_video(
         salience_G=logit_G.softmax(0)[cell_G] if wants & {"attn", "probe", "last_row"} else None,
         keys_GD=tokens(key_width)[cell_G] if "keys" in wants else None,
         frame_TC=frame_TC if "frame" in wants else None,
+        aligned_GC=tokens(frame_width)[cell_G] if "aligned" in wants else None,
         text_C=(frame_TC[0].float() + randn(frame_width)).to(dtype) if "text" in wants else None,
         prompt=PromptTokens(randn(5, width).to(dtype), randn(5, key_width).to(dtype), torch.ones(width, dtype=dtype))
         if "prompt" in wants
         else None,
+        words=Words(randn(3, width).to(dtype), randn(4, width).to(dtype)) if "words" in wants else None,
         uid=f"example-{seed}",
     )
 
@@ -182,14 +184,14 @@ def example_budgets(stage: Stage, video: VideoTokens) -> list[Budget]:
 
 
 def map_tensors(video: VideoTokens, change: Callable[[Tensor], Tensor]) -> VideoTokens:
-    """The same video with every tensor changed, those of the prompt too."""
+    """The same video with every tensor changed, those of the prompt and the words around it too."""
 
     def changed(part: Any) -> dict[str, Any]:
         found = {f.name: getattr(part, f.name) for f in fields(part)}
         return {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
 
-    prompt = None if video.prompt is None else replace(video.prompt, **changed(video.prompt))
-    return replace(video, **changed(video), prompt=prompt)
+    parts = {name: part for name in ("prompt", "words") if (part := getattr(video, name)) is not None}
+    return replace(video, **changed(video), **{name: replace(part, **changed(part)) for name, part in parts.items()})
 
 
 # --- what is looked at: each returns what is wrong, or nothing -----------------------------------------------------
@@ -284,7 +286,7 @@ def _written(before: VideoTokens, after: VideoTokens) -> str:
     for name, part in ((f.name, getattr(after, f.name)) for f in fields(after)):
         old = getattr(before, name)
         pairs = [(old, part)]
-        if isinstance(part, PromptTokens):
+        if isinstance(part, PromptTokens | Words):
             pairs = [(getattr(old, f.name), getattr(part, f.name)) for f in fields(part)]
         if any(isinstance(new, Tensor) and not torch.equal(was, new) for was, new in pairs):
             changed.append(name)

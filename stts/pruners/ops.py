@@ -273,6 +273,22 @@ def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Te
 # --- counts --------------------------------------------------------------------------------------------------------
 
 
+def share_out(weights: list[float], total: int, most: int) -> list[int]:
+    """Whole numbers proportional to `weights` that sum to `total`, by largest remainder.
+
+    Each is at most `most`, and at least 1 if `total` allows; what that adds or takes is spread over the others one by
+    one. Ties favour the earlier one."""
+    least = min(1, total // len(weights))
+    quotas = [weight * total / sum(weights) for weight in weights]
+    counts = [min(most, max(least, int(quota))) for quota in quotas]
+    numbers = range(len(weights))
+    while sum(counts) < total:
+        counts[max((n for n in numbers if counts[n] < most), key=lambda n: quotas[n] - counts[n])] += 1
+    while sum(counts) > total:
+        counts[min((n for n in reversed(numbers) if counts[n] > least), key=lambda n: quotas[n] - counts[n])] -= 1
+    return counts
+
+
 def fit_count(
     video: VideoTokens, kept: Kept, num_kept: int, salience_G: Tensor, merged_score_K: Tensor | None = None
 ) -> Kept:

@@ -9,6 +9,8 @@ from typing import Any
 
 from stts.pruners.adatp import AdaTP
 from stts.pruners.base import HostInfo, Pruner
+from stts.pruners.cacovid import CaCoVID
+from stts.pruners.cdpruner import CDPruner
 from stts.pruners.chain import Chain
 from stts.pruners.dart import DART
 from stts.pruners.divprune import DivPrune
@@ -85,6 +87,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "vidcom2": VidCom2.for_host,
     "evs": EVS.for_host,
     "divprune": DivPrune.for_host,
+    "cdpruner": CDPruner.for_host,
     "prunevid": PruneVid.for_host,
     "dycoke": DyCoke.for_host,
     "vcast": VCAST.for_host,
@@ -93,6 +96,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
     "tome": ToMe.for_host,
     "visionselector": VisionSelector.for_host,
+    "cacovid": CaCoVID.for_host,
 }
 
 

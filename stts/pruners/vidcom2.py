@@ -75,7 +75,7 @@ class VidCom2(PerVideo):
         v_TS, w_TS = self.redundancy(x_TSD)
         size_T = self.frame_scales(v_TS, budget.retention_ratio) * per_frame
         if budget.exact:
-            count_T = torch.tensor(share_out(size_T.tolist(), budget.num_kept, per_frame), device=size_T.device)
+            count_T = torch.tensor(ops.share_out(size_T.tolist(), budget.num_kept, per_frame), device=size_T.device)
         else:
             count_T = size_T.round().clamp_min(1)  # halves to even
         score_TS = -(v_TS + w_TS)
@@ -109,19 +109,3 @@ class VidCom2(PerVideo):
         """Variance of all channels; norm, scaling, two means and two distances on those kept."""
         channels = max(1, int(width * self.channel_share))
         return grid.num_groups * (4 * width + 11 * channels)
-
-
-def share_out(weights: list[float], total: int, most: int) -> list[int]:
-    """Whole numbers proportional to `weights` that sum to `total`, by largest remainder.
-
-    Each is at most `most`, and at least 1 if `total` allows; what that adds or takes is spread over the others one by
-    one. Ties favour the earlier one."""
-    least = min(1, total // len(weights))
-    quotas = [weight * total / sum(weights) for weight in weights]
-    counts = [min(most, max(least, int(quota))) for quota in quotas]
-    numbers = range(len(weights))
-    while sum(counts) < total:
-        counts[max((n for n in numbers if counts[n] < most), key=lambda n: quotas[n] - counts[n])] += 1
-    while sum(counts) > total:
-        counts[min((n for n in reversed(numbers) if counts[n] > least), key=lambda n: quotas[n] - counts[n])] -= 1
-    return counts

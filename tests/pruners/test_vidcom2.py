@@ -9,7 +9,8 @@ import torch
 
 from stts.pruners.check import HOST, example_video
 from stts.pruners.naive.vidcom2 import vidcom2
-from stts.pruners.vidcom2 import VidCom2, share_out
+from stts.pruners.ops import share_out
+from stts.pruners.vidcom2 import VidCom2
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 # Two frames of two tokens. Channels 0 and 1 vary least; on them all tokens are (1, 0) but the last, which is (0, 1).

@@ -1,0 +1,286 @@
+"""CaCoVID: a policy of one transformer layer before the LLM, taught by the reward of answers (arXiv 2602.01649).
+
+Shape suffixes: N = tokens of a video, T = frames, P = places of a frame, D = LLM width, V = videos, L = words and tokens
+of a prompt, H = heads, E = head width, S = samples, F = frame samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stts.pruners import ops
+from stts.pruners.base import HostInfo, Newlines, Positions, Stage, check_counts, check_finite
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+
+KEEP = 1
+"""The class of the two that stands for a kept token."""
+
+
+class CaCoVID(nn.Module):
+    """Keep the tokens that a policy names important, frame by frame, and an even stride of the others.
+
+    The policy reads the words before the video, the video, and with `attention="full"` the words behind it, through one
+    decoder layer shaped like the LLM's; a small head on each token, and one on the mean of each frame, give the logits
+    of leaving and keeping. With s their difference, T frames of P places, k tokens in all and half of them important:
+
+        p = softmax(3 s_frame / max |s_frame|), clipped to [1/(2 T), 1.5/T];   n_t ~ p_t k/2;   best n_t of frame t by s
+
+    arXiv 2602.01649; `compression_policy.py` of LivingFutureLab/CaCoVID, whose tensor names these are. The released
+    weights go with `attention="causal"`: its pinned software computes that, so the question, which stands behind the
+    video, does not reach them. "full" is what the paper means. The layer costs about one layer of dense prefill, which
+    `flops` counts. A policy without released weights is random: its reinforcement loop is not here, only its loss
+    (`policy_loss`); fine-tuning leaves it as it is.
+
+    **Differs:** counts of frames by largest remainder between 1 and a cap; the release gives what is left to the frames
+    with the fewest tokens, past the cap (compat="official"). Equal frame scores are shared out evenly (NaN there).
+    Scores are ranked themselves, not their softmax, which ties in fp32. The third head of the release, which nothing
+    uses, is left out."""
+
+    paper: ClassVar[str] = "2602.01649"
+    site: Site = Site("pre_llm")
+    signals: frozenset[Signal] = frozenset({"words"})
+    newlines: Newlines = "all"
+    positions: Positions = "original"
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        mlp: int,
+        theta: float = 1e6,
+        eps: float = 1e-6,
+        attention: Literal["causal", "full"] = "full",
+        important_share: float = 0.5,
+        spread: float = 1.5,
+        compat: Literal["official"] | None = None,
+    ) -> None:
+        """dim, heads, kv_heads, mlp, theta, eps: as of a layer of the LLM. important_share: of the budget, chosen by
+        score. spread: most tokens of a frame, over its equal share."""
+        super().__init__()
+        if attention not in ("causal", "full"):
+            raise ValueError(f"attention={attention!r} is unknown; expected 'causal' or 'full'")
+        if not 0 < important_share <= 1 or spread < 1:
+            raise ValueError(f"important_share={important_share} must be in (0, 1] and spread={spread} at least 1")
+        self.attention, self.compat = attention, compat
+        self.important_share, self.spread = important_share, spread
+        self.compression_policy = Policy(dim, heads, kv_heads, mlp, theta, eps)
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> CaCoVID:
+        """Sized like a layer of this host's LLM."""
+        sizes = {
+            "heads": host.llm_heads, "kv_heads": host.llm_kv_heads, "mlp": host.llm_mlp, "theta": host.rope_theta,
+            "eps": host.norm_eps,
+        }  # fmt: skip
+        return cls(host.llm_width, **{**sizes, **options})
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (self,)
+
+    @property
+    def count_known(self) -> bool:
+        return self.compat is None
+
+    @torch.no_grad()
+    def forward(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        """One call of the policy for all videos of the batch."""
+        if not videos:
+            return []
+        check_finite(videos)
+        check_counts(videos, budgets)
+        for video in videos:
+            ops.need_full_grid(video)
+        row = []
+        for (token_N2, frame_T2), video, budget in zip(self.logits(videos), videos, budgets, strict=True):
+            score_N = token_N2[:, KEEP] - token_N2[:, 1 - KEEP]
+            score_T = frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP]
+            row.append(Kept(index_K=self.choose(score_N, score_T, video.grid, budget), scores_G=score_N))
+        return row
+
+    def logits(self, videos: Sequence[VideoTokens]) -> list[tuple[Tensor, Tensor]]:
+        """Of every video: (N, 2) of its tokens and (T, 2) of its frames, fp32, for leaving and keeping."""
+        rows, firsts = [], []
+        for video in videos:
+            words = ops.need(video.words, "words", video)
+            behind = [words.behind_LD] if self.attention == "full" else []
+            rows.append(torch.cat([x.to(video.x_ND.dtype) for x in (words.before_LD, video.x_ND, *behind)]))
+            firsts.append(len(words.before_LD))
+        grids = [video.grid for video in videos]
+        made: list[tuple[Tensor, Tensor]] = self.compression_policy(rows, firsts, grids, self.attention == "causal")
+        return made
+
+    def choose(self, score_N: Tensor, score_T: Tensor, grid: Grid, budget: Budget) -> Tensor:
+        """(K,) int64 kept cells, increasing."""
+        total = budget.num_kept
+        if self.compat == "official" and not budget.exact:
+            total = max(1, int(budget.retention_ratio * grid.num_groups))
+        counts = torch.tensor(self.frame_counts(score_T, grid, total, budget), device=score_N.device)
+        important_K = ops.top_per_frame(score_N.view(grid.t, -1), counts)
+        rest_N = torch.ones_like(score_N, dtype=torch.bool).index_fill_(0, important_K, False)
+        left = total - len(important_K)
+        rest_M = rest_N.nonzero()[:, 0]
+        place_R = torch.linspace(0, len(rest_M) - 1, left, dtype=torch.float64, device=score_N.device).round().long()
+        return torch.cat([important_K, rest_M[place_R]]).sort().values
+
+    def frame_counts(self, score_T: Tensor, grid: Grid, total: int, budget: Budget) -> list[int]:
+        """Important tokens of every frame; one host synchronisation."""
+        share, spread = self.important_share, self.spread
+        largest = score_T.abs().amax().clamp_min(1e-12)
+        p_T = (3 * score_T / largest).softmax(0).clamp(1 / (2 * grid.t), spread / grid.t)
+        p_T = p_T / p_T.sum()
+        wanted = int(share * total + 1e-9)
+        if self.compat != "official" or budget.exact:
+            cap = min(grid.per_frame, math.ceil(share * spread * total / grid.t))
+            return ops.share_out(p_T.tolist(), wanted, cap) if wanted else [0] * grid.t
+        ratio = budget.retention_ratio
+        size = share * ratio * grid.num_groups
+        cap = int(share * grid.per_frame * spread * ratio)
+        counts: list[int] = (p_T * round(size)).round().clamp(1, max(1, cap)).long().tolist()
+        rest = int(size + 1e-9) - sum(counts)
+        while rest:
+            frame = counts.index(max(counts) if rest < 0 else min(counts))
+            counts[frame] += 1 if rest > 0 else -1
+            rest = int(size + 1e-9) - sum(counts)
+        return counts
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """The layer on the video alone, and the heads on every token; words are left out as few."""
+        return self.compression_policy.flops(grid.num_groups, grid.t)
+
+
+class Policy(nn.Module):
+    """A decoder layer and two heads; its tensors have the names of the release."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, mlp: int, theta: float, eps: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([DecoderLayer(dim, heads, kv_heads, mlp, theta, eps)])
+        self.layernorm = nn.RMSNorm(dim, eps)
+        self.token_compress, self.frame_compress = _head(dim), _head(dim)
+
+    def forward(
+        self, rows: Sequence[Tensor], firsts: Sequence[int], grids: Sequence[Grid], causal: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """rows: embeddings of every prompt, (L, D); firsts: where its video begins. See `CaCoVID.logits`."""
+        dtype = self.layernorm.weight.dtype
+        x_VLD = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(dtype)
+        length_V = torch.tensor([len(row) for row in rows], device=x_VLD.device)
+        real_VL = torch.arange(x_VLD.shape[1], device=x_VLD.device) < length_V[:, None]
+        h_VLD = self.layers[0](x_VLD, None if causal else real_VL)
+        tokens = [h_LD[first : first + grid.num_groups] for h_LD, first, grid in zip(h_VLD, firsts, grids, strict=True)]
+        frames = [x_ND.unflatten(0, (grid.t, -1)).mean(1) for x_ND, grid in zip(tokens, grids, strict=True)]
+        token_N2 = self.token_compress(self.layernorm(torch.cat(tokens))).float()
+        frame_T2 = self.frame_compress(self.layernorm(torch.cat(frames))).float()
+        parts = token_N2.split([grid.num_groups for grid in grids]), frame_T2.split([grid.t for grid in grids])
+        return list(zip(*parts, strict=True))
+
+    def flops(self, num_tokens: int, num_frames: int) -> int:
+        """1 multiply-add = 2."""
+        dim = self.layernorm.weight.shape[0]
+        head = sum(layer.weight.numel() for layer in self.token_compress if isinstance(layer, nn.Linear))
+        layer = sum(p.numel() for p in self.layers.parameters() if p.ndim > 1)
+        return 2 * num_tokens * (layer + head) + 4 * num_tokens**2 * dim + 2 * num_frames * head
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): grouped queries, rotary positions from 0, SiLU-gated MLP."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, mlp: int, theta: float, eps: float) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        width = dim // heads
+        self.width, self.theta = width, theta
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(dim, heads * width),
+                "k_proj": nn.Linear(dim, kv_heads * width),
+                "v_proj": nn.Linear(dim, kv_heads * width),
+                "o_proj": nn.Linear(heads * width, dim, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(dim, mlp, bias=False),
+                "up_proj": nn.Linear(dim, mlp, bias=False),
+                "down_proj": nn.Linear(mlp, dim, bias=False),
+            }
+        )
+
+    def forward(self, x_VLD: Tensor, real_VL: Tensor | None) -> Tensor:
+        """real_VL: bool, what is no padding, and attention both ways; None: causal."""
+        y_VLD = self.input_layernorm(x_VLD)
+        q, k, v = (
+            self.self_attn[name](y_VLD).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        mask = None if real_VL is None else real_VL[:, None, None]
+        out_VHLE = F.scaled_dot_product_attention(
+            self._turned(q), self._turned(k), v, mask, is_causal=real_VL is None, enable_gqa=True
+        )
+        x_VLD = x_VLD + self.self_attn["o_proj"](out_VHLE.transpose(1, 2).flatten(2))
+        y_VLD = self.post_attention_layernorm(x_VLD)
+        gated: Tensor = F.silu(self.mlp["gate_proj"](y_VLD)) * self.mlp["up_proj"](y_VLD)
+        return x_VLD + self.mlp["down_proj"](gated)
+
+    def _turned(self, x_VHLE: Tensor) -> Tensor:
+        """Rotary embedding, half-split."""
+        half = self.width // 2
+        frequency = self.theta ** (-torch.arange(half, device=x_VHLE.device, dtype=torch.float32) / max(half, 1))
+        angle = torch.arange(x_VHLE.shape[2], device=x_VHLE.device)[:, None] * frequency
+        cos, sin = angle.cos().to(x_VHLE.dtype), angle.sin().to(x_VHLE.dtype)
+        first, second = x_VHLE[..., :half], x_VHLE[..., half : 2 * half]
+        turned = [first * cos - second * sin, second * cos + first * sin, x_VHLE[..., 2 * half :]]
+        return torch.cat(turned, -1)
+
+
+def _head(dim: int) -> nn.Sequential:
+    """D -> D/2 -> D/4 -> D/8 -> D/16 -> 2, SiLU between."""
+    sizes = [dim, *(max(1, dim // 2**step) for step in (1, 2, 3, 4)), 2]
+    layers: list[nn.Module] = []
+    for wide, narrow in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(wide, narrow), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+# --- its loss ------------------------------------------------------------------------------------------------------
+
+
+def advantages(reward_S: Tensor) -> Tensor:
+    """(S,) reward over its mean and spread: (R - mean) / (std + 1e-4), std unbiased; token and frame samples apart."""
+    return (reward_S - reward_S.mean()) / (reward_S.std() + 1e-4)
+
+
+def policy_loss(
+    token_N2: Tensor, frame_T2: Tensor, old_token_N2: Tensor, old_frame_T2: Tensor, sampled_SN: Tensor,
+    frames_FT: Tensor, advantage_S: Tensor, advantage_F: Tensor, *, low: float = 0.2, high: float = 0.28,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The losses of tokens and of frames, which are added: a clipped policy gradient.
+
+        r = exp(log pi(m) - log pi_old(m)),   l = -min(r A, clip(r, 1 - low, 1 + high) A)
+        tokens: mean over samples of sum(w l) / (sum w + 1e-7),   w = 1 - mu where kept, mu elsewhere, mu = share kept
+        frames: the plain mean of l
+
+    token_N2, frame_T2: logits now; old_*: log probabilities at the first step on this video; sampled_SN, frames_FT:
+    bool, what each sample kept; all samples of this video so far take part. arXiv 2602.01649, `compute_loss` of
+    `CPOTrainer`; no penalty on the distance from the old policy, as released."""
+
+    def per_choice(logit_M2: Tensor, old_M2: Tensor, kept_SM: Tensor, advantage_S: Tensor) -> Tensor:
+        now_M2 = logit_M2.log_softmax(-1)
+        change_M2 = now_M2 - old_M2
+        ratio_SM = torch.where(kept_SM, change_M2[:, KEEP], change_M2[:, 1 - KEEP]).exp()
+        clipped_SM = ratio_SM.clamp(1 - low, 1 + high)
+        return -torch.minimum(ratio_SM * advantage_S[:, None], clipped_SM * advantage_S[:, None])
+
+    loss_SN = per_choice(token_N2, old_token_N2, sampled_SN, advantage_S)
+    share_S1 = sampled_SN.float().mean(1, keepdim=True)
+    weight_SN = torch.where(sampled_SN, 1 - share_S1, share_S1)
+    token_loss = ((weight_SN * loss_SN).sum(1) / (weight_SN.sum(1) + 1e-7)).mean()
+    return token_loss, per_choice(frame_T2, old_frame_T2, frames_FT, advantage_F).mean()

@@ -1,0 +1,105 @@
+"""CDPruner: diverse tokens that answer the question, by a determinantal point process.
+
+Shape suffixes: N = tokens of a video, C = width of the space shared with the text, D = width, K = tokens chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.pruners.base import HostInfo, PerVideo, Positions, check_counts, check_finite
+from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(PerVideo):
+    """Choose the set whose determinant of similarity is largest, each token weighted by how it relates to the question.
+
+        g_i = -cos(v_i, t),   then (g - min + 1e-6) / (max - min);   K = diag(g) S diag(g),   S_ij = cos(x_i, x_j)
+
+    v are patches and t the question in a space made for both, x the tokens behind the connector. Tokens are added one
+    by one, always the one whose variance given those chosen is largest (greedy MAP). arXiv:2506.10967, `llava_arch.py`
+    and `clip_encoder.py` of Theia-4869/CDPruner, which treats images; a clip is one pool here, and video use is ours.
+    The sign is as published for CLIP, whose patches resemble a text less where they matter more; `sign=1` turns it.
+
+    Patches and question come from a SigLIP checkpoint where one is given (`--siglip`), each patch sent through its
+    pooling head alone (ours). Without one, or without a question, g = 1: the most diverse tokens, whatever is asked.
+
+    **Differs:** minimum and maximum are those of the video; the release takes them over all images of the call
+    (compat="official"). Where the variance of every token left is 0, as behind the rank of S, the earlier token comes
+    first (NaN in the release). fp32."""
+
+    paper: ClassVar[str] = "2506.10967"
+    signals: ClassVar[frozenset[Signal]] = frozenset({"aligned", "text"})
+    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
+
+    sign: Literal[-1, 1] = -1
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sign not in (-1, 1):
+            raise ValueError(f"sign={self.sign} must be -1 (as published) or 1")
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """Original positions where they have a time of their own."""
+        return cls(**{"positions": "original" if host.mrope else "compact", **options})
+
+    def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
+        check_finite(videos)
+        check_counts(videos, budgets)
+        raw = [self.relevance(video) for video in videos]
+        pool = torch.cat(raw) if self.compat == "official" and raw else None
+        row = []
+        for video, budget, raw_N in zip(videos, budgets, raw, strict=True):
+            weight_N = to_weight(raw_N, raw_N if pool is None else pool)
+            order_K = most_diverse(video.x_ND.detach(), weight_N, budget.num_kept)
+            row.append(Kept(index_K=order_K.sort().values, scores_G=weight_N))
+        return row
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        [kept] = self([video], [budget])
+        return kept
+
+    def relevance(self, video: VideoTokens) -> Tensor:
+        """(N,) fp32 before it is brought to [0, 1]; all 1 where there is no aligned space or no question."""
+        if video.aligned_GC is None or video.text_C is None:
+            return video.x_ND.new_ones(video.num_groups, dtype=torch.float32)
+        unit_NC = F.normalize(video.aligned_GC.detach().float(), dim=-1)
+        return self.sign * (unit_NC @ F.normalize(video.text_C.detach().float(), dim=-1))
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """Norms, one row of similarities per chosen token, and its product with the rows before."""
+        return 2 * grid.num_groups * (width * (num_kept + 1) + num_kept**2 // 2)
+
+
+def to_weight(raw_N: Tensor, pool_M: Tensor) -> Tensor:
+    """(raw - min + 1e-6) / (max - min) with the extremes of the pool; 1 where all of it is equal."""
+    low, high = pool_M.aminmax()
+    return torch.where(high > low, (raw_N - low + 1e-6) / (high - low).clamp_min(1e-12), 1.0)
+
+
+def most_diverse(x_ND: Tensor, weight_N: Tensor, num_kept: int) -> Tensor:
+    """(K,) int64 in the order of a greedy choice for the largest determinant of K_ij = g_i g_j cos(x_i, x_j).
+
+    Cholesky rows grow with every token chosen: c = (K_j - sum_k c_k[j] c_k) / sqrt(w_j), w -= c^2. Rows of K are
+    computed when their token is chosen. No host synchronisation."""
+    unit_ND = F.normalize(x_ND.float(), dim=-1) * weight_N[:, None]
+    variance_N = unit_ND.square().sum(-1)
+    row_KN = unit_ND.new_zeros(num_kept, len(unit_ND))
+    chosen = []
+    for step in range(num_kept):
+        pick_1 = variance_N.argmax(keepdim=True)
+        chosen.append(pick_1)
+        known_1N = row_KN[:step, pick_1].T @ row_KN[:step]
+        row_1N = (unit_ND[pick_1] @ unit_ND.T - known_1N) / variance_N[pick_1].clamp_min(1e-12).sqrt()
+        row_KN[step] = row_1N[0]
+        variance_N = (variance_N - row_1N[0].square()).clamp_min(0)  # rounding; -inf of chosen ones is set below
+        variance_N = variance_N.index_fill(0, torch.cat(chosen), -torch.inf)
+    return torch.cat(chosen)
