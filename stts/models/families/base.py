@@ -180,8 +180,8 @@ class Adapter(Protocol):
         prompt."""
         ...
 
-    def tower_attention(self) -> nn.Module:
-        """The attention module of the last block the connector reads; q and k of signals come from it."""
+    def tower_attention(self, block: int | None = None) -> nn.Module:
+        """The attention module of a block, whose q and k signals come from; None: of the last the connector reads."""
         ...
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:

@@ -249,8 +249,8 @@ class LlavaOnevision:
     def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.inner.vision_tower.embeddings, self.inner.multi_modal_projector
 
-    def tower_attention(self) -> nn.Module:
-        attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps())].self_attn
+    def tower_attention(self, block: int | None = None) -> nn.Module:
+        attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps()) if block is None else block].self_attn
         return attention
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:

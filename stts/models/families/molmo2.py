@@ -277,8 +277,8 @@ class Molmo2:
     def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.inner.vision_tower.patch_embedding, self.inner.multi_modal_projector
 
-    def tower_attention(self) -> nn.Module:
-        attention: nn.Module = self.inner.vision_tower.layers[max(self.taps())].self_attn
+    def tower_attention(self, block: int | None = None) -> nn.Module:
+        attention: nn.Module = self.inner.vision_tower.layers[max(self.taps()) if block is None else block].self_attn
         return attention
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:

@@ -281,8 +281,8 @@ class QwenVision:
     def timed_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.tower.patch_embed, self.mergers()[-1]
 
-    def tower_attention(self) -> nn.Module:
-        attention: nn.Module = self.tower.blocks[max(self.taps())].attn
+    def tower_attention(self, block: int | None = None) -> nn.Module:
+        attention: nn.Module = self.tower.blocks[max(self.taps()) if block is None else block].attn
         return attention
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:

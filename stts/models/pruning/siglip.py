@@ -49,6 +49,21 @@ class SiglipSource:
         y_F1D = y_F1D + head.mlp(head.layernorm(y_F1D))
         return y_F1D[:, 0], weight_F1N[:, 0]
 
+    def align(self, x_FND: Tensor) -> Tensor:
+        """(F, N, C) fp32: every patch as if the probe attended to it alone, so that it lies in the space of frame
+        features and of the text (ours; SigLIP has no such output)."""
+        num_frames = _frames_at_once(4 * 6 * x_FND[0].numel())  # fp32: the normed patches, values, the hidden width
+        return torch.cat([self._align(x.float()) for x in x_FND.split(num_frames)])
+
+    def _align(self, x_FND: Tensor) -> Tensor:
+        head = self.head.to(x_FND.device)
+        x_FND = self.post_layernorm.to(x_FND.device)(x_FND)
+        attention, width = head.attention, x_FND.shape[-1]
+        value = attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
+        y_FNC = attention.out_proj(torch.nn.functional.linear(x_FND, *value))
+        aligned_FNC: Tensor = y_FNC + head.mlp(head.layernorm(y_FNC))
+        return aligned_FNC
+
     def encode(self, questions: Sequence[str], device: torch.device) -> Tensor:
         """(Q, C) fp32 pooled outputs of the text tower.
 

@@ -28,6 +28,7 @@ _FIELDS: dict[Signal, str] = {
     "keys": "keys_GD",
     "frame": "frame_TC",
     "text": "text_C",
+    "aligned": "aligned_GC",
 }
 
 
@@ -59,8 +60,8 @@ class Collector:
     """Signals of one forward pass.
 
     wanted: what the stages of the pass ask for together; nothing else is captured or computed.
-    siglip: makes `probe`, `frame` and `text`; None: `probe` is the mean query, `frame` the mean of projected tokens,
-        `text` is None.
+    siglip: makes `probe`, `frame`, `text` and `aligned`; None: `probe` is the mean query, `frame` the mean of projected
+        tokens, `text` and `aligned` are None.
     sources: signal -> what it was made from, for reports; filled when a signal is made."""
 
     def __init__(self, adapter: Adapter, wanted: frozenset[Signal], siglip: SiglipSource | None = None) -> None:
@@ -93,7 +94,7 @@ class Collector:
         """Around the tower call on a piece of one video; then give the function what tower and connector made of it.
 
         Only signals stay of a piece: all of them but `text` are frame by frame."""
-        own = self._wanted - {"text"}
+        own = self._wanted - {"text"} - ({"aligned"} if self._siglip is None else frozenset())
         part = Collector(self._adapter, own, self._siglip)
 
         def note(tower: TowerOutput, visual: Visual, features: Sequence[Tensor]) -> None:
@@ -135,7 +136,7 @@ class Collector:
             raise ValueError(f"{sorted(unknown)} were not wanted when the tower ran, only {sorted(self._wanted)}")
         if {"attn", "probe"} <= signals:
             raise ValueError("attn and probe both fill salience_G; a stage may ask for one of them")
-        frames = signals - {"text"}
+        frames = signals - {"text"} - ({"aligned"} if self._siglip is None else frozenset())
         if tower.row_S is not None and frames:
             raise ValueError(
                 f"{sorted(frames)} need whole frames, but a stage inside the tower has dropped patches; let the stage "
@@ -148,6 +149,9 @@ class Collector:
             for signal in sorted(signals - self._made.keys()):
                 if signal == "text":
                     self._made[signal] = self._text(questions, len(grids), visual.pixels.device)
+                elif signal == "aligned" and self._siglip is None:
+                    self.sources["aligned"] = "none: no aligned tower (the question counts for nothing)"
+                    self._made[signal] = [None] * len(grids)
                 elif signal == "frame":
                     self._made[signal] = self._frame(tower, visual, features, counts)
                 else:
@@ -187,6 +191,9 @@ class Collector:
         if signal == "probe" and self._siglip is not None:
             self.sources[signal] = f"attention of the pooling head of {self._siglip.name}, mean over heads"
             return pool(self._pool(self._siglip, tower, visual, video)[1])
+        if signal == "aligned" and self._siglip is not None:
+            self.sources[signal] = f"each patch alone through the pooling head of {self._siglip.name} (ours)"
+            return pool(self._siglip.align(self._last_tap(tower, visual, video)))
         q_TNHE, k_TNHE = self._qk_of(visual, video)
         if signal == "keys":
             self.sources[signal] = "keys of the last tower block, mean over heads"
@@ -203,10 +210,13 @@ class Collector:
     def _pool(self, siglip: SiglipSource, tower: TowerOutput, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
         """The head's feature and attention of every frame of a video; `probe` and `frame` share one run."""
         if video not in self._pooled:
-            taps = self._adapter.taps()
-            x_SD = tower.taps[taps.index(max(taps))].detach()
-            self._pooled[video] = siglip.pool(_frames_of(x_SD, visual, video))
+            self._pooled[video] = siglip.pool(self._last_tap(tower, visual, video))
         return self._pooled[video]
+
+    def _last_tap(self, tower: TowerOutput, visual: Visual, video: int) -> Tensor:
+        """(T, N, D) of the last block that the connector reads."""
+        taps = self._adapter.taps()
+        return _frames_of(tower.taps[taps.index(max(taps))].detach(), visual, video)
 
     def _qk_of(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
         """(T, N, H, E) each, whether the tower ran on a batch of frames or on one packed row."""

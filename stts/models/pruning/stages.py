@@ -103,9 +103,9 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
             "inside it; let one of them act alone"
         )
     for stage in vit:
-        if stage.signals:
+        if stage.signals - {"keys"}:
             raise ValueError(
-                f"{type(stage).__name__} asks for {sorted(stage.signals)}, which no tower has yet at site vit"
+                f"{type(stage).__name__} asks for {sorted(stage.signals - {'keys'})}, which no tower has yet at site vit"
             )
         last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
         if last > tap:
@@ -156,4 +156,12 @@ def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches
     tiles = torch.ones(num_tile_patches, dtype=torch.bool, device=keep[0].device)
     bias_S = torch.cat([torch.zeros_like(tiles, dtype=bias[0].dtype), *bias]) if bias else None
     gate_S = torch.cat([torch.ones_like(tiles, dtype=gate[0].dtype), *gate]) if gate else None
-    return Drop(torch.cat([tiles, *keep]), bias_S, gate_S)
+    merged_ND = size_S = None
+    if any(kept.x_ND is not None for kept in row):
+        pairs = [*zip(row, videos, strict=True)]
+        merged_ND = torch.cat([video.x_ND if kept.x_ND is None else kept.x_ND for kept, video in pairs])
+        if any(kept.size_N is not None for kept in row):
+            ones = [torch.ones(num_tile_patches, device=merged_ND.device)]
+            sizes = [merged_ND.new_ones(len(v.x_ND)).float() if k.size_N is None else k.size_N for k, v in pairs]
+            size_S = torch.cat([*ones, *sizes])
+    return Drop(torch.cat([tiles, *keep]), bias_S, gate_S, merged_ND, size_S)

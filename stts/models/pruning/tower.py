@@ -31,6 +31,10 @@ class Drop:
     """fp32 (S,) key bias until the drop."""
     gate_S: Tensor | None = None
     """(S,) factor at the drop; its value is 1, its gradient reaches the scores."""
+    merged_ND: Tensor | None = None
+    """What the patches of all videos, which come behind those of images, become at the drop."""
+    size_S: Tensor | None = None
+    """fp32 (S,) patches that each one stands for; its logarithm is the key bias of all blocks behind the drop."""
 
 
 Decide = Callable[[Tensor], Drop | None]
@@ -87,7 +91,10 @@ def run_tower(
         if drop is not None and site is not None and number == site.drop_after:
             if any(tap < number for tap in taps):
                 raise ValueError(f"feature blocks {tuple(taps)} must not lie before the drop after block {number}")
-            row_S, bias_S = drop.keep_S.nonzero().squeeze(1), None
+            row_S = drop.keep_S.nonzero().squeeze(1)
+            bias_S = None if drop.size_S is None else drop.size_S[row_S].log()
+            if drop.merged_ND is not None:
+                x = torch.cat([x[: len(x) - len(drop.merged_ND)], drop.merged_ND.to(x.dtype)])
             x, aux = x[row_S], tuple(table[row_S] for table in aux)
             if drop.gate_S is not None:
                 x = x * drop.gate_S[row_S, None].to(x.dtype)

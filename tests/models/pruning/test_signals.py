@@ -409,3 +409,24 @@ def test_a_siglip_with_missing_weights_or_tokenizer_is_refused(tmp_path: Path) -
         (folder / name).unlink()
     with pytest.raises(ValueError, match=r"tokenizer of .* does not load"):
         load_siglip(folder)
+
+
+def test_a_patch_alone_is_what_the_head_makes_of_a_frame_of_that_patch(siglip: SiglipSource) -> None:
+    x_FND = torch.randn(2, 9, 32)
+    aligned_FNC = siglip.align(x_FND)
+    for place in range(9):
+        frame_FC, _ = siglip.pool(x_FND[:, place : place + 1])
+        close(aligned_FNC[:, place], frame_FC)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_groups_in_the_space_of_the_text(tiny: Any, siglip: SiglipSource, loaded: bool) -> None:
+    model, processor = tiny
+    now = Pass(model, make_inputs(processor, ROWS), frozenset({"aligned", "text"}), siglip if loaded else None)
+    row = now.ask("aligned", "text")
+    if not loaded:
+        assert all(fields["aligned_GC"] is None for fields in row)
+        assert now.collector.sources["aligned"].startswith("none: no aligned tower")
+        return
+    for aligned_GC, text_C, grid in zip(of(row, "aligned_GC"), of(row, "text_C"), now.visual.grids, strict=True):
+        assert aligned_GC.shape == (grid.num_groups, text_C.shape[-1]) and aligned_GC.isfinite().all()

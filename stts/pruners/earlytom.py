@@ -1,0 +1,182 @@
+"""EarlyTom: frames that repeat are merged inside the ViT, and tokens selected in those that are left.
+
+Shape suffixes: T = frames, M = frames after merging, S = patches of a frame, P = groups of a frame, D = width, G =
+groups of the video, W = windows of a frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.pruners import ops
+from stts.pruners.base import HostInfo, PerVideo
+from stts.pruners.temporal import check_prune_block
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+
+Span = tuple[int, int]
+"""First and last frame of a segment."""
+
+
+class Mix(NamedTuple):
+    """How frames are merged."""
+
+    weight_MT: Tensor
+    """fp32; a row sums to 1."""
+    place_M: Tensor
+    """int64: the frame of largest weight in each, whose time and place it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyTom(PerVideo):
+    """Merge frames of a segment that look alike, then keep the most attended tokens of each frame that is left.
+
+    A segment ends where the mean cosine with its first frame, smoothed over time, falls below tau, or after 5 frames.
+    Its first and last frame stay; of those between, neighbours more alike than the first is to the last become one,
+
+        w f_j + (1 - w) f_j+1,   w = c_j / (c_j + c_j+1),   c_j = mean over places of cos(f_j, f_j+1)
+
+    unless f_j+1 is more like the next. Frames left are segmented again: at the ends of a segment the ceil(P r') most
+    attended tokens of a frame stay, between them the most attended one of each of round(P r') windows along the raster;
+    r' = r T / (frames left). arXiv 2605.30010; `siglip_encoder.py` and `earlytom/llava_arch.py` of viridisGreen/EarlyTom.
+
+    **Our arrangement:** frames are merged once, on the output of block `prune_block` + 1, and tokens selected there by
+    that block's attention, so both leave the tower where STTS drops. The release merges behind three blocks that it
+    tunes per benchmark, and selects behind the connector; its third part is HoliTom's stage inside the LLM. `exact`
+    drops the least attended tokens or adds the most attended ones.
+
+    **Differs** from the release: in its segments of four frames or more the last frame between the ends never counts;
+    here it stays, or is the other half of the last pair (compat="official"). A video is segmented alone."""
+
+    label: ClassVar[str] = "our arrangement"
+    paper: ClassVar[str] = "2605.30010"
+    signals: ClassVar[frozenset[Signal]] = frozenset({"attn"})
+    count_known: ClassVar[bool] = False
+
+    prune_block: int = 3
+    tau: float = 0.5
+    limit: int = 6
+    """A segment has fewer frames than this (M)."""
+    smoothing: float = 0.9
+    """Share of the newest cosine in the running one."""
+    compat: Literal["official"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit < 2 or not 0 < self.smoothing <= 1:
+            raise ValueError(f"limit={self.limit} must be at least 2 and smoothing={self.smoothing} in (0, 1]")
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """At the same place as STTS; ValueError for a `prune_block` that the tower does not allow."""
+        made = cls(**options)
+        check_prune_block(host, made.prune_block)
+        return made
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
+        return Site("vit", layer=self.prune_block + 1, drop_after=self.prune_block + 1)
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        grid = video.grid
+        if video.group_GW is None or len(video.group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
+            raise ValueError(f"EarlyTom needs group_GW with {grid.num_groups} rows; use it at a vit site, as the only one")
+        x_TSD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
+        attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
+        mix = self.merge(x_TSD.detach())
+        merged_MSD = (mix.weight_MT @ x_TSD.flatten(1)).view(-1, *x_TSD.shape[1:])
+        attention_MP = mix.weight_MT @ attention_TP
+        groups = self.segments(frame_cosines(merged_MSD.detach()))
+        keep_MP, static_MP = select(attention_MP, groups, grid.t, budget.retention_ratio)
+        index_K = (mix.place_M[:, None] * grid.per_frame + torch.arange(grid.per_frame, device=keep_MP.device))[keep_MP]
+        x_TSD = x_TSD.index_copy(0, mix.place_M, merged_MSD)
+        kept = Kept(index_K=index_K, x_ND=x_TSD.flatten(0, 1).to(video.x_ND.dtype))
+        if not budget.exact:
+            return kept
+        rank_TP = torch.full_like(attention_TP, -1.0)  # frames that were merged away come last
+        rank_TP[mix.place_M] = attention_MP.masked_fill(static_MP, torch.inf)
+        return ops.fit_count(video, kept, budget.num_kept, rank_TP.flatten())
+
+    def merge(self, x_TSD: Tensor) -> Mix:
+        """What frames become; one host synchronisation."""
+        cosine = frame_cosines(x_TSD)
+        rows = [row for span in self.segments(cosine) for row in self._rows(span, cosine)]
+        weight_MT = torch.zeros(len(rows), len(x_TSD), device=x_TSD.device)
+        for number, row in enumerate(rows):
+            for frame, weight in row.items():
+                weight_MT[number, frame] = weight
+        place = [max(row, key=lambda frame: row[frame]) for row in rows]
+        return Mix(weight_MT, torch.tensor(place, device=x_TSD.device))
+
+    def segments(self, cosine: Sequence[Sequence[float]]) -> list[Span]:
+        """Spans of frames; cosine: of every pair of them."""
+        spans, start, running = [], 0, 1.0
+        for frame in range(1, len(cosine)):
+            running = self.smoothing * cosine[start][frame] + (1 - self.smoothing) * running
+            if running < self.tau or frame - start + 1 >= self.limit:
+                spans.append((start, frame - 1))
+                start, running = frame, 1.0
+        return [*spans, (start, len(cosine) - 1)]
+
+    def _rows(self, span: Span, cosine: Sequence[Sequence[float]]) -> list[dict[int, float]]:
+        """Frame -> weight, for every frame that is left of a segment."""
+        first, last = span
+        middle = list(range(first + 1, last))
+        if len(middle) < 2:
+            return [{frame: 1.0} for frame in range(first, last + 1)]
+        pairs = [cosine[a][b] for a, b in zip(middle, middle[1:], strict=False)]
+        least, rows, j = cosine[first][last], [], 0
+        while j < len(pairs):
+            final = j == len(pairs) - 1
+            if pairs[j] > least and (final or pairs[j] > pairs[j + 1]):
+                weight = pairs[j] / (pairs[j] + pairs[j + 1]) if not final else 0.5
+                if final and self.compat == "official":
+                    rows.append({middle[j]: 1.0})
+                else:
+                    rows.append({middle[j]: weight, middle[j + 1]: 1 - weight})
+                j += 2
+            else:
+                rows.append({middle[j]: 1.0})
+                j += 1
+        if j == len(pairs) and self.compat != "official":
+            rows.append({middle[-1]: 1.0})
+        return [{first: 1.0}, *rows, {last: 1.0}]
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        """Norms, cosines of every pair of frames and the merging, for one patch per group."""
+        return (2 + 4 * grid.t) * grid.num_groups * width
+
+
+def frame_cosines(x_TSD: Tensor) -> list[list[float]]:
+    """[a][b] mean over places of cos(x[a, p], x[b, p]); one host synchronisation."""
+    unit_TN = F.normalize(x_TSD.float(), dim=-1).flatten(1)
+    rows: list[list[float]] = (unit_TN @ unit_TN.T / x_TSD.shape[1]).tolist()
+    return rows
+
+
+def select(attention_MP: Tensor, groups: Sequence[Span], num_frames: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Kept tokens of the frames that are left, bool (M, P), and those of them that frames inside a segment keep.
+
+    num_frames: before merging; a frame inside a segment of three or more keeps one token of every window."""
+    num_left, num_places = attention_MP.shape
+    share = min(ratio * num_frames / num_left, 1.0)
+    device = attention_MP.device
+    inside = {frame for first, last in groups if last - first > 1 for frame in range(first + 1, last)}
+    static_M1 = torch.tensor([frame in inside for frame in range(num_left)], device=device)[:, None]
+    moving = min(num_places, math.ceil(num_places * share))
+    top_MP = torch.zeros_like(attention_MP, dtype=torch.bool)
+    top_MP.scatter_(1, ops.top(attention_MP, moving), True)
+    windows = max(1, round(num_places * share))
+    length, longer = divmod(num_places, windows)
+    size_W = torch.tensor([length + (number < longer) for number in range(windows)], device=device)
+    offset = torch.arange(length + 1, device=device)
+    place_WL = (size_W.cumsum(0) - size_W)[:, None] + offset
+    window_MWL = attention_MP[:, place_WL.clamp_max(num_places - 1)].masked_fill(offset >= size_W[:, None], -torch.inf)
+    best_MW = (size_W.cumsum(0) - size_W) + window_MWL.argmax(-1)
+    best_MP = torch.zeros_like(top_MP).scatter_(1, best_MW, True)
+    return torch.where(static_M1, best_MP, top_MP), best_MP & static_M1
