@@ -17,8 +17,8 @@ SiteKind = Literal["vit", "pre_llm", "llm"]
 Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "prompt", "words", "aligned"]
 """What a stage may ask the adapter to collect: `attn` mean-query attention per group, `probe` attention of the tower's
 pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in the space of
-the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video, `words` the embeddings
-of the text around the video, `aligned` every group in the space of `text`."""
+the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video,
+`words` the embeddings of the text around the video, `aligned` every group in the space of `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +169,6 @@ class Kept:
     """int64 rows of the G axis, unique, increasing (compat="official" may keep the release's order)."""
     x_KD: Tensor | None = None
     """Rewritten (merged) features; None: the adapter gathers at the drop."""
-    x_ND: Tensor | None = None
-    """vit, where the drop follows the decision at once: the patches after merging; those that leave are not read."""
-    size_N: Tensor | None = None
-    """vit, with `x_ND`: fp32, how many patches each one stands for; its logarithm is the key bias of all blocks behind
-    the drop."""
     attention_bias_N: Tensor | None = None
     """Key bias for blocks layer + 1 .. drop_after: a gradient path to the scores."""
     gate_G: Tensor | None = None
@@ -182,3 +177,8 @@ class Kept:
     """For reports; higher = kept."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Empty unless the stage learns. A loss of the whole call rides on the first video only, so summing is safe."""
+    x_ND: Tensor | None = None
+    """vit, where the drop follows the decision at once: the patches after merging; those that leave are not read."""
+    size_N: Tensor | None = None
+    """vit, with `x_ND`: fp32, how many patches each one stands for; its logarithm is the key bias of all blocks behind
+    the drop."""

@@ -96,6 +96,7 @@ class HostInfo:
     patches_per_frame: int = 729
     """0 where it differs from video to video."""
     llm_heads: int = 2
+    """Of one layer of the LLM, as are the next four."""
     llm_kv_heads: int = 1
     llm_mlp: int = 8
     rope_theta: float = 1e6

@@ -1,13 +1,14 @@
 """CaCoVID: a policy of one transformer layer before the LLM, taught by the reward of answers (arXiv 2602.01649).
 
-Shape suffixes: N = tokens of a video, T = frames, P = places of a frame, D = LLM width, V = videos, L = words and tokens
-of a prompt, H = heads, E = head width, S = samples, F = frame samples.
+Shape suffixes: N = tokens of a video, T = frames, P = places of a frame, D = LLM width, V = videos, L = words and
+tokens of a prompt, H = heads, E = head width, S = samples, F = frame samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,9 +34,10 @@ class CaCoVID(nn.Module):
 
     arXiv 2602.01649; `compression_policy.py` of LivingFutureLab/CaCoVID, whose tensor names these are. The released
     weights go with `attention="causal"`: its pinned software computes that, so the question, which stands behind the
-    video, does not reach them. "full" is what the paper means. The layer costs about one layer of dense prefill, which
-    `flops` counts. A policy without released weights is random: its reinforcement loop is not here, only its loss
-    (`policy_loss`); fine-tuning leaves it as it is.
+    video, does not reach them. "full" is what the paper means; it is refused in training, where the answer stands
+    behind the question, and sees the answer in teacher-forced validation. The layer costs about one layer of dense
+    prefill, which `flops` counts. A policy without released weights is random: its reinforcement loop is not here, only
+    its loss (`policy_loss`); fine-tuning leaves it as it is.
 
     **Differs:** counts of frames by largest remainder between 1 and a cap; the release gives what is left to the frames
     with the fewest tokens, past the cap (compat="official"). Equal frame scores are shared out evenly (NaN there).
@@ -57,7 +59,7 @@ class CaCoVID(nn.Module):
         mlp: int,
         theta: float = 1e6,
         eps: float = 1e-6,
-        attention: Literal["causal", "full"] = "full",
+        attention: Literal["causal", "full"] = "causal",
         important_share: float = 0.5,
         spread: float = 1.5,
         compat: Literal["official"] | None = None,
@@ -90,17 +92,23 @@ class CaCoVID(nn.Module):
     def count_known(self) -> bool:
         return self.compat is None
 
-    @torch.no_grad()
     def forward(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         """One call of the policy for all videos of the batch."""
         if not videos:
             return []
+        if self.attention == "full" and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                'attention="full" reads the words behind the video, which hold the answer in training; fine-tune under '
+                'attention="causal"'
+            )
         check_finite(videos)
         check_counts(videos, budgets)
         for video in videos:
             ops.need_full_grid(video)
+        with torch.no_grad():
+            logits = self.logits(videos)
         row = []
-        for (token_N2, frame_T2), video, budget in zip(self.logits(videos), videos, budgets, strict=True):
+        for (token_N2, frame_T2), video, budget in zip(logits, videos, budgets, strict=True):
             score_N = token_N2[:, KEEP] - token_N2[:, 1 - KEEP]
             score_T = frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP]
             row.append(Kept(index_K=self.choose(score_N, score_T, video.grid, budget), scores_G=score_N))
@@ -227,8 +235,9 @@ class DecoderLayer(nn.Module):
         )
         x_VLD = x_VLD + self.self_attn["o_proj"](out_VHLE.transpose(1, 2).flatten(2))
         y_VLD = self.post_attention_layernorm(x_VLD)
-        gated: Tensor = F.silu(self.mlp["gate_proj"](y_VLD)) * self.mlp["up_proj"](y_VLD)
-        return x_VLD + self.mlp["down_proj"](gated)
+        gated_VLM = F.silu(self.mlp["gate_proj"](y_VLD)) * self.mlp["up_proj"](y_VLD)
+        out_VLD: Tensor = x_VLD + self.mlp["down_proj"](gated_VLM)
+        return out_VLD
 
     def _turned(self, x_VHLE: Tensor) -> Tensor:
         """Rotary embedding, half-split."""
@@ -245,7 +254,7 @@ def _head(dim: int) -> nn.Sequential:
     """D -> D/2 -> D/4 -> D/8 -> D/16 -> 2, SiLU between."""
     sizes = [dim, *(max(1, dim // 2**step) for step in (1, 2, 3, 4)), 2]
     layers: list[nn.Module] = []
-    for wide, narrow in zip(sizes, sizes[1:], strict=False):
+    for wide, narrow in pairwise(sizes):
         layers += [nn.Linear(wide, narrow), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -91,7 +91,8 @@ def most_diverse(x_ND: Tensor, weight_N: Tensor, num_kept: int) -> Tensor:
     Cholesky rows grow with every token chosen: c = (K_j - sum_k c_k[j] c_k) / sqrt(w_j), w -= c^2. Rows of K are
     computed when their token is chosen. No host synchronisation."""
     unit_ND = F.normalize(x_ND.float(), dim=-1) * weight_N[:, None]
-    variance_N = unit_ND.square().sum(-1)
+    # Not the sum of squares: equal weights must tie exactly, and then the earlier token is chosen.
+    variance_N = weight_N.square() * (unit_ND != 0).any(-1)
     row_KN = unit_ND.new_zeros(num_kept, len(unit_ND))
     chosen = []
     for step in range(num_kept):

@@ -260,7 +260,8 @@ def _outputs(kept: Kept, video: VideoTokens) -> str:
 def _difference(kept: Kept, other: Kept) -> str:
     if not torch.equal(kept.index_K, other.index_K):
         return f"kept {kept.index_K.tolist()}, then {other.index_K.tolist()}"
-    for name, absent in (("x_KD", torch.nan), ("x_ND", torch.nan), ("size_N", 1.0), ("attention_bias_N", 0.0), ("gate_G", 1.0), ("scores_G", torch.nan)):
+    absent_of = {"x_KD": torch.nan, "x_ND": torch.nan, "size_N": 1.0, "attention_bias_N": 0.0, "gate_G": 1.0}
+    for name, absent in {**absent_of, "scores_G": torch.nan}.items():
         a, b = getattr(kept, name), getattr(other, name)
         if a is None and b is None:
             continue

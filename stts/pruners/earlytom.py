@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -43,8 +44,8 @@ class EarlyTom(PerVideo):
         w f_j + (1 - w) f_j+1,   w = c_j / (c_j + c_j+1),   c_j = mean over places of cos(f_j, f_j+1)
 
     unless f_j+1 is more like the next. Frames left are segmented again: at the ends of a segment the ceil(P r') most
-    attended tokens of a frame stay, between them the most attended one of each of round(P r') windows along the raster;
-    r' = r T / (frames left). arXiv 2605.30010; `siglip_encoder.py` and `earlytom/llava_arch.py` of viridisGreen/EarlyTom.
+    attended tokens of a frame stay, between them the most attended one of each of round(P r') windows of the raster;
+    r' = r T / (frames left). arXiv 2605.30010; `siglip_encoder.py`, `earlytom/llava_arch.py` of viridisGreen/EarlyTom.
 
     **Our arrangement:** frames are merged once, on the output of block `prune_block` + 1, and tokens selected there by
     that block's attention, so both leave the tower where STTS drops. The release merges behind three blocks that it
@@ -85,7 +86,7 @@ class EarlyTom(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         grid = video.grid
         if video.group_GW is None or len(video.group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
-            raise ValueError(f"EarlyTom needs group_GW with {grid.num_groups} rows; use it at a vit site, as the only one")
+            raise ValueError(f"EarlyTom needs group_GW with {grid.num_groups} rows; use it at a vit site, alone")
         x_TSD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
         mix = self.merge(x_TSD.detach())
@@ -129,7 +130,7 @@ class EarlyTom(PerVideo):
         middle = list(range(first + 1, last))
         if len(middle) < 2:
             return [{frame: 1.0} for frame in range(first, last + 1)]
-        pairs = [cosine[a][b] for a, b in zip(middle, middle[1:], strict=False)]
+        pairs = [cosine[a][b] for a, b in pairwise(middle)]
         least, rows, j = cosine[first][last], [], 0
         while j < len(pairs):
             final = j == len(pairs) - 1

@@ -15,6 +15,7 @@ from stts.pruners.chain import Chain
 from stts.pruners.dart import DART
 from stts.pruners.divprune import DivPrune
 from stts.pruners.dycoke import DyCoke
+from stts.pruners.earlytom import EarlyTom
 from stts.pruners.evs import EVS
 from stts.pruners.fastv import FastV
 from stts.pruners.fastvid import FastVID
@@ -95,6 +96,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "flashvid": FlashVID.for_host,
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
     "tome": ToMe.for_host,
+    "earlytom": EarlyTom.for_host,
     "visionselector": VisionSelector.for_host,
     "cacovid": CaCoVID.for_host,
 }

@@ -25,7 +25,7 @@ class Match(NamedTuple):
     """What one step of bipartite matching does; places in the sequence before it, int64."""
 
     unmerged_BU: Tensor
-    """Tokens of set A that stay, as released: by falling similarity, with a class token in the order of the sequence."""
+    """Tokens of set A that stay, as released: by falling similarity, with a class token in their own order."""
     source_BR: Tensor
     """Tokens of set A that leave, most similar first."""
     target_BR: Tensor
@@ -72,7 +72,7 @@ class ToMe(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         grid, group_GW = video.grid, video.group_GW
         if group_GW is None or len(group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
-            raise ValueError(f"ToMe needs group_GW with {grid.num_groups} rows; use it at a vit site, as the only one")
+            raise ValueError(f"ToMe needs group_GW with {grid.num_groups} rows; use it at a vit site, alone")
         keys_GD = ops.need(video.keys_GD, "keys", video).detach().float()
         share, more = divmod(budget.num_kept, grid.t)  # earlier frames keep what does not divide
         target_T = [max(1, share + (t < more)) for t in range(grid.t)]

@@ -18,9 +18,9 @@ def test_keeps_what_the_release_keeps(case: Case) -> None:
     features, image_BNC, kept_BK = case["features"], case["image_embeds"], case["kept"]
     text_C = F.normalize(case["text_embeds"], dim=-1).mean(0)  # the mean of cosines is one with the mean direction
     videos = [
-        VideoTokens(x_ND=x_ND, grid=Grid(1, 1, len(x_ND)), cell_G=torch.arange(len(x_ND)), aligned_GC=v_NC, text_C=text_C)
+        VideoTokens(x_ND, Grid(1, 1, len(x_ND)), torch.arange(len(x_ND)), aligned_GC=v_NC, text_C=text_C)
         for x_ND, v_NC in zip(features, image_BNC, strict=True)
-    ]  # fmt: skip
+    ]
     num_kept = kept_BK.shape[1]
     assert num_kept == int(case.meta["num_kept"])
     budgets = [Budget(num_kept, num_kept / features.shape[1])] * len(videos)

@@ -220,6 +220,18 @@ def check_placeholders(kind: str, places: int, filled: int) -> None:
         )
 
 
+def layer_sizes(text: Any) -> dict[str, Any]:
+    """Fields of `HostInfo` for one layer of the LLM, from its config."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return {
+        "llm_heads": text.num_attention_heads,
+        "llm_kv_heads": text.num_key_value_heads,
+        "llm_mlp": text.intermediate_size,
+        "rope_theta": float(rope.get("rope_theta", 1e6)),
+        "norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
+    }
+
+
 def as_block(layer: nn.Module) -> Block:
     """A SigLIP-like layer, which hands its `attention_mask` on untouched, as a `Block`."""
 

@@ -32,7 +32,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from stts.data.video.stream import StreamedPixels
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of
+from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes
 from stts.models.families.llava_layout import STOCK, VideoLayout, lay_out
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
@@ -166,6 +166,7 @@ class LlavaOnevision:
             lowest_tap=min(self.taps()),
             llm_width=text.hidden_size,
             llm_layers=text.num_hidden_layers,
+            **layer_sizes(text),
             patches_per_group=4,
             patches_per_frame=self.side**2,
             newline_per_row=self.layout.newline == "grid",
@@ -250,7 +251,8 @@ class LlavaOnevision:
         return self.inner.vision_tower.embeddings, self.inner.multi_modal_projector
 
     def tower_attention(self, block: int | None = None) -> nn.Module:
-        attention: nn.Module = self.inner.vision_tower.encoder.layers[max(self.taps()) if block is None else block].self_attn
+        number = max(self.taps()) if block is None else block
+        attention: nn.Module = self.inner.vision_tower.encoder.layers[number].self_attn
         return attention
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:

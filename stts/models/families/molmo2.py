@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 from stts.metrics.cost import LlmShape, VitShape, VlmShape
 from stts.metrics.memory import BlockShape, Widths
 from stts.models.families.attention import stock_name
-from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of
+from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -181,6 +181,7 @@ class Molmo2:
             lowest_tap=min(self.taps()),
             llm_width=text.hidden_size,
             llm_layers=text.num_hidden_layers,
+            **layer_sizes(text),
             patches_per_group=POOL**2,
             patches_per_frame=vision.num_position_embeddings,
         )

@@ -21,7 +21,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of
+from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of, layer_sizes
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
@@ -190,6 +190,7 @@ class QwenVision:
             lowest_tap=min(self.taps()),
             llm_width=text.hidden_size,
             llm_layers=text.num_hidden_layers,
+            **layer_sizes(text),
             patches_per_group=self.side**2,
             patches_per_frame=0,  # another number for every resolution
             mrope=True,

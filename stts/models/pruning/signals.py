@@ -62,15 +62,24 @@ class Collector:
     wanted: what the stages of the pass ask for together; nothing else is captured or computed.
     siglip: makes `probe`, `frame`, `text` and `aligned`; None: `probe` is the mean query, `frame` the mean of projected
         tokens, `text` and `aligned` are None.
+    block: whose q and k `attn` and `keys` come from, for a stage inside the tower; None: the last the connector reads.
     sources: signal -> what it was made from, for reports; filled when a signal is made."""
 
-    def __init__(self, adapter: Adapter, wanted: frozenset[Signal], siglip: SiglipSource | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        wanted: frozenset[Signal],
+        siglip: SiglipSource | None = None,
+        block: int | None = None,
+    ) -> None:
         if siglip is not None:
             siglip.check(adapter.host)
         self.sources: dict[str, str] = {}
         self._adapter = adapter
         self._wanted = wanted
         self._siglip = siglip
+        self._block = block
+        self._where = "the last tower block" if block is None else f"tower block {block}"
         self._qk: tuple[Tensor, Tensor] | None = None
         self._pooled: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[Signal, list[Tensor | None]] = {}
@@ -86,7 +95,7 @@ class Collector:
         def note(q_FHNE: Tensor, k_FHNE: Tensor) -> None:
             self._qk = q_FHNE.detach(), k_FHNE.detach()
 
-        with capture(self._adapter.tower_attention(), note):
+        with capture(self._adapter.tower_attention(self._block), note):
             yield
 
     @contextmanager
@@ -196,10 +205,10 @@ class Collector:
             return pool(self._siglip.align(self._last_tap(tower, visual, video)))
         q_TNHE, k_TNHE = self._qk_of(visual, video)
         if signal == "keys":
-            self.sources[signal] = "keys of the last tower block, mean over heads"
+            self.sources[signal] = f"keys of {self._where}, mean over heads"
             return pool(k_TNHE.float().mean(2))
         if signal == "attn":
-            self.sources[signal] = "attention of the last tower block, mean over heads and queries"
+            self.sources[signal] = f"attention of {self._where}, mean over heads and queries"
             return pool(received_attention(q_TNHE, k_TNHE))
         self.sources[signal] = "mean query of each frame on its keys, last tower block (no pooling head loaded)"
         if self._adapter.pools_keys:

@@ -17,6 +17,7 @@ from stts.models.pruning.tower import Drop
 from stts.pruners.base import Pruner, Stage
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
+IN_TOWER: frozenset[Signal] = frozenset({"attn", "keys"})
 FROM_FRAMES: frozenset[Signal] = frozenset({"frame", "text"})
 LLM_SOURCES: dict[str, str] = {
     "last_row": "attention of the last prompt token in the LLM layer before the cut, mean over heads",
@@ -71,7 +72,7 @@ class Sites:
     def from_tower(self) -> frozenset[Signal]:
         """Signals that must be made while the tower runs."""
         before = frozenset[Signal]().union(*(stage.signals for stage in self.pre_llm))
-        return before | self.for_llm
+        return (before | self.for_llm) - {"words"}
 
     @property
     def for_llm(self) -> frozenset[Signal]:
@@ -103,9 +104,10 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
             "inside it; let one of them act alone"
         )
     for stage in vit:
-        if stage.signals - {"keys"}:
+        if unknown := stage.signals - IN_TOWER:
             raise ValueError(
-                f"{type(stage).__name__} asks for {sorted(stage.signals - {'keys'})}, which no tower has yet at site vit"
+                f"{type(stage).__name__} asks for {sorted(unknown)}, which no tower has yet at site vit; "
+                f"there are {sorted(IN_TOWER)}, of the block where it decides"
             )
         last, tap = stage.site.drop_after or 0, adapter.host.lowest_tap
         if last > tap:

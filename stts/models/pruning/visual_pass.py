@@ -25,7 +25,7 @@ from stts.models.pruning.prompt import Prompt
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.stages import Names, to_drop
 from stts.models.pruning.tower import Drop
-from stts.tokens import Budget, Kept, Signal
+from stts.tokens import Budget, Kept, Signal, Words
 
 Phase = Literal["vit", "prune", "connect", "prefill", "decode"]
 """Of a pass, see `stts.models.pruning.phases`."""
@@ -62,6 +62,8 @@ class VisualPass(PassVideos):
         self._row_ids = row_ids
         self.num_videos = 0 if blank else len(self.grids)
         """Videos that the prompt shows."""
+        self._in_tower: dict[str, str] = {}
+        """What signals of a stage inside the tower were made from."""
         self._llm_fields: list[dict[str, Any]] = [{} for _ in self.grids]
         """Frame and text features of each video, for stages inside the LLM."""
 
@@ -81,11 +83,11 @@ class VisualPass(PassVideos):
             )
 
         self.notify("prune")
-        shown = self._prune(connected, collect)
+        shown = self._prune(connected, collect, kwargs)
         if sites.llm:
             self._llm_fields = collect(sites.for_llm)
         self.notify("connect")
-        self.report.signals = {**collector.sources, **sites.llm_sources}
+        self.report.signals = {**self._in_tower, **collector.sources, **sites.llm_sources}
         return self._place(kwargs, shown)
 
     # --- frames ------------------------------------------------------------------------------------------------------
@@ -112,25 +114,42 @@ class VisualPass(PassVideos):
         sizes = [visual.num_tile_patches, *visual.patches_per_video]
         groups = [adapter.groups(visual, number)[0] for number in range(len(self.grids))]
 
+        collector = Collector(adapter, stage.signals, block=stage.site.layer)
+        self._in_tower = collector.sources
+
         def decide(x_SD: Tensor) -> Drop | None:
             parts = x_SD.split(sizes)[1:]
-            videos = [self.video(number, parts[number], group_GW=rows) for number, rows in enumerate(groups)]
+            fields: list[dict[str, Any]] = collector.per_video(
+                TowerOutput((), None, None), visual, (), self.grids, questions=None, signals=stage.signals
+            )
+            videos = [
+                self.video(number, parts[number], group_GW=rows, **fields[number]) for number, rows in enumerate(groups)
+            ]
             row = self.ask(stage, videos, self.budgets[0])
             self.note(row)
             if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, self.grids, strict=True)):
                 return None
             return to_drop(row, videos, sizes[0])
 
-        return self.setup.tower(embedded, adapter.blocks(), adapter.taps(), stage.site, decide)
+        with collector.capture():
+            return self.setup.tower(embedded, adapter.blocks(), adapter.taps(), stage.site, decide)
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
-    def _prune(self, connected: Connected, collect: Callable[[frozenset[Signal]], list[dict[str, Any]]]) -> Connected:
+    def _prune(
+        self,
+        connected: Connected,
+        collect: Callable[[frozenset[Signal]], list[dict[str, Any]]],
+        kwargs: dict[str, Any],
+    ) -> Connected:
         """Stages before the LLM, in order. Returns the features of what is left."""
         sites = self.setup.sites
         features, early = list(connected.videos), [list(videos) for _, videos in connected.early]
         for order, stage in enumerate(sites.pre_llm):
-            fields = collect(stage.signals)
+            fields = collect(stage.signals - {"words"})
+            if "words" in stage.signals:
+                pairs = zip(fields, self._words(kwargs, connected), strict=True)
+                fields = [field | {"words": words} for field, words in pairs]
             videos = [
                 self.video(number, x_Kd, **_of_cells(fields[number], self.cells[number]))
                 for number, x_Kd in enumerate(features)
@@ -145,6 +164,23 @@ class VisualPass(PassVideos):
         newlines = ([stage.newlines for stage in (*sites.vit, *sites.pre_llm)] or ["all"])[-1]
         layers = tuple((images, tuple(videos)) for (images, _), videos in zip(connected.early, early, strict=True))
         return replace(connected, videos=tuple(features), early=layers, newlines=newlines)
+
+    def _words(self, kwargs: dict[str, Any], connected: Connected) -> list[Words]:
+        """The text around every video, as it enters the LLM; found by placing the features that there are by now."""
+        if self.blank:
+            nothing_LD = connected.videos[0][:0].detach()
+            return [Words(nothing_LD, nothing_LD)]
+        rest, placed = self.setup.adapter.merge(kwargs, connected, self.visual, self.cells)
+        x_BLd, mask_BL = rest["inputs_embeds"].detach(), kwargs.get("attention_mask")
+        text_BL = placed.video_BL < 0
+        text_BL = text_BL if mask_BL is None else text_BL & mask_BL.bool()
+        row = []
+        for number in range(len(self.grids)):
+            [rows, columns] = (placed.video_BL == number).nonzero(as_tuple=True)
+            line, first, last = int(rows[0]), int(columns[0]), int(columns[-1])
+            before_L, behind_L = text_BL[line, :first], text_BL[line, last + 1 :]
+            row.append(Words(x_BLd[line, :first][before_L], x_BLd[line, last + 1 :][behind_L]))
+        return row
 
     def _decide_in_llm(self, order: int, present: list[Present]) -> list[Kept]:
         """One stage inside the LLM, called between two layers with every video there is (per beam, with beams)."""
@@ -216,7 +252,8 @@ def _of_cells(fields: dict[str, Any], cell: Tensor | None) -> dict[str, Any]:
     """Signals of the whole grid, for the cells that are still there."""
     if cell is None:
         return fields
-    return fields | {name: fields[name][cell] for name in ("salience_G", "keys_GD") if fields.get(name) is not None}
+    per_group = ("salience_G", "keys_GD", "aligned_GC")
+    return fields | {name: fields[name][cell] for name in per_group if fields.get(name) is not None}
 
 
 def _kept_features(x_Kd: Tensor, kept: Kept) -> Tensor:
