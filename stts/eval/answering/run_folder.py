@@ -13,7 +13,6 @@ the last whole line of every rank, also with another number of ranks.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
@@ -87,6 +87,7 @@ class Store:
         """The result, where the same run is done already."""
         self._patterns = tuple(result)
         self._part: BinaryIO | None = None
+        self._lock: BaseFileLock | None = None
         if overwrite and ranks.world_size > 1:
             raise ValueError(f"--overwrite works with one process only; remove {self.out} before starting several")
         self._opened = time.time()
@@ -175,15 +176,16 @@ class Store:
     def _open_part(self) -> BinaryIO:
         """This rank's file, locked, cut behind its last whole line."""
         path = self.out / PARTIAL.format(self.ranks.rank)
-        file = path.open("a+b", buffering=0)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             raise ValueError(
                 f"another process writes {path}: is this job running already? Wait for it, or choose another --out"
             ) from error
-        except OSError:  # a file system without locks
+        except NotImplementedError:  # a file system without locks
             pass
+        file = path.open("a+b", buffering=0)
         file.seek(0)
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
@@ -231,10 +233,12 @@ class Store:
             for name, content in files.items():
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 write_whole(self.out / name, content)
-            for part in self._parts():
+            for part in (*self._parts(), *self.out.glob(f".{PARTIAL.replace('{:05d}', '*')}.lock")):
                 part.unlink(missing_ok=True)
         if self._part is not None:
             self._part.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 _AGAIN = "the same command again goes on behind what is done"
@@ -270,7 +274,7 @@ def _append(file: BinaryIO, line: Mapping[str, Any]) -> None:
 
 
 def _is_left_over(file: Path) -> bool:
-    return file.name.startswith(".") and file.name.endswith(".part")
+    return file.name.startswith(".") and file.name.endswith((".part", ".lock"))
 
 
 @contextmanager
