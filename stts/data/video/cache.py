@@ -1,8 +1,8 @@
 """Decoded frames shared by all loader workers of a process: bounded memory, the least recently used go first.
 
-It pays where all clips of an epoch fit and decoding is what training waits for. Measured on 300 clips of the quick start
-(16 frames of each), one process, CPU time a sample: 20 ms decoded; 25 ms in the first epoch with the cache, which
-stores them, and 1.7 ms in the second.
+It pays where all clips of an epoch fit and decoding is what training waits for. Measured on 300 clips of the quick
+start, 16 frames of each, one process, CPU time a sample: 20 ms without the cache; with it 25 ms in the first epoch,
+which fills it, and 1.7 ms in the second.
 
 One anonymous shared mapping, made before workers are forked: every worker sees what the others decoded, also the fresh
 workers of the next epoch, and the kernel frees it with the last process, however that one ends.
