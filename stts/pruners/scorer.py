@@ -81,7 +81,8 @@ class Scorer(nn.Module):
 
     def forward(self, x_ND: Tensor, group_GW: Tensor, previous_G: Tensor) -> Tensor:
         """(G,) fp32. `previous_G` int64: number of the group at this place one frame earlier, -1 = none (zeros)."""
-        pooled_GD = self.pooling(x_ND.to(self.pooling.key.weight.dtype), group_GW)
+        dtype = next(self.parameters()).dtype  # not a weight by name: under ZeRO-3 that would gather it
+        pooled_GD = self.pooling(x_ND.to(dtype), group_GW)
         before_GD = gather_windows(pooled_GD, previous_G[:, None]).squeeze(1)
         hidden = torch.cat([before_GD, pooled_GD], -1)
         for layer in self.mlp[:-1]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
@@ -146,7 +148,7 @@ class Adapter(Protocol):
 
     def with_blank(self, visual: Visual | None) -> Visual:
         """The same and one blank video of one frame, for a training pass without video: every rank runs the same
-        modules."""
+        modules. Reads no parameter: under ZeRO-3 that would gather it on this rank alone."""
         ...
 
     def runs_stock(self, visual: Visual) -> bool:
@@ -200,6 +202,12 @@ class Adapter(Protocol):
         was dropped, `input_ids=None`, and what the stock code would have computed from the ids."""
         ...
 
+    def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
+        """Fill the places of the shortened prompt that hold parameters of `inner` itself (a newline), `late_RM` saying
+        which. Called inside the forward of `inner`: sharding (ZeRO-3, FSDP2) and offload have a module's parameters
+        there only, and `merge` runs before it."""
+        ...
+
 
 def embeds_of(kwargs: Mapping[str, Any], inner: Any) -> Tensor:
     """Embeddings (B, L, d) of a forward call's prompt. ValueError unless it got `input_ids` or `inputs_embeds`, one."""
@@ -230,6 +238,40 @@ def layer_sizes(text: Any) -> dict[str, Any]:
         "rope_theta": float(rope.get("rope_theta", 1e6)),
         "norm_eps": float(getattr(text, "rms_norm_eps", 1e-6)),
     }
+
+
+def run_device(model: nn.Module) -> torch.device:
+    """Where a model computes. accelerate's offload keeps its weights elsewhere (on the meta device) between calls."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(model.parameters()).device
+
+
+_INSIDE = threading.RLock()
+
+
+def run_inside(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)` as the forward of `module`, so that the module's own parameters are there.
+
+    Sharding and offload gather them in hooks around a module's forward; accelerate replaces `forward` and keeps the
+    original as `_old_forward`. One thread at a time: the module is shared."""
+    with _INSIDE:
+        own = vars(module)
+        name = "_old_forward" if "_old_forward" in own else "forward"
+        before = own.get(name)
+        own[name] = function
+        try:
+            result: Tensor = module(*args)
+        finally:
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
+    return result
 
 
 def as_block(layer: nn.Module) -> Block:

@@ -32,7 +32,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from stts.data.video.stream import StreamedPixels
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes
+from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes, run_device
 from stts.models.families.llava_layout import STOCK, VideoLayout, lay_out
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
@@ -205,7 +205,7 @@ class LlavaOnevision:
 
     def with_blank(self, visual: Visual | None) -> Visual:
         size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        blank = self.inner.image_newline.new_zeros(1, channels, size, size)
+        blank = torch.zeros(1, channels, size, size, device=run_device(self.model))
         if visual is None:
             return self._visual(blank, [1], {"sizes": None, "tiles": []})
         return self._visual(torch.cat([visual.pixels, blank.to(visual.pixels)]), [1], visual.image_args)
@@ -262,9 +262,8 @@ class LlavaOnevision:
         images: tuple[Tensor, ...] = ()
         if visual.num_tiles:
             tiles = y_Sd[:split].unflatten(0, (visual.num_tiles, num_patches)).split(visual.image_args["tiles"])
-            packed, _ = self.inner.pack_image_features(
-                tiles, visual.image_args["sizes"], image_newline=self.inner.image_newline
-            )
+            newline = y_Sd.new_zeros(y_Sd.shape[1])  # `finish` writes it
+            packed, _ = self.inner.pack_image_features(tiles, visual.image_args["sizes"], image_newline=newline)
             images = tuple(packed)
         if not visual.grids:
             return Connected(images, ())
@@ -310,7 +309,7 @@ class LlavaOnevision:
         x_BLd = embeds_of(kwargs, self.inner)
         masks = self.inner.get_placeholder_mask(kwargs.get("input_ids"), inputs_embeds=x_BLd)
         image_BL, video_BL = (mask.squeeze(-1) for mask in masks)
-        newline = self.inner.image_newline[None]
+        newline = x_BLd.new_zeros(1, x_BLd.shape[-1])  # `finish` writes it
         nothing = torch.zeros(0, dtype=torch.long, device=x_BLd.device)
         rows, flags, cells, numbers = [newline[:0]], [video_BL.new_zeros(0)], [nothing], [nothing]
         for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
@@ -335,8 +334,21 @@ class LlavaOnevision:
         # only what stays is written: an hour of video has a long prompt and few survivors
         x_Nd = x_BLd.flatten(0, 1).index_copy(0, place_V, torch.cat([*images, *rows]).to(x_BLd))
         none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
+        cell_BL = none_BL.masked_scatter(video_BL, torch.cat(cells))
+        late_BL = video_BL & (cell_BL < 0)
+        if visual.num_tiles:
+            late_BL = late_BL.masked_scatter(image_BL, self._image_newlines(visual, x_BLd.device))
         return {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}, Placed(
-            keep_BL,
-            none_BL.masked_scatter(video_BL, torch.cat(numbers)),
-            none_BL.masked_scatter(video_BL, torch.cat(cells)),
+            keep_BL, none_BL.masked_scatter(video_BL, torch.cat(numbers)), cell_BL, late_BL=late_BL
         )
+
+    def _image_newlines(self, visual: Visual, device: torch.device) -> Tensor:
+        """bool, which tokens of all images are newlines: the stock code lays out zeros with a newline of one."""
+        zeros = torch.zeros(visual.num_tiles, self.side**2, 1, device=device).split(visual.image_args["tiles"])
+        packed, _ = self.inner.pack_image_features(
+            zeros, visual.image_args["sizes"], image_newline=torch.ones(1, device=device)
+        )
+        return torch.cat(packed).squeeze(1) == 1
+
+    def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
+        return torch.where(late_RM[..., None], self.inner.image_newline.to(x_RMd), x_RMd)

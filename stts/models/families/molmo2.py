@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 from stts.metrics.cost import LlmShape, VitShape, VlmShape
 from stts.metrics.memory import BlockShape, Widths
 from stts.models.families.attention import stock_name
-from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes
+from stts.models.families.base import (
+    Part,
+    TinySizes,
+    as_block,
+    check_placeholders,
+    embeds_of,
+    layer_sizes,
+    run_device,
+    run_inside,
+)
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -226,9 +235,9 @@ class Molmo2:
         return Visual(pixels_FNC, frames, len(frames) - sum(grid.t for grid in grids), grids, layout)
 
     def with_blank(self, visual: Visual | None) -> Visual:
-        embedding = self.inner.vision_tower.patch_embedding
-        num_patches = self.config.vision_config.num_position_embeddings
-        blank = embedding.weight.new_zeros(1, num_patches, embedding.in_features)
+        vision = self.config.vision_config
+        values = vision.num_channels * vision.patch_size**2
+        blank = torch.zeros(1, vision.num_position_embeddings, values, device=run_device(self.model))
         windows = pooling_windows(*_sides(self.config)).to(blank.device)
         if visual is None:
             return self._visual(blank, windows[:0], [], windows, (self.grid(1),))
@@ -264,8 +273,12 @@ class Molmo2:
 
     def embed(self, visual: Visual) -> TowerInput:
         tower = self.inner.vision_tower
-        x_FND: Tensor = tower.patch_embedding(visual.pixels.to(tower.dtype))
-        x_FND = x_FND + tower.positional_embedding.to(x_FND)
+
+        def embed(pixels_FNC: Tensor) -> Tensor:
+            x_FND: Tensor = tower.patch_embedding(pixels_FNC)
+            return x_FND + tower.positional_embedding.to(x_FND)
+
+        x_FND = run_inside(tower, embed, visual.pixels.to(tower.dtype))  # the positions are the tower's own parameter
         return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
 
     def blocks(self) -> Sequence[Block]:
@@ -342,3 +355,6 @@ class Molmo2:
             none_BL.masked_scatter(place_BL, torch.cat(cells)),
             None if kinds_BL is None else kinds_BL.to(device) == 1,
         )
+
+    def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
+        return x_RMd

@@ -21,7 +21,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of, layer_sizes
+from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of, layer_sizes, run_device
 from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
@@ -171,6 +171,7 @@ class QwenVision:
         return processor
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.inner: Any = model.model
         self.tower: Any = self.inner.visual
         self.language_model: nn.Module = self.inner.language_model
@@ -228,7 +229,7 @@ class QwenVision:
     def with_blank(self, visual: Visual | None) -> Visual:
         vision = self.vision
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        blank = self.tower.patch_embed.proj.weight.new_zeros(self.side**2, width)
+        blank = torch.zeros(self.side**2, width, device=run_device(self.model))
         size = (1, self.side, self.side)
         if visual is None:
             return self._visual(blank, [], [size], {})
@@ -341,6 +342,9 @@ class QwenVision:
             early=tuple(flat(*layer) for layer in connected.early),
             early_V=place_V,
         )
+
+    def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
+        return x_RMd
 
     def _positions(self, kwargs: dict[str, Any], x_BLd: Tensor, visual: Visual) -> Tensor:
         """What the stock forward would compute here, from the full prompt; without visual input, plain counting."""

@@ -61,6 +61,7 @@ def make_tiny(
         model = AutoModelForImageTextToText.from_config(small, dtype=torch.float32)
     processor = adapter.tiny_processor(small, tokenizer)
     processor.chat_template = template or _template(adapter)
+    adapter.prepare_processor(processor, small)
     return model.eval(), processor
 
 

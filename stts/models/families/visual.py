@@ -122,6 +122,8 @@ class Placed:
     """Features (V, d) added to the output of LLM layer 0, 1, ..."""
     early_V: Tensor | None = None
     """int64 places of `early` in the flattened prompt."""
+    late_BL: Tensor | None = None
+    """bool, places that `Adapter.finish` fills; None: there are none."""
 
     def repeat(self, times: int, num_videos: int) -> Placed:
         """For beams: each row `times` times, the videos of copy c numbered from c * num_videos."""
@@ -139,4 +141,5 @@ class Placed:
             None if self.both_BL is None else self.both_BL.repeat_interleave(times, 0),
             tuple(feature.repeat(times, 1) for feature in self.early),
             early_V,
+            None if self.late_BL is None else self.late_BL.repeat_interleave(times, 0),
         )

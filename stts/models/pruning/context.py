@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from stts.budget import check_ratio, plan
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
-from stts.models.families.base import Adapter, Visual, make_adapter
+from stts.models.families.base import Adapter, Visual, make_adapter, run_device
 from stts.models.pruning import pieces
 from stts.models.pruning.continuation import continuation_of, decode
 from stts.models.pruning.llm_layers import attach_layers
@@ -95,8 +95,7 @@ class Pruning:
         self._stock_expand: Any = None
         self._originals: list[str] = []
         if self.module is not None:
-            parameter = next(model.parameters())
-            self.module.to(parameter.device)
+            self.module.to(run_device(model))
         self._plan([self.adapter.grid(2)])  # an unreachable ratio fails here, not in the first forward pass
 
     def _choose_positions(self, positions: Positions | None) -> Positions:

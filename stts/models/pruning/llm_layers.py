@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stts.models.families.attention import PASS_ARGUMENT, capture_next
-from stts.models.families.base import Placed
+from stts.models.families.base import Placed, run_inside
 from stts.models.pruning.masks import Slots, make_mask, pad_rows
 from stts.pruners.base import Stage
 from stts.tokens import Kept, PromptTokens
@@ -185,6 +185,9 @@ class Prefill:
                 scale = getattr(self._llm.layers[self._layer(number) - 1].self_attn, "scaling", None)
                 salience_N = last_row_attention(q_RHME, k_RJME, slots, scale or q_RHME.shape[-1] ** -0.5)
             keys_ND = k_RJME.transpose(1, 2).flatten(2).flatten(0, 1)
+        norm = self._llm.norm
+        # inside its forward, where sharding and offload have it; a copy, because they take it away behind it
+        norm_D = run_inside(norm, lambda: norm.weight.detach().clone()) if "prompt" in signals else None
         present = []
         for (video, _), place in zip(self._counts, places, strict=True):
             fields: dict[str, Any] = {"x_ND": x_ND[place].detach(), "cell_G": cell_N[place]}
@@ -192,11 +195,9 @@ class Prefill:
                 fields["salience_G"] = salience_N[place]
             if "keys" in signals and keys_ND is not None:
                 fields["keys_GD"] = keys_ND[place]
-            if "prompt" in signals and keys_ND is not None:
+            if norm_D is not None and keys_ND is not None:
                 after_N = _text_after(slots, place[-1])
-                fields["prompt"] = PromptTokens(
-                    x_ND[after_N].detach(), keys_ND[after_N], self._llm.norm.weight.detach()
-                )
+                fields["prompt"] = PromptTokens(x_ND[after_N].detach(), keys_ND[after_N], norm_D)
             present.append(Present(video, fields))
         return present
 

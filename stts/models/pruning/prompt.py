@@ -84,6 +84,11 @@ class Prompt:
             return kwargs | self._pack(llm, x_BLD, position_BL, keep_BL)
         return kwargs | self._pad(llm, x_BLD, position_BL, real_BL, keep_BL, cache, next_B)
 
+    def survivors(self, places_BL: Tensor) -> Tensor:
+        """Values of the survivors' places, (1, S) where rows are packed, else (B, M)."""
+        assert self._layers is not None
+        return places_BL.flatten()[self._layers.slots.full_RM]
+
     def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Changed inputs of a layer, or None."""
         return self._layers.before(layer, args, kwargs) if self._layers is not None else None

@@ -58,6 +58,7 @@ class VisualPass(PassVideos):
         super().__init__(setup, visual, budgets, names)
         self.prompt: Prompt | None = None
         """Once survivors are placed in it."""
+        self._late_BL: Tensor | None = None
         self.blank, self.expand, self.chunk_frames, self.notify = blank, expand, chunk_frames, notify
         self._row_ids = row_ids
         self.num_videos = 0 if blank else len(self.grids)
@@ -216,6 +217,7 @@ class VisualPass(PassVideos):
         if self.expand > 1:
             kwargs["inputs_embeds"] = self._expand_rows(kwargs["inputs_embeds"])
             placed = placed.repeat(self.expand, num_videos)
+        self._late_BL = placed.late_BL
         self.prompt = Prompt(placed, mask_BL, setup.positions, setup.sites.llm, self._decide_in_llm)
         self.report.grids, self.report.scores = self.grids[:num_videos], self.report.scores[:num_videos]
         self._report_cells()
@@ -237,6 +239,9 @@ class VisualPass(PassVideos):
         assert self.prompt is not None
         self.notify("prune")
         changed = self.prompt.shorten(llm, kwargs, seen)
+        if self._late_BL is not None:
+            late_RM = self.prompt.survivors(self._late_BL)
+            changed["inputs_embeds"] = self.setup.adapter.finish(changed["inputs_embeds"], late_RM)
         self.notify("prefill")
         self.report.llm_tokens, self.report.llm_padded = self.prompt.num_tokens, self.prompt.num_slots
         return changed
