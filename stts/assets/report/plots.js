@@ -1,4 +1,4 @@
-// --- plots -----------------------------------------------------------------------------------------------------------
+// Plots of a report: accuracy over tokens, FLOPs and time, with what belongs to each point.
 
 const PANELS = {
   compare: [

@@ -1,4 +1,4 @@
-// --- samples ---------------------------------------------------------------------------------------------------------
+// Samples of a report: the frames of a question with what each method kept, and the answers.
 
 const COLOURS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const pictures = new Map();  // data URI -> Image

@@ -1,4 +1,4 @@
-// --- table: accuracy and cost ----------------------------------------------------------------------------------------
+// The table of a report: accuracy and cost of every method, sorted by any column.
 
 const interval = (value, low, high, write) => (low === null || low === undefined ? [write(value), " ", el("small", {}, "[-]")]
   : [write(value), " ", el("small", {}, `[${write(low)}, ${write(high)}]`)]);
