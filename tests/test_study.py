@@ -56,7 +56,9 @@ def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
     study, report = load_script("study/steps"), load_script("study/report")
     page = report.write_report(study.Study(tmp_path / "runs", study.SCALES["cpu"]), tmp_path / "results").read_text()
     assert page.count("not run") > 100 and not re.search(r"\d \[", page), "no number with an interval"
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["README.md"], "no plot of nothing"
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["README.md", "commands.md"], (
+        "no plot of nothing"
+    )
 
 
 def test_a_plain_copy_trains_without_installation_video_decoder_or_deepspeed() -> None:
@@ -81,8 +83,10 @@ def test_every_stage_runs_and_the_page_is_made_of_it(
     assert study.main(argv) == 0, capsys.readouterr().err
     page = (tmp_path / "results" / "README.md").read_text()
     assert page.count("not run") == 1, "in the introduction only"
-    assert page.count("stts compare") > 10
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"README.md", "retention.png", "scaling.png"}
+    assert page.startswith("# Does learning the scores pay?\n\n* At 50% of the tokens"), "the finding comes first"
+    written = {path.name: path for path in (tmp_path / "results").iterdir()}
+    assert set(written) == {"README.md", "commands.md", "retention.png", "scaling.png"}
+    assert written["commands.md"].read_text().count("stts compare") > 10 and "stts compare" not in page
     capsys.readouterr()
     assert study.main(argv) == 0, "a second run finds everything there"
     assert "(to run)" not in capsys.readouterr().out
@@ -119,11 +123,11 @@ def test_steps_run_side_by_side(tmp_path: Path) -> None:
 
 
 def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
-    report = load_script("study/report")
+    cells = load_script("study/cells")
     rows = [Row(name, "unpruned", 1.0, accuracy=share) for name, share in ((BEFORE, 0.9), (DENSE, 0.8))]
     rows.append(Row("adatp (our reconstruction)", "inside the LLM", 0.5, accuracy=0.7))
     result = SimpleNamespace(rows=rows)
-    assert report._row(result, DENSE).accuracy == 0.8 and report._row(result, "adatp", 0.5).accuracy == 0.7
+    assert cells.find_row(result, DENSE).accuracy == 0.8 and cells.find_row(result, "adatp", 0.5).accuracy == 0.7
 
 
 RESULTS = {"cpu": ROOT / "docs" / "results", "wide": ROOT / "docs" / "results" / "wide"}
@@ -145,7 +149,9 @@ def test_the_committed_page_is_made_of_the_committed_answers(
     made = study.Study(
         runs, study.SCALES[scale], (), f"python scripts/study/run_study.py --scale {scale} --runs {runs}"
     )
-    assert report.write_report(made, tmp_path).read_text() == (results / "README.md").read_text()
+    report.write_report(made, tmp_path)
+    for name in ("README.md", "commands.md"):
+        assert (tmp_path / name).read_text() == (results / name).read_text(), name
     missing = {step.name for step in made.steps() if not made.is_there(step)}
     assert not missing, "nothing is left to run, and no model is made again whose answers are there"
 
@@ -158,8 +164,9 @@ def test_committed_rows_come_out_again(
     """The commands of the committed page, with one or two of its methods at one ratio."""
     monkeypatch.chdir(ROOT)
     page = (RESULTS[scale] / "README.md").read_text()
-    data = next(line for line in page.splitlines() if line.startswith("stts data shapes") and "/data/test " in line)
-    compare = next(line for line in page.splitlines() if line.startswith("stts compare") and "/frozen " in line)
+    commands = (RESULTS[scale] / "commands.md").read_text().splitlines()
+    data = next(line for line in commands if line.startswith("stts data shapes") and "/data/test " in line)
+    compare = next(line for line in commands if line.startswith("stts compare") and "/frozen " in line)
     runs = re.findall(r"--out (\S+)/data/test ", data)[0]
     argv = shlex.split(data.replace(runs, str(tmp_path)))[1:]
     assert cli.main(argv) == 0

@@ -2,59 +2,135 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from cells import (
+    NOT_RUN,
+    Results,
+    at_share,
+    best_frozen,
+    by_families,
+    find_row,
+    flops_curves,
+    lead_over_frozen,
+    learned_rows,
+    only_row,
+    paired_points,
+    percent,
+    read_comparison,
+    share_right,
+    spread,
+)
+from plots import draw_retention, draw_scaling
 from steps import Step, Study
 
 from stts.data.shapes.scene import OPTIONS
-from stts.eval.results.result import ComparisonResult
-from stts.eval.results.table import BEFORE, DENSE, Row
+from stts.eval.results.table import DENSE, Row
 from stts.files import write_whole
-from stts.metrics.accuracy import paired_difference
 
-NOT_RUN = "not run"
+COMMANDS = "commands.md"
 
 
 def write_report(study: Study, out: Path) -> Path:
-    """README.md and its plots in `out`, each section with the commands it was made by."""
-    results = {step.name: _read(step.done) for step in study.steps() if step.done.name == "comparison.json"}
-    parts = [_HEAD.format(command=study.command, runs=study.runs), _pretrained(study, results),
-             _equal_tokens(study, results, out), _by_family(study, results), _equal_flops(study, results)]  # fmt: skip
+    """README.md and its plots in `out`, the finding first, and `COMMANDS`, the commands behind each section."""
+    results = {step.name: read_comparison(step.done) for step in study.steps() if step.done.name == "comparison.json"}
+    sections = [_pretrained(study, results), _equal_tokens(study, results, out), _by_family(study, results),
+                _equal_flops(study, results)]  # fmt: skip
     if study.scale.ablations:
-        parts.append(_ablations(study, results))
+        sections.append(_ablations(study, results))
     if study.scale.frames:
-        parts.append(_scaling(study, results, out))
-    others = sorted({*out.glob("*.md"), *out.glob("*/README.md")} - {out / "README.md"})
+        sections.append(_scaling(study, results, out))
+    head = _HEAD.format(command=study.command, runs=study.runs)
+    parts = [_TITLE, *_finding(study, results), head, *(section.shown for section in sections)]
+    others = sorted({*out.glob("*.md"), *out.glob("*/README.md")} - {out / "README.md", out / COMMANDS})
     if others:
         links = (path.relative_to(out) for path in others)
         shown = [f"* [{link.stem if link.stem != 'README' else link.parent}]({link})" for link in links]
         parts.append("## Also here\n\n" + "\n".join(shown))
-    write_whole(out / "README.md", "\n\n".join(parts) + "\n")
+    write_whole(out / "README.md", ("\n\n".join(parts) + "\n").encode())
+    commands = [_COMMANDS_HEAD, *(section.commands for section in sections if section.steps)]
+    write_whole(out / COMMANDS, ("\n\n".join(commands) + "\n").encode())
     return out / "README.md"
 
 
-_HEAD = """# What the study shows, and what it does not
+def _finding(study: Study, results: Results) -> list[str]:
+    """What the tables say, in a few sentences made of their numbers; nothing before the main rows have been run."""
+    frozen, rival = results["frozen"], results[study.rival]
+    elastic = [results[f"stts-elastic-s{seed}"] for seed in study.scale.seeds]
+    ratios = [0.5, min(study.scale.ratios)]
+    if frozen is None or rival is None or not all(elastic):
+        return []
+    dense = percent(find_row(frozen, DENSE)).split()[0]
+    lines, against = [], []
+    for ratio in ratios:
+        best, ours = best_frozen(study, results, ratio), learned_rows(study, results, "stts-elastic", ratio)
+        if best is not None:
+            lines.append(
+                f"At {ratio:.0%} of the tokens the VLM fine-tuned with STTS answers **{spread(ours).split()[0]} %**; "
+                f"with the best of {len(study.scale.pruners)} frozen pruners ({best.method}) the pretrained one "
+                f"answers {percent(best).split()[0]} %, and on every token {dense} %."
+            )
+        rule = find_row(rival, "novelty", ratio)
+        kept = " and ".join(f"{100 * (row.retention_measured or 0):.1f} %" for row in (ours[0], rule) if row)
+        over = paired_points(elastic, f"stts@{ratio:g}", rival, f"novelty@{ratio:g}")
+        against.append(f"{over} at {ratio:.0%} (kept: {kept})")
+    lines.append(
+        "The rival that counts is a fixed rule (`novelty`: keep what changed), fine-tuned in the same way. STTS minus "
+        f"the rule, in points: {', '.join(against)}."
+    )
+    cheapest = {name: min(curve) for name, curve in flops_curves(study, results).items() if curve}
+    name = min(cheapest, key=lambda name: cheapest[name])
+    lines.append(f"The lowest cost that a method reaches is that of {name}: {100 * cheapest[name][1]:.1f} % right at "
+                 f"{cheapest[name][0]:.0%} of the dense FLOPs.")  # fmt: skip
+    if study.scale.frames and (long := _only_long(study, results)):
+        lines.append(long)
+    lines.append("ShapesQA is a small synthetic world: what separates methods here says nothing about Video-MME.")
+    lines.append("Why, and what failed: [how to read it](reading.md).")
+    return ["\n".join(f"* {line}" for line in lines)]
 
-Made by `{command}` (its first lines describe the stages) from the
-comparisons under `{runs}`; "not run" stands where a step has not been run, "-" where a method cannot reach a budget
-or a model was not trained for it. ShapesQA is a small synthetic world: what separates methods here says nothing about
-Video-MME. Accuracies in percent with 95 % intervals clustered by video; where there are several seeds, their mean and
-range."""
+
+def _only_long(study: Study, results: Results) -> str:
+    """What the largest number of frames brings at the tokens of 16 dense ones."""
+    most, dense = max(study.scale.frames), find_row(results["long-frozen-16"], DENSE)
+    row = only_row(results[f"long-{study.long}-{most}"], "stts")
+    if row is None or dense is None:
+        return ""
+    return (
+        f"More frames at equal tokens: at the token count of 16 frames, STTS on {most} frames, trained on as many, "
+        f"answers {percent(row)} %; 16 dense frames {percent(dense)} %."
+    )
 
 
-def _read(path: Path) -> ComparisonResult | None:
-    return ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+_TITLE = "# Does learning the scores pay?"
+_HEAD = """Made by `{command}` (its first lines describe the stages) from the
+comparisons under `{runs}`: [every command](commands.md). "not run" stands where a step has not been
+run, "-" where a method cannot reach a budget or a model was not trained for it. Accuracies in percent with 95 %
+intervals clustered by video; where there are several seeds, their mean and range."""
+_COMMANDS_HEAD = """# The commands behind the tables
+
+One step a line, from the root of the repository, by section of [the page](README.md)."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, and the steps it was made by."""
+
+    title: str
+    text: str
+    table: str
+    steps: Sequence[Step] = ()
+
+    @property
+    def shown(self) -> str:
+        return f"## {self.title}\n\n{self.text}\n\n{self.table}"
+
+    @property
+    def commands(self) -> str:
+        lines = "\n".join(step.command for step in self.steps)
+        return f"## {self.title}\n\n```bash\n{lines}\n```"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,100 +138,55 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _commands(steps: Sequence[Step]) -> str:
-    return "```bash\n" + "\n".join(step.command for step in steps) + "\n```"
-
-
-def _section(title: str, text: str, table: str, steps: Sequence[Step]) -> str:
-    return f"## {title}\n\n{text}\n\n{table}\n\n{_commands(steps)}"
-
-
 def _steps(study: Study, stage: str, keep: Callable[[str], bool] = lambda name: True) -> list[Step]:
     return [step for step in study.steps() if step.stage == stage and keep(step.name)]
-
-
-def _row(result: ComparisonResult | None, method: str, ratio: float = 1.0) -> Row | None:
-    """`method` stands without its label ("our reconstruction")."""
-    for row in result.rows if result else ():
-        if (
-            row.method != BEFORE
-            and row.method.split(" (")[0] == method
-            and abs(row.retention_configured - ratio) < 1e-6
-        ):
-            return row
-    return None
-
-
-def _percent(row: Row | None) -> str:
-    if row is None:
-        return NOT_RUN
-    if row.accuracy is None or row.accuracy_low is None or row.accuracy_high is None:
-        return "-"
-    return f"{100 * row.accuracy:.1f} [{100 * row.accuracy_low:.1f}, {100 * row.accuracy_high:.1f}]"
-
-
-def _spread(rows: Sequence[Row]) -> str:
-    """Mean and range over seeds; of a single one, its interval."""
-    if len(rows) < 2:
-        return _percent(rows[0]) if rows else NOT_RUN
-    values = [100 * (row.accuracy or 0.0) for row in rows]
-    return f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _pretrained(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+def _pretrained(study: Study, results: Results) -> Section:
     shown = {"every token": "frozen", "single frame": "one_frame", "question only": "nothing"}
     families = sorted({record.family for result in results.values() if result for record in result.records})
     rows = []
     for title, name in shown.items():
         result = results[name]
-        by_family = [_share(result, family) for family in families]
-        rows.append([title, _percent(_row(result, DENSE)), *by_family])
+        by_family = [share_right(result, family) for family in families]
+        rows.append([title, percent(find_row(result, DENSE)), *by_family])
     chance = [1 / len(OPTIONS[family]) for family in families]
     rows.append(["chance", f"{100 * fmean(chance):.1f}" if chance else "-", *(f"{100 * one:.1f}" for one in chance)])
-    which = f"`{study.scale.given}`" if study.scale.given else "pretrained by the commands below"
+    which = f"`{study.scale.given}`" if study.scale.given else "pretrained by [these commands](commands.md)"
     text = (
         f"The dense model ({which}) on the test clips; the same questions on clips frozen at their middle frame, and "
         "on the background alone. Chance is unweighted over families."
     )
     steps = [*_steps(study, "data", lambda n: n.startswith("test")), *_steps(study, "pretrain"),
              *_steps(study, "compare", lambda name: name in shown.values())]  # fmt: skip
-    return _section("The dense model and its controls", text, _table(["shown", "all", *families], rows), steps)
+    return Section("The dense model and its controls", text, _table(["shown", "all", *families], rows), steps)
 
 
-def _share(result: ComparisonResult | None, family: str) -> str:
-    right = [record.outcomes[DENSE].correct for record in result.records if record.family == family] if result else []
-    return f"{100 * fmean(right):.1f}" if right else NOT_RUN
-
-
-def _learned(study: Study, results: Mapping[str, ComparisonResult | None], name: str, ratio: float) -> list[Row]:
-    rows = [_row(results[f"{name}-s{seed}"], "stts", ratio) for seed in study.scale.seeds]
-    return [row for row in rows if row is not None and row.accuracy is not None]
-
-
-def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
+def _equal_tokens(study: Study, results: Results, out: Path) -> Section:
     ratios, frozen = study.scale.ratios, results["frozen"]
-    rows = [["dense", *[_percent(_row(frozen, DENSE))] * len(ratios)]]
+    rows = [["dense", *[percent(find_row(frozen, DENSE))] * len(ratios)]]
     behind = []
     for name in study.learned():
-        values = [_learned(study, results, name, ratio) for ratio in ratios]
+        values = [learned_rows(study, results, name, ratio) for ratio in ratios]
         trained = [name.split("-")[1] in ("elastic", str(ratio)) for ratio in ratios]
-        cells = [_spread(found) if asked else "-" for found, asked in zip(values, trained, strict=True)]
+        cells = [spread(found) if asked else "-" for found, asked in zip(values, trained, strict=True)]
         rows.append([f"{name} (learned)", *cells])
         runs = [results[f"{name}-s{seed}"] for seed in study.scale.seeds]
-        paired = [_paired(runs, f"stts@{ratio:g}", frozen, DENSE) if asked else "-"
+        paired = [paired_points(runs, f"stts@{ratio:g}", frozen, DENSE) if asked else "-"
                   for ratio, asked in zip(ratios, trained, strict=True)]  # fmt: skip
         behind.append([f"{name} minus dense", *paired])
     rival, elastic = results[study.rival], [results[f"stts-elastic-s{seed}"] for seed in study.scale.seeds]
-    rows.append([f"{study.rival} (a rule, likewise)", *(_percent(_row(rival, "novelty", ratio)) for ratio in ratios)])
-    rows += [[name, *(_percent(_row(frozen, name, ratio)) for ratio in ratios)] for name in study.scale.pruners]
-    over = [_paired(elastic, f"stts@{ratio:g}", rival, f"novelty@{ratio:g}") for ratio in ratios]
+    likewise = (percent(find_row(rival, "novelty", ratio)) for ratio in ratios)
+    rows.append([f"{study.rival} (a rule, likewise)", *likewise])
+    rows += [[name, *(percent(find_row(frozen, name, ratio)) for ratio in ratios)] for name in study.scale.pruners]
+    over = [paired_points(elastic, f"stts@{ratio:g}", rival, f"novelty@{ratio:g}") for ratio in ratios]
     rows += [*behind, [f"stts-elastic minus {study.rival}", *over]]
-    rows += [["stts-elastic minus the best frozen", *(_lead(study, results, ratio) for ratio in ratios)]]
+    rows += [["stts-elastic minus the best frozen", *(lead_over_frozen(study, results, ratio) for ratio in ratios)]]
     for name, result, method in (("stts-elastic", elastic[0], "stts"), (study.rival, rival, "novelty")):
-        found = [_row(result, method, ratio) for ratio in ratios]
+        found = [find_row(result, method, ratio) for ratio in ratios]
         rows.append([f"% kept, {name}", *(f"{100 * (row.retention_measured or 0):.1f}" if row else NOT_RUN
                                           for row in found)])  # fmt: skip
     text = (
@@ -165,44 +196,13 @@ def _equal_tokens(study: Study, results: Mapping[str, ComparisonResult | None], 
         "matters where tokens are few ([reading](reading.md))."
     )
     if frozen is not None:
-        write_whole(out / "retention.png", _plot_retention(study, results))
+        write_whole(out / "retention.png", draw_retention(*_retention_curves(study, results)))
         text += "\n\n![accuracy over retention](retention.png)"
     steps = [*_steps(study, "finetune"), *_steps(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
-    return _section("Accuracy at equal tokens", text, _table(["method", *map(str, ratios)], rows), steps)
+    return Section("Accuracy at equal tokens", text, _table(["method", *map(str, ratios)], rows), steps)
 
 
-def _lead(study: Study, results: Mapping[str, ComparisonResult | None], ratio: float) -> str:
-    """Mean over seeds of the paired difference, with the outermost ends of their intervals."""
-    frozen = results["frozen"]
-    reached = [row for name in study.scale.pruners if (row := _row(frozen, name, ratio)) and row.accuracy is not None]
-    if frozen is None or not reached:
-        return NOT_RUN
-    best = max(reached, key=lambda row: row.accuracy or 0.0).method.split(" (")[0]
-    runs = [results[f"stts-elastic-s{seed}"] for seed in study.scale.seeds]
-    return f"{_paired(runs, f'stts@{ratio:g}', frozen, f'{best}@{ratio:g}')} ({best})"
-
-
-def _paired(runs: Sequence[ComparisonResult | None], cell: str, other: ComparisonResult | None, their_cell: str) -> str:
-    """In points, on the same questions: a run's `cell` minus `their_cell` of `other`. Mean over the runs, with the
-    outermost ends of their intervals."""
-    theirs = {record.uid: record.outcomes[their_cell].correct for record in other.records} if other else {}
-    found = []
-    for run in runs:
-        records = [record for record in run.records if record.uid in theirs] if run else []
-        if records:
-            ours = [record.outcomes[cell].correct for record in records]
-            rival = [theirs[record.uid] for record in records]
-            found.append(paired_difference(ours, rival, [record.video for record in records]))
-    if not found:
-        return NOT_RUN
-    value = f"{100 * fmean(one.value for one in found):+.1f}"
-    lows, highs = ([end for one in found if (end := getattr(one, side)) is not None] for side in ("low", "high"))
-    if not lows:  # too few videos for an interval
-        return f"{value} [-]"
-    return f"{value} [{100 * min(lows):+.1f}, {100 * max(highs):+.1f}]"
-
-
-def _by_family(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+def _by_family(study: Study, results: Results) -> Section:
     """Where the points of the table above are lost."""
     ratios, frozen = study.scale.ratios, results["frozen"]
     lines = [("dense", [frozen], DENSE)]
@@ -211,71 +211,40 @@ def _by_family(study: Study, results: Mapping[str, ComparisonResult | None]) -> 
     lines.append((f"{study.rival} (a rule, likewise)", [results[study.rival]], "novelty"))
     lines += [(name, [frozen], name) for name in study.scale.pruners]
     rows = [
-        [title, *(_families(runs, DENSE if method == DENSE else f"{method}@{ratio:g}") for ratio in ratios)]
+        [title, *(by_families(runs, DENSE if method == DENSE else f"{method}@{ratio:g}") for ratio in ratios)]
         for title, runs, method in lines
     ]
     names = " / ".join(sorted({record.family for record in frozen.records})) if frozen else NOT_RUN
     text = f"Percent right in {names}; mean over seeds where there are several. From the comparisons above."
-    return f"## By family\n\n{text}\n\n{_table(['method', *map(str, ratios)], rows)}"
+    return Section("By family", text, _table(["method", *map(str, ratios)], rows))
 
 
-def _families(runs: Sequence[ComparisonResult | None], cell: str) -> str:
-    """Percent right of every family, in the order of their names; mean over the runs."""
-    right: dict[str, list[bool]] = {}
-    for record in (record for run in runs if run for record in run.records):
-        outcome = record.outcomes.get(cell)
-        if outcome is not None:
-            right.setdefault(record.family, []).append(outcome.correct)
-    if not right:
-        return "-" if any(runs) else NOT_RUN
-    return " / ".join(f"{100 * fmean(answers):.0f}" for _, answers in sorted(right.items()))
-
-
-def _equal_flops(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+def _equal_flops(study: Study, results: Results) -> Section:
     """Accuracy interpolated between measured ratios at given shares of the dense FLOPs."""
-    curves = {name: _curve(results["frozen"], name, study.scale.ratios) for name in study.scale.pruners}
-    seeds = [_curve(results[f"stts-elastic-s{seed}"], "stts", study.scale.ratios) for seed in study.scale.seeds]
-    seeds = [curve for curve in seeds if curve]
     shares = (0.4, 0.5, 0.6, 0.7, 0.8)
-    rows = []
-    if seeds:
-        mean = [(fmean(p[0] for p in points), fmean(p[1] for p in points)) for points in zip(*seeds, strict=True)]
-        rows.append(["stts-elastic (learned)", *(_at(mean, share) for share in shares)])
-    rival = _curve(results[study.rival], "novelty", study.scale.ratios)
-    rows.append([f"{study.rival} (a rule, likewise)", *(_at(rival, share) for share in shares)])
-    rows += [[name, *(_at(curve, share) for share in shares)] for name, curve in curves.items()]
+    rows = [
+        [name, *(at_share(curve, share) for share in shares)] for name, curve in flops_curves(study, results).items()
+    ]
     text = (
         "Share of the dense model's FLOPs (ViT, pruner, connector and LLM), by linear interpolation between the ratios "
         'measured above; "-" outside of them. Methods that drop before or in the LLM pay the whole ViT.'
     )
     table = _table(["method", *(f"{share:.0%}" for share in shares)], rows)
-    return f"## Accuracy at equal FLOPs\n\n{text}\n\n{table}\n\nFrom the comparisons of the section above."
+    return Section("Accuracy at equal FLOPs", text, table)
 
 
-def _curve(result: ComparisonResult | None, method: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
-    rows = [_row(result, method, ratio) for ratio in ratios]
-    return sorted((row.flops["exact"]["share"], row.accuracy) for row in rows if row and row.accuracy is not None)
-
-
-def _at(curve: Sequence[tuple[float, float]], share: float) -> str:
-    if not curve:
-        return NOT_RUN
-    x, y = zip(*curve, strict=True)
-    return f"{100 * float(np.interp(share, x, y)):.1f}" if x[0] <= share <= x[-1] else "-"
-
-
-def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> str:
+def _ablations(study: Study, results: Results) -> Section:
     whole = results[f"stts-0.5-s{study.scale.seeds[0]}"]
     half = results.get(study.ablated(study.shorter)[0]) if study.scale.ablate else whole
-    rows = [["STTS at 0.5", _percent(_row(whole, "stts", 0.5)), _families([whole], "stts@0.5"), "-",
-             _percent(_row(whole, DENSE))]]  # fmt: skip
+    rows = [["STTS at 0.5", percent(find_row(whole, "stts", 0.5)), by_families([whole], "stts@0.5"), "-",
+             percent(find_row(whole, DENSE))]]  # fmt: skip
     for name in study.scale.ablations:
         folder, method = study.ablated(name)
         result, base = results[folder], whole if name in study.controls else half
         cell = DENSE if name.startswith("dense") else f"{method}@0.5"
-        pruned = "-" if cell == DENSE else _percent(_row(result, method, 0.5))
-        rows.append([name, pruned, _families([result], cell), _paired([result], cell, base, "stts@0.5"),
-                     _percent(_row(result, DENSE))])  # fmt: skip
+        pruned = "-" if cell == DENSE else percent(find_row(result, method, 0.5))
+        rows.append([name, pruned, by_families([result], cell), paired_points([result], cell, base, "stts@0.5"),
+                     percent(find_row(result, DENSE))])  # fmt: skip
     families = "/".join(sorted({record.family for record in whole.records})) if whole else "by family"
     text = (
         "One thing changed at a time, one seed; `minus` is paired with STTS at 0.5 by question, in points; the last "
@@ -284,20 +253,20 @@ def _ablations(study: Study, results: Mapping[str, ComparisonResult | None]) -> 
     if study.scale.ablate:
         text += f" Rows below `{study.shorter}` are as long as that, and paired with it."
     head = ["fine-tuned", "at 0.5", families, "minus", "dense"]
-    return _section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
+    return Section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
 
 
-def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: Path) -> str:
+def _scaling(study: Study, results: Results, out: Path) -> Section:
     frames = study.scale.frames
     frozen = [results[f"long-frozen-{count}"] for count in frames]
-    lines: dict[str, list[Row | None]] = {"dense (every token)": [_row(result, DENSE) for result in frozen]}
+    lines: dict[str, list[Row | None]] = {"dense (every token)": [find_row(result, DENSE) for result in frozen]}
     if f"long-likewise-{frames[0]}" in results:
-        lines["dense, fine-tuned likewise"] = [_row(results[f"long-likewise-{count}"], DENSE) for count in frames]
+        lines["dense, fine-tuned likewise"] = [find_row(results[f"long-likewise-{count}"], DENSE) for count in frames]
     learned = [*study.learned(), study.long]
     for name in learned:
-        lines[f"{name} (learned)"] = [_only(results[f"long-{name}-{count}"], "stts") for count in frames]
+        lines[f"{name} (learned)"] = [only_row(results[f"long-{name}-{count}"], "stts") for count in frames]
     methods = sorted({row.method for result in frozen if result for row in result.rows if row.kind != "unpruned"})
-    lines |= {method: [_only(result, method) for result in frozen] for method in methods}
+    lines |= {method: [only_row(result, method) for result in frozen] for method in methods}
     text = (
         "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames. From 16 frames on every "
         "pruned row has the tokens of 16 dense frames; the dense row pays for all of its own. The last rows are paired "
@@ -305,15 +274,19 @@ def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: 
         f"`{study.long}` goes on from the elastic model, on clips of {max(frames)} frames at the tokens of 16."
     )
     if any(frozen):
-        write_whole(out / "scaling.png", _plot_scaling(frames, lines))
+        points = {
+            name: [(n, 100 * r.accuracy) for n, r in zip(frames, rows, strict=True) if r and r.accuracy is not None]
+            for name, rows in lines.items()
+        }
+        write_whole(out / "scaling.png", draw_scaling(frames, points))
         text += "\n\n![accuracy over frames](scaling.png)"
-    rows = [[name, *map(_percent, found)] for name, found in lines.items()]
+    rows = [[name, *map(percent, found)] for name, found in lines.items()]
     for title, rival in (("dense", "frozen"), ("dense, fine-tuned likewise,", "likewise")):
         if f"long-{rival}-16" not in results:
             continue
         for name in learned:
             cells = [
-                _paired([results[f"long-{name}-{count}"]], f"stts@{study.scaling_ratio(count):g}",
+                paired_points([results[f"long-{name}-{count}"]], f"stts@{study.scaling_ratio(count):g}",
                         results[f"long-{rival}-16"], DENSE)
                 if count > 16 else "-"
                 for count in frames
@@ -321,70 +294,21 @@ def _scaling(study: Study, results: Mapping[str, ComparisonResult | None], out: 
             rows.append([f"{name} minus {title} at 16 frames", *cells])
     steps = [*_steps(study, "data", lambda name: name.startswith("long")), *_steps(study, "scaling")]
     head = ["method", *(f"{count} frames" for count in frames)]
-    return _section("More frames at the same tokens", text, _table(head, rows), steps)
+    return Section("More frames at the same tokens", text, _table(head, rows), steps)
 
 
-def _only(result: ComparisonResult | None, method: str) -> Row | None:
-    return next((row for row in result.rows if row.method == method), None) if result else None
-
-
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-
-def _plot_retention(study: Study, results: Mapping[str, ComparisonResult | None]) -> bytes:
-    figure, axes = _axes("share of visual tokens kept")
-    ratios = [ratio for ratio in study.scale.ratios if _learned(study, results, "stts-elastic", ratio)]
-    found = [[100 * (r.accuracy or 0) for r in _learned(study, results, "stts-elastic", ratio)] for ratio in ratios]
-    if found:
-        middle = [fmean(values) for values in found]
-        ends = [[m - min(v) for m, v in zip(middle, found, strict=True)],
-                [max(v) - m for m, v in zip(middle, found, strict=True)]]  # fmt: skip
-        kept = [_learned(study, results, "stts-elastic", ratio)[0].retention_measured or ratio for ratio in ratios]
-        axes.errorbar(
-            kept, middle, ends, color="crimson", marker="o", linewidth=2.5, capsize=3, label="stts-elastic", zorder=5
-        )
-    lines: list[tuple[str, str, Any, float]] = [(study.rival, "novelty", "black", 2.0)]
-    lines += [(name, name, colormaps["tab20"](place % 20), 1.3) for place, name in enumerate(study.scale.pruners)]
-    for name, method, colour, width in lines:
-        rows = [_row(results["frozen" if name == method else name], method, ratio) for ratio in study.scale.ratios]
-        points = sorted((r.retention_measured or 0.0, 100 * r.accuracy) for r in rows if r and r.accuracy is not None)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", linewidth=width, color=colour, label=name)
-    return _finish(figure, axes, results["frozen"])
-
-
-def _plot_scaling(frames: Sequence[int], lines: Mapping[str, Sequence[Row | None]]) -> bytes:
-    figure, axes = _axes("frames")
-    learned = cycle((("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")))
-    for name, rows in lines.items():
-        points = [(n, 100 * r.accuracy) for n, r in zip(frames, rows, strict=True) if r and r.accuracy is not None]
-        style: dict[str, Any] = {"linewidth": 1.2, "marker": "."}
-        if "learned" in name:
-            dashes, marker = next(learned)
-            style = {"color": "crimson", "linewidth": 2.2, "linestyle": dashes, "marker": marker}
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(frames, [str(count) for count in frames])
-    return _finish(figure, axes, None)
-
-
-def _axes(label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_xlabel(label)
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _finish(figure: Figure, axes: Axes, dense: ComparisonResult | None) -> bytes:
-    row = _row(dense, DENSE)
-    if row is not None:
-        axes.axhline(100 * (row.accuracy or 0), color="#555555", linestyle="--", label="dense")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+def _retention_curves(
+    study: Study, results: Results
+) -> tuple[list[tuple[float, list[float]]], dict[str, list[tuple[float, float]]], float | None]:
+    """(share kept, percent right of every seed) of the elastic STTS; (share kept, percent right) of the rule and of
+    every frozen pruner by name; percent right of dense."""
+    seeds = [(ratio, learned_rows(study, results, "stts-elastic", ratio)) for ratio in study.scale.ratios]
+    elastic = [(rows[0].retention_measured or ratio, [100 * (row.accuracy or 0) for row in rows])
+               for ratio, rows in seeds if rows]  # fmt: skip
+    lines = {}
+    for name, method in [(study.rival, "novelty"), *((name, name) for name in study.scale.pruners)]:
+        rows = [find_row(results["frozen" if name == method else name], method, ratio) for ratio in study.scale.ratios]
+        reached = [row for row in rows if row and row.accuracy is not None]
+        lines[name] = sorted((row.retention_measured or 0.0, 100 * (row.accuracy or 0)) for row in reached)
+    dense = find_row(results["frozen"], DENSE)
+    return elastic, lines, None if dense is None else 100 * (dense.accuracy or 0)
