@@ -94,9 +94,11 @@ def paired_points(
             found.append(paired_difference(ours, rival, [record.video for record in records]))
     if not found:
         return NOT_RUN
-    low = min(one.low for one in found if one.low is not None)  # a study has more than one video
-    high = max(one.high for one in found if one.high is not None)
-    return f"{100 * fmean(one.value for one in found):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    value = f"{100 * fmean(one.value for one in found):+.1f}"
+    ends = [(one.low, one.high) for one in found if one.low is not None and one.high is not None]
+    if not ends:  # one video says nothing about others
+        return value
+    return f"{value} [{100 * min(low for low, _ in ends):+.1f}, {100 * max(high for _, high in ends):+.1f}]"
 
 
 def by_families(runs: Sequence[ComparisonResult | None], cell: str) -> str:
