@@ -77,9 +77,16 @@ def test_the_site_shows_every_page() -> None:
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
     nav = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"]
-    shown = [page for entry in nav for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))]
-    names = [page if isinstance(page, str) else next(iter(page.values())) for page in shown]
+    names = list(_leaves(nav))
     assert sorted(names) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
+
+
+def _leaves(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from _leaves(part)
 
 
 def _commands() -> Iterator[Any]:
