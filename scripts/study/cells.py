@@ -96,8 +96,8 @@ def paired_points(
         return NOT_RUN
     value = f"{100 * fmean(one.value for one in found):+.1f}"
     ends = [(one.low, one.high) for one in found if one.low is not None and one.high is not None]
-    if not ends:  # one video says nothing about others
-        return value
+    if not ends:  # too few videos for an interval
+        return f"{value} [-]"
     return f"{value} [{100 * min(low for low, _ in ends):+.1f}, {100 * max(high for _, high in ends):+.1f}]"
 
 
