@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.video_utils import VideoMetadata
 
 from stts.data.datasets import Example, Skipped
+from stts.data.frame_times import LATE_S, time_instruction, timed, video_metadata, with_times
 from stts.data.processors import traits_of
 from stts.data.rows import Message, Sample
 from stts.data.video.stream import VALUES, StreamedPixels, stand_in
 
+__all__ = ["IGNORED", "Batch", "Collator", "Step", "time_instruction"]
+
 IGNORED = -100
 """Label of a token that is not part of an answer; the value that stock losses leave out."""
-_LATE_S = 9999.99
-"""A time with as many digits as any in a video of up to 9999 seconds."""
 _MARKER = re.compile(r"\s*<(video|image)>\s*")
-_TICKS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Batch:
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...] = ()
     blank: bool = False
-    """True: stands in for a batch in which every sample was skipped, and must weigh nothing."""
+    """True: the batch is a placeholder, because every sample was skipped, and has weight zero in the loss."""
     step: Step | None = None
     """The optimizer step this batch is a part of; None: it is one by itself."""
     lengths: tuple[int, ...] = ()
@@ -164,7 +163,7 @@ class Collator:
             _check_media(example)
         if traits_of(self.processor).one_kind_per_call:
             _check_one_kind(examples)
-        texts = [self.render(_timed(example) if self._tells_times else example.sample) for example in examples]
+        texts = [self.render(timed(example) if self._tells_times else example.sample) for example in examples]
         videos = [example for example in examples if example.has_video]
         inputs, places = self._process(texts, videos, examples), None
         if self.training:
@@ -186,11 +185,11 @@ class Collator:
         )
 
     def blank(self, skipped: Sequence[Skipped] = ()) -> Batch:
-        """One row with one black frame, for a rank whose whole batch was skipped: it must still run every module."""
+        """One row with one black frame, for a rank that skipped its whole batch: every rank must run every module."""
         sample = Sample("blank", (Message("user", "<video>\n?"), Message("assistant", "?")))
-        made = self([Example(sample, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1), duration_s=0.0)])
-        assert made is not None
-        return replace(made, skipped=tuple(skipped), blank=True)
+        batch = self([Example(sample, np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1), duration_s=0.0)])
+        assert batch is not None
+        return replace(batch, skipped=tuple(skipped), blank=True)
 
     @property
     def _tells_times(self) -> bool:
@@ -210,18 +209,18 @@ class Collator:
             turns = turns[:-1] if messages[-1].role == "assistant" else turns
         content = [_content(message) for message in messages]
         end = len(messages) - (messages[-1].role == "assistant")
-        text, shown = "", 0
+        text, num_written = "", 0  # messages in `text`
         for place in [*turns, *([] if self.training else [end])]:
-            before = self._template(content[:shown], False) if shown else ""
-            whole = self._template(content[:place], True)
-            if not whole.startswith(before):
+            before = self._template(content[:num_written], False) if num_written else ""
+            prompt = self._template(content[:place], True)
+            if not prompt.startswith(before):
                 raise ValueError(
                     f"sample {sample.uid!r}: this chat template rewrites earlier turns; use single-turn conversations"
                 )
-            text += whole[len(before) :].removeprefix(self._end_text if shown else "")
+            text += prompt[len(before) :].removeprefix(self._end_text if num_written else "")
             if place in turns:
                 text += messages[place].text.strip() + self._end_text
-                shown = place + 1
+                num_written = place + 1
         return text
 
     def num_text_tokens(self, samples: Sequence[Sample], num_frames: int = 0) -> list[int]:
@@ -231,9 +230,9 @@ class Collator:
 
         num_frames: of every video; where the prompt tells their times, these are taken to be as long as can be."""
         if self._tells_times:
-            samples = [_with_times(sample, [_LATE_S] * num_frames, _LATE_S) for sample in samples]
-        shown = [re.escape(getattr(self.processor, f"{kind}_token")) for kind in ("video", "image")]
-        texts = [re.sub(rf"\s*({'|'.join(shown)})\s*", " ", self.render(sample)) for sample in samples]
+            samples = [with_times(sample, [LATE_S] * num_frames, LATE_S) for sample in samples]
+        media = [re.escape(getattr(self.processor, f"{kind}_token")) for kind in ("video", "image")]
+        texts = [re.sub(rf"\s*({'|'.join(media)})\s*", " ", self.render(sample)) for sample in samples]
         return [len(ids) for ids in self.processor(text=texts)["input_ids"]]
 
     def _template(self, content: list[dict[str, Any]], ask: bool) -> str:
@@ -246,7 +245,7 @@ class Collator:
             # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
             options: dict[str, Any] = {"do_sample_frames": False, "input_data_format": "channels_last"}
             if reads_times:
-                options["video_metadata"] = [_metadata(video) for video in videos]
+                options["video_metadata"] = [video_metadata(video) for video in videos]
             media |= {"videos": [self._frames(video) for video in videos], "videos_kwargs": options}
         if any(example.images for example in examples):
             media["images"] = [list(example.images) for example in examples if example.images]
@@ -256,8 +255,8 @@ class Collator:
             raise ValueError("streamed videos are for evaluation, and not beside others in a batch; set stream=False")
         # No return_tensors: the processor would stack videos of unequal length, and fail.
         with stand_in(self.processor, streams) if streams else nullcontext():
-            made = self.processor(text=texts, padding=True, padding_side=side, **media)
-        inputs = {name: _to_tensor(value) for name, value in made.items() if not streams or name != VALUES}
+            values = self.processor(text=texts, padding=True, padding_side=side, **media)
+        inputs = {name: _to_tensor(value) for name, value in values.items() if not streams or name != VALUES}
         return inputs | ({VALUES: StreamedPixels(streams, self.processor.video_processor)} if streams else {})
 
     def _frames(self, example: Example) -> Tensor:
@@ -283,12 +282,12 @@ class Collator:
                 )
             ends = (ids_BL[row] == self._end_id).nonzero().flatten().tolist()
             starts = [start + num_prompt for start in is_prompt_BL[row].nonzero().flatten().tolist()]
-            wanted = sum(message.role == "assistant" for message in example.sample.messages)
+            num_answers = sum(message.role == "assistant" for message in example.sample.messages)
             stops = [next((end for end in ends if end >= start), -1) for start in starts]
-            if len(starts) != wanted or any(stop <= start for start, stop in zip(starts, stops, strict=True)):
+            if len(starts) != num_answers or any(stop <= start for start, stop in zip(starts, stops, strict=True)):
                 raise ValueError(
-                    f"sample {uid!r}: found {len(starts)} complete answers in the tokens, expected {wanted}; an answer "
-                    "was truncated or the text contains the template's own control words"
+                    f"sample {uid!r}: found {len(starts)} complete answers in the tokens, expected {num_answers}; an "
+                    "answer was truncated or the text contains the template's own control words"
                 )
             for start, stop in zip(starts, stops, strict=True):
                 labels_BL[row, start : stop + 1] = ids_BL[row, start : stop + 1]
@@ -303,13 +302,13 @@ def _chat_form(processor: ProcessorMixin) -> tuple[list[int], str, int]:
         text: str = processor.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
         return text
 
-    prompt, whole = write(question, ask=True)[len(write(question)) :], write(question, answer)
+    prompt, turn = write(question, ask=True)[len(write(question)) :], write(question, answer)
     tokenizer = processor.tokenizer
     special = [token for token in tokenizer.all_special_tokens if token not in prompt]
-    end_text = whole[whole.rindex("x") + 1 :]
+    end_text = turn[turn.rindex("x") + 1 :]
     if not any(token in end_text for token in special):
         # Some templates end an answer where the next question starts: take it up to its first control token.
-        behind = write(question, answer, question)[len(whole) :]
+        behind = write(question, answer, question)[len(turn) :]
         ends = [behind.index(token) + len(token) for token in special if token in behind.partition("x")[0]]
         end_text = behind[: min(ends, default=0)]
     end_ids = tokenizer(end_text, add_special_tokens=False)["input_ids"]
@@ -333,60 +332,6 @@ def _content(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-def time_instruction(timestamps_s: Sequence[float], duration_s: float) -> str:
-    """What some models were trained to read behind every video: its length, the number of frames and their times.
-
-    Facts, order and number format are those of arXiv 2410.02713 and its release, the words ours."""
-    times = ",".join(f"{time:.2f}s" for time in timestamps_s)
-    return (
-        f"This video is {duration_s:.2f} seconds long. {len(timestamps_s)} frames were taken from it, at {times}. "
-        "Please answer the questions about this video."
-    )
-
-
-def _timed(example: Example) -> Sample:
-    if not example.has_video:
-        return example.sample
-    if example.timestamps_s is None or example.duration_s is None:
-        raise ValueError(
-            f"sample {example.sample.uid!r} has no frame times or no duration, which this model reads in the prompt; "
-            "fill timestamps_s and duration_s of the Example, or set processor.time_instruction = False"
-        )
-    return _with_times(example.sample, example.timestamps_s.tolist(), example.duration_s)
-
-
-def _with_times(sample: Sample, timestamps_s: Sequence[float], duration_s: float) -> Sample:
-    """The sample with a time instruction behind its video marker."""
-    text = f"<video>\n{time_instruction(timestamps_s, duration_s)}\n"
-    messages = [replace(turn, text=re.sub(r"<video>\s*", lambda _: text, turn.text)) for turn in sample.messages]
-    return replace(sample, messages=tuple(messages))
-
-
-def _metadata(example: Example) -> VideoMetadata:
-    """The true times of the frames in the words of the processors, for which a frame has a number and a file a rate.
-
-    Numbers are nanoseconds, so that times of a variable rate survive; the file is as long as its frames at their mean
-    distance, from which some processors take seconds per temporal patch."""
-    times_s = example.timestamps_s
-    if times_s is None:
-        raise ValueError(
-            f"sample {example.sample.uid!r} has no frame times, which this model reads in the prompt; fill "
-            "timestamps_s of the Example"
-        )
-    shown = example.stream if example.frames is None else example.frames
-    assert shown is not None
-    num_frames, height, width, _ = shown.shape
-    step_s = float(times_s[-1] - times_s[0]) / max(num_frames - 1, 1)
-    return VideoMetadata(
-        total_num_frames=max(round(num_frames * step_s * _TICKS_PER_S), 1),
-        fps=float(_TICKS_PER_S),
-        width=width,
-        height=height,
-        duration=example.duration_s,
-        frames_indices=[round(time * _TICKS_PER_S) for time in times_s.tolist()],
-    )
-
-
 def _last_answer(sample: Sample) -> str:
     last = sample.messages[-1]
     return last.text.strip() if last.role == "assistant" else ""
@@ -394,12 +339,12 @@ def _last_answer(sample: Sample) -> str:
 
 def _check_media(example: Example) -> None:
     text = "".join(message.text for message in example.sample.messages)
-    for marker, given in (("<video>", int(example.has_video)), ("<image>", len(example.images))):
-        found = text.count(marker)
-        if found != given:
+    for marker, num_media in (("<video>", int(example.has_video)), ("<image>", len(example.images))):
+        num_markers = text.count(marker)
+        if num_markers != num_media:
             raise ValueError(
-                f"sample {example.sample.uid!r} has {found} {marker} markers for {given} {marker[1:-1]}(s); write one "
-                "marker where each medium is shown"
+                f"sample {example.sample.uid!r} has {num_markers} {marker} markers for {num_media} {marker[1:-1]}(s); "
+                "write one marker where each medium is shown"
             )
 
 

@@ -1,4 +1,4 @@
-"""Samples as examples with decoded frames; no processor and no model yet.
+"""A data set of decoded examples: the rows of a data file with their frames and pictures, before any processor.
 
 Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
 
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Stands in for an example whose media could not be read, so that callers can count and name it."""
+    """In place of an example that cannot be used, so that callers can count it and name it."""
 
     uid: str
     reason: str

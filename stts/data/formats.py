@@ -1,6 +1,6 @@
 """Rows of a data file, read from disk one at a time: JSON lines, one JSON array, or Parquet.
 
-Kept in memory is only where each row lies: 16 bytes a row. What a file is, its first bytes say, not its name.
+Memory holds only where each row lies, 16 bytes a row. The first bytes of a file decide its format, not its name.
 
 Shape suffixes:  N = rows of the file,  R = row groups of a Parquet file"""
 
@@ -53,7 +53,7 @@ def open_rows(path: Path) -> Rows:
 
 
 class JsonRows:
-    """One JSON value per line, or the elements of one array."""
+    """Rows of a JSON file: one value per line, or the elements of one array."""
 
     def __init__(self, path: Path, *, array: bool) -> None:
         self.path, self.strict_ids = path, not array
@@ -89,7 +89,8 @@ class JsonRows:
 
 
 class ParquetRows:
-    """A row is read with its whole group; the newest group stays decoded, so that reading in order is fast."""
+    """Rows of a Parquet file. A row is read with its row group; the last group stays in memory, which makes reading in
+    order fast."""
 
     strict_ids = False
 
@@ -140,7 +141,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table has every column in every row: what a row leaves out is null there."""
+    """The row without its null columns: a table has every column in every row, and null where a row leaves it out."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -177,7 +178,7 @@ def _element_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
         if sign == "," and comma_due:
             at, comma_due = at + 1, False
             continue
-        fault = f"{sign!r} stands where an object, a comma or the end is due" if sign else "the array has no end"
+        fault = f"{sign!r} stands where an object, a comma or the end is expected" if sign else "the array has no end"
         if sign == "{" and not comma_due:
             try:
                 _, end = decode(text, at)

@@ -39,10 +39,10 @@ class Source:
 
 def limited(limit: str, num_rows: int, seed: int) -> Numbers:
     """Numbers of the rows that `limit` (see `Source`) leaves, increasing; a percentage is rounded up."""
-    found = _LIMIT.fullmatch(limit)
-    if found is None:
+    match = _LIMIT.fullmatch(limit)
+    if match is None:
         return np.arange(num_rows)
-    kind, amount = found.groups()
+    kind, amount = match.groups()
     share = amount.endswith("%")
     count = min(math.ceil(num_rows * float(amount[:-1]) / 100) if share else int(amount), num_rows)
     if not count:
@@ -54,7 +54,7 @@ def limited(limit: str, num_rows: int, seed: int) -> Numbers:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of sources that stand one behind the other in a `ConcatDataset`."""
+    """Shares of the sources that a `ConcatDataset` puts one behind the other."""
 
     sizes: tuple[int, ...]
     """Rows of each source."""

@@ -93,7 +93,7 @@ def write_shapes(
     ) as bar:
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
-            single, whole = [], []
+            single_rows, conversation_rows = [], []
             for index in range(size):
                 clip = make_clip(seed, split, index, config)
                 name = f"{split}/{clip.uid}{suffix}"
@@ -104,12 +104,11 @@ def write_shapes(
                 for place, one in enumerate(clip.questions):
                     turn = families[: place + 1].count(one.family)
                     uid = f"{clip.uid}-{one.family}" + (f"-{turn}" if turn > 1 else "")
-                    single.append(_row(clip, name, [one], uid))
-                whole.append(_row(clip, name, clip.conversation, clip.uid))
+                    single_rows.append(_row(clip, name, [one], uid))
+                conversation_rows.append(_row(clip, name, clip.conversation, clip.uid))
                 bar.update()
-            for file, rows in ((f"{split}.jsonl", single), (f"{split}_conversations.jsonl", whole)):
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                write_whole(out / file, text)
+            for suffix_of_file, rows in (("", single_rows), ("_conversations", conversation_rows)):
+                write_whole(out / f"{split}{suffix_of_file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return out
 
 
@@ -118,14 +117,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     manifest = out / MANIFEST
     if manifest.exists():
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
+            recorded = json.loads(manifest.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{manifest} is not JSON ({error}); choose another folder or remove this one") from error
-        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        if isinstance(found, dict) and isinstance(found.get("config"), dict):  # written before there was some setting
-            found["config"] = {**json.loads(json.dumps(asdict(ShapesConfig()))), **found["config"]}
-        if found != wanted:
-            raise ValueError(f"{out} holds ShapesQA with settings {found}, not {wanted}; choose another folder")
+        asked_for = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        if isinstance(recorded, dict) and isinstance(recorded.get("config"), dict):  # a newer setting may be absent
+            recorded["config"] = {**json.loads(json.dumps(asdict(ShapesConfig()))), **recorded["config"]}
+        if recorded != asked_for:
+            raise ValueError(f"{out} holds ShapesQA with settings {recorded}, not {asked_for}; choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and was not written by write_shapes (no {MANIFEST}); choose an empty folder")
     else:

@@ -95,8 +95,8 @@ def refuse_cut_off(
     promised_s = _promised_video_s(container, stream)
     of_file = promised_s is None
     if promised_s is None:
-        known = container.format.name not in _NO_PROMISE and container.duration is not None
-        promised_s = float(container.duration or 0) / av.time_base if known else 0.0
+        is_stated = container.format.name not in _NO_PROMISE
+        promised_s = float(container.duration or 0) / av.time_base if is_stated else 0.0
     slack_s = max(1.0, 0.02 * promised_s)
     if not promised_s:  # ffmpeg does not tell the duration of an ASF file of another size than its header states
         lacking, size = _missing_bytes(path, container.format.name) or 0, os.stat(path).st_size

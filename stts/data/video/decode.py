@@ -158,12 +158,12 @@ class Reader:
             if container.format.name != "avi":
                 return None
             places = [packet.dts for packet in self._packets(container, stream) if packet.size]
-            known = [place for place in places if place is not None]
+            numbers = [place for place in places if place is not None]
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             if rate > 0:
-                self._refuse_cut_off(container, stream, (max(known, default=-1) + 1) / rate)
-            is_counted = len(known) == len(places) and (np.diff(known) > 0).all()
-            return np.array(known if is_counted else [], np.int64)
+                self._refuse_cut_off(container, stream, (max(numbers, default=-1) + 1) / rate)
+            is_counted = len(numbers) == len(places) and (np.diff(numbers) > 0).all()
+            return np.array(numbers if is_counted else [], np.int64)
 
     def collect(
         self, index: FrameIndex, chosen_T: Indices, shape: tuple[int, ...] | None = None
@@ -350,17 +350,17 @@ def _is_listed(packet: Packet[VideoStream], index: FrameIndex) -> bool:
 
 def _counted(frames: Iterator[VideoFrame | _Damage], numbers: Indices) -> Iterator[VideoFrame]:
     """Pick frames by their place in the order shown."""
-    wanted = iter(numbers)
-    number = next(wanted, None)
-    shown = -1
+    rest = iter(numbers)
+    number = next(rest, None)
+    position = -1
     while number is not None:
         frame = next(frames, None)
         if frame is None or isinstance(frame, _Damage):
             raise DamagedError(f"the stream is damaged or ends before frame {number}")
-        shown += 1
-        if shown == number:
+        position += 1
+        if position == number:
             yield frame
-            number = next(wanted, None)
+            number = next(rest, None)
 
 
 def _timeline(times_N: npt.NDArray[np.float64], end_s: float, stream: VideoStream) -> Timeline:

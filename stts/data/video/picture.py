@@ -99,8 +99,8 @@ def tone_map(rgb: npt.NDArray[np.uint16], transfer: int, primaries: int) -> npt.
     most = np.maximum(light.max(-1, keepdims=True), 1e-6)
     x, w = (most - _KNEE) / (1 - _KNEE), (_PEAK / _SDR_WHITE - _KNEE) / (1 - _KNEE)
     curve = np.where(most > _KNEE, _KNEE + (1 - _KNEE) * x * (1 + x / w**2) / (1 + x), most)
-    shown = np.clip(light * (curve / most), 0, 1) ** (1 / 2.4)
-    return np.asarray(np.rint(shown * 255), np.uint8)
+    signal = np.clip(light * (curve / most), 0, 1) ** (1 / 2.4)
+    return np.asarray(np.rint(signal * 255), np.uint8)
 
 
 @lru_cache(maxsize=2)

@@ -1,8 +1,9 @@
-"""A few chosen frames of a video file as RGB arrays, with the times at which they are really shown.
+"""A few chosen frames of a video file as RGB arrays, with the times at which they are shown.
 
-Two passes over the file. The first reads packet headers only and gives every frame's presentation time without
-decoding, so a variable frame rate is exact. The second decodes what leads up to the chosen frames, jumps to a keyframe
-where that saves work, and converts only the chosen ones: memory is the result plus the decoder's own few frames.
+Two passes over the file. The first reads packet headers only and lists the presentation time of every frame without
+decoding, so times are exact at a variable frame rate too. The second decodes up to each chosen frame, jumps to a
+keyframe where that saves work, and converts only the chosen frames: memory holds the result and the decoder's few
+frames.
 
 Shape suffixes:  T = frames returned,  H, W = pixels after rotation"""
 
@@ -162,12 +163,13 @@ def _deadline_s(timeout_s: float | None) -> float:
 
 
 def _check_file(name: str) -> None:
+    """VideoError unless `name` is a regular file with content."""
     try:
         status = os.stat(name)
     except OSError as error:
         raise VideoError(f"{name}: {error.strerror}; expected a video file: check the path and data root") from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise VideoError(f"{name}: got a directory or device, expected a regular video file; name the file itself")
+        raise VideoError(f"{name}: it is a directory or device, expected a regular video file; name the file itself")
     if status.st_size == 0:
         raise VideoError(f"{name}: the file is empty (0 bytes), expected a video; {_REMEDY}")
 

@@ -48,8 +48,8 @@ class Timeline:
 
     def shown_at(self, times_s: npt.ArrayLike) -> Indices:
         """Number of the last frame at or before each time; frame 0 before the first."""
-        found = np.searchsorted(self.timestamps_N, np.asarray(times_s, np.float64) + _TIME_SLACK_S, side="right") - 1
-        return np.maximum(found, 0).astype(np.int64)
+        numbers = np.searchsorted(self.timestamps_N, np.asarray(times_s, np.float64) + _TIME_SLACK_S, side="right") - 1
+        return np.maximum(numbers, 0).astype(np.int64)
 
     @property
     def is_constant(self) -> bool:
@@ -62,10 +62,10 @@ class Timeline:
 
     def at_nominal(self, number: npt.ArrayLike) -> Indices:
         """Frame `i` of a constant-rate file, or the frame shown at `i / native_fps` when the rate varies."""
-        wanted = np.asarray(number, np.int64)
+        numbers = np.asarray(number, np.int64)
         if self.is_constant:
-            return np.minimum(wanted, self.num_frames - 1)
-        return self.shown_at(wanted / self.native_fps)
+            return np.minimum(numbers, self.num_frames - 1)
+        return self.shown_at(numbers / self.native_fps)
 
 
 def uniform_inclusive(timeline: Timeline, num_frames: int) -> Indices:
@@ -136,18 +136,18 @@ def choose_frames(
         raise ValueError(f"num_frames={num_frames!r} must be a whole number of at least 1; ask for one frame or more")
     if max_fps is not None and not 0 < max_fps < math.inf:
         raise ValueError(f"max_fps={max_fps} must be a positive number; leave it out (None) for no limit")
-    first, seen = (0, timeline) if clip is None else _cut(timeline, clip)
+    first, part = (0, timeline) if clip is None else _cut(timeline, clip)
     rule = SAMPLERS[sampler]
-    count = most_frames(seen.duration_s, num_frames, max_fps)
-    chosen_T = rule(seen, count)
-    while max_fps is not None and count > 1 and _mean_fps(seen.timestamps_N[chosen_T]) > max_fps + _TIME_SLACK_S:
+    count = most_frames(part.duration_s, num_frames, max_fps)
+    chosen_T = rule(part, count)
+    while max_fps is not None and count > 1 and _mean_fps(part.timestamps_N[chosen_T]) > max_fps + _TIME_SLACK_S:
         count -= 1
-        chosen_T = rule(seen, count)
+        chosen_T = rule(part, count)
     return chosen_T + first
 
 
 def most_frames(duration_s: float, num_frames: int, max_fps: float | None) -> int:
-    """No more frames are ever chosen of so many seconds: their span never exceeds the duration."""
+    """The most frames that can be chosen of `duration_s` seconds under `max_fps`, because their span is no longer."""
     return int(num_frames if max_fps is None else min(num_frames, 1 + duration_s * max_fps + _TIME_SLACK_S))
 
 

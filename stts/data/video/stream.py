@@ -1,4 +1,4 @@
-"""Pixel values of a long video that are made when a model asks for them: decoded, resized and normalised per piece.
+"""Pixel values of a long video, decoded, resized and normalised a piece at a time, when the model asks for them.
 
 `Collator` puts `StreamedPixels` where a model's inputs have `pixel_values_videos`; `stts.Pruning(chunk_frames=...)`
 loads a piece, runs the tower on it and lets go. `stts.data.processors` says which processors treat frames one by one.
@@ -22,7 +22,7 @@ VALUES = "pixel_values_videos"
 
 
 class StreamedPixels:
-    """Stands for the pixel values of frames `start` to `stop` - 1 of all videos of a batch, one behind the other."""
+    """In place of a tensor of pixel values: frames `start` to `stop` - 1 of all videos of a batch, concatenated."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class StreamedPixels:
     def __getitem__(self, rows: slice) -> Self:
         start, stop, step = rows.indices(len(self))
         if step != 1:
-            raise ValueError(f"streamed frames come in their order, not in steps of {step}")
+            raise ValueError(f"streamed frames are read in order, got a step of {step}; use a step of 1")
         return type(self)(
             self._streams, self._video_processor, device=self.device,
             start=self._start + start, stop=self._start + stop,
         )  # fmt: skip
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same, loading to `device`."""
+        """The same frames, which `load` puts on `device`."""
         return type(self)(self._streams, self._video_processor, device=device, start=self._start, stop=self._stop)
 
     def load(self) -> Tensor:
@@ -67,10 +67,10 @@ class StreamedPixels:
 
 def _preprocess(video_processor: Any, stream: FrameStream, first: int, last: int) -> Tensor:
     frames_THWC = torch.from_numpy(stream.read(first, last))
-    made = video_processor(
+    values = video_processor(
         videos=[frames_THWC], do_sample_frames=False, input_data_format="channels_last", return_tensors="pt"
     )
-    pixels_TCHW: Tensor = made[VALUES][0]
+    pixels_TCHW: Tensor = values[VALUES][0]
     return pixels_TCHW
 
 
