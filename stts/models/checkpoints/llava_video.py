@@ -2,7 +2,7 @@
 
 `lmms-lab/LLaVA-Video-7B-Qwen2` is written for the authors' own code: other tensor names, a config without the sizes of
 its tower, no processor. Its parts are those of LLaVA-OneVision, so one conversion makes it a
-`LlavaOnevisionForConditionalGeneration` whose config asks for LLaVA-Video's layout (`video_layout.py`).
+`LlavaOnevisionForConditionalGeneration` whose config asks for LLaVA-Video's layout (`families/llava_layout.py`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """LLaVA-OneVision on stock transformers classes: SigLIP tower, per-patch projector, bilinear pooling, Qwen2; and
-LLaVA-Video, the same with the layout that `video_layout.py` describes, where the model's config asks for it.
+LLaVA-Video, the same with the layout that `llava_layout.py` describes, where the model's config asks for it.
 
 Groups are cells of the pooled grid. Bilinear resizing of a side of n patches to ceil(n / 2) cells reads at most two
 patches per cell and direction; for odd n neighbouring cells in the middle share a patch (27 -> 14: patch 13 belongs to
@@ -64,22 +64,13 @@ def _num_taps(config: Any) -> int:
     return 1 if isinstance(layers, int) else len(layers)
 
 
-class LlavaOnevision:
-    """Adapter of `LlavaOnevisionForConditionalGeneration`, with videos laid out as its config says.
-
-    Differs from the stock forward pass:
-    - image tiles and frames go through the tower in one call, and videos may differ in their number of frames
-    - blocks run one by one, so that a stage may drop patches between them
-    - the projector runs on the patches left, and pooling gathers those of the cells kept
-    - a video's newlines and pooling follow `VideoLayout`, which can be LLaVA-Video's
-    """
+class LlavaFacts:
+    """What is known of the family without a model; the members are described in `Adapter`."""
 
     marks_per_frame: ClassVar[int] = 0
     token_ids: ClassVar[Mapping[str, str]] = {"image_token_index": "<image>", "video_token_index": "<video>"}
     media_text: ClassVar[tuple[str, str]] = ("<video>", "<image>")
     unused: ClassVar[tuple[str, ...]] = (".vision_tower.post_layernorm.", ".vision_tower.head.")
-    pools_keys = False
-    visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
 
     @classmethod
     def vlm_shape(cls, config: Any) -> VlmShape:
@@ -138,6 +129,20 @@ class LlavaOnevision:
             num_image_tokens=_side(config) ** 2,
             vision_feature_select_strategy="full",
         )
+
+
+class LlavaOnevision(LlavaFacts):
+    """Adapter of `LlavaOnevisionForConditionalGeneration`, with videos laid out as its config says.
+
+    Differs from the stock forward pass:
+    - image tiles and frames go through the tower in one call, and videos may differ in their number of frames
+    - blocks run one by one, so that a stage may drop patches between them
+    - the projector runs on the patches left, and pooling gathers those of the cells kept
+    - a video's newlines and pooling follow `VideoLayout`, which can be LLaVA-Video's
+    """
+
+    pools_keys = False
+    visual_args = ("pixel_values", "image_sizes", "pixel_values_videos", "image_sizes_videos", "batch_num_images")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config

@@ -64,14 +64,8 @@ def pooling_flops(config: Any, num_patches: int) -> int:
     return int(attention + 2 * config.intermediate_size * (gate_and_up + down))
 
 
-class Molmo2:
-    """Adapter of `Molmo2ForConditionalGeneration`.
-
-    Differs from the stock forward pass:
-    - blocks run one by one, so that a stage may drop patches between them, and stop at the last one that is read
-    - pooling windows index the patches left instead of all, and only those of kept groups are pooled
-    - the mask in which visual tokens see each other both ways is made for the shortened, packed row
-    """
+class Molmo2Facts:
+    """What is known of the family without a model; the members are described in `Adapter`."""
 
     marks_per_frame: ClassVar[int] = 7
     token_ids: ClassVar[Mapping[str, str]] = {
@@ -86,16 +80,6 @@ class Molmo2:
     }
     media_text: ClassVar[tuple[str, str]] = ("<|video|>", "<|image|>")
     unused: ClassVar[tuple[str, ...]] = ()
-    pools_keys = True
-    visual_args = (
-        "pixel_values",
-        "image_token_pooling",
-        "image_grids",
-        "image_num_crops",
-        "pixel_values_videos",
-        "video_token_pooling",
-        "video_grids",
-    )
 
     @classmethod
     def vlm_shape(cls, config: Any) -> VlmShape:
@@ -163,6 +147,27 @@ class Molmo2:
         common |= {"patch_size": vision.patch_size, "do_rescale": True, "do_normalize": True}
         images = Molmo2ImageProcessor(max_crops=2, overlap_margins=[1, 1], **common)
         return Molmo2Processor(images, Molmo2VideoProcessor(do_sample_frames=False, **common), tokenizer)
+
+
+class Molmo2(Molmo2Facts):
+    """Adapter of `Molmo2ForConditionalGeneration`.
+
+    Differs from the stock forward pass:
+    - blocks run one by one, so that a stage may drop patches between them, and stop at the last one that is read
+    - pooling windows index the patches left instead of all, and only those of kept groups are pooled
+    - the mask in which visual tokens see each other both ways is made for the shortened, packed row
+    """
+
+    pools_keys = True
+    visual_args = (
+        "pixel_values",
+        "image_token_pooling",
+        "image_grids",
+        "image_num_crops",
+        "pixel_values_videos",
+        "video_token_pooling",
+        "video_grids",
+    )
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config

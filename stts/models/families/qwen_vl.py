@@ -42,16 +42,8 @@ def _as_block(layer: nn.Module) -> Block:
     return block
 
 
-class QwenVision:
-    """The common part of the adapters; a family adds its name and what its tower does differently.
-
-    Differs from the stock forward passes:
-    - images and videos go through the tower in one call
-    - attention inside frames (and windows) is one packed call per block instead of a Python loop over chunks
-    - blocks run one by one, so that a stage may drop patches between them, whole merge units at a time
-    - mergers run on the units left
-    - features are written at the places of survivors; dropped places are zeros until the prompt is shortened
-    """
+class QwenFacts:
+    """What is known of the family without a model; the members are described in `Adapter`."""
 
     family: ClassVar[str]
     marks_per_frame: ClassVar[int] = 0
@@ -72,8 +64,6 @@ class QwenVision:
         "<|vision_start|><|image_pad|><|vision_end|>",
     )
     unused: ClassVar[tuple[str, ...]] = ()
-    pools_keys = True
-    visual_args: tuple[str, ...] = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
     @classmethod
     def vit_shape(cls, vision: Any) -> VitShape:
@@ -169,6 +159,21 @@ class QwenVision:
             image_processor=Qwen2VLImageProcessor(**common), tokenizer=tokenizer, video_processor=videos
         )
         return processor
+
+
+class QwenVision(QwenFacts):
+    """The common part of the adapters; a family adds its name and what its tower does differently.
+
+    Differs from the stock forward passes:
+    - images and videos go through the tower in one call
+    - attention inside frames (and windows) is one packed call per block instead of a Python loop over chunks
+    - blocks run one by one, so that a stage may drop patches between them, whole merge units at a time
+    - mergers run on the units left
+    - features are written at the places of survivors; dropped places are zeros until the prompt is shortened
+    """
+
+    pools_keys = True
+    visual_args: tuple[str, ...] = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,14 @@ def test_a_tiny_tokenizer_has_the_visual_tokens_behind_all_others(family: str) -
         assert tokenizer.unk_token_id not in ids
         visual += ids
     assert sorted(set(visual)) == list(range(len(tokenizer) - len(set(visual)), len(tokenizer)))
+
+
+def test_the_page_explains_every_member() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "add_a_family.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {part.partition("(")[0] for row in rows for part in row.replace("`", "").replace(" ", "").split("),")}
+    named |= {part.partition("(")[0] for row in rows for part in row.replace("`", " ").split()}
+    assert not [member for member in MEMBERS if member not in named]
 
 
 def test_an_unknown_family_is_told_which_there_are() -> None:
