@@ -27,8 +27,8 @@ def export(
         scorer_only: write the scorer alone, without model weights.
         merge: put a scorer alone together with the weights of its base.
         base_model: folder or hub id with the weights a scorer alone belongs to.
-        pruner: name of the folder's pruner, where it is 'module:Class'.
-        from_reference: checkpoint of the STTS release, for its scorer.
+        pruner: name of the folder's pruner, where it is 'module:Class'; with --from_reference whose release it is.
+        from_reference: checkpoint of the release of STTS, or of --pruner visionselector or cacovid.
         retention_ratio: fraction kept, for --from_reference; null: 0.5.
         from_llava_video: make the original files of LLaVA-Video (FOLDER) a stock folder.
     """
@@ -39,13 +39,18 @@ def export(
     if from_llava_video:
         return convert_llava_video(paths[0], out)
     if from_reference is not None:
-        if merge or pruner is not None:
-            raise ValueError("--merge and --pruner are for folders of ours, not for --from_reference; leave them out")
+        if merge:
+            raise ValueError("--merge is for folders of ours, not for --from_reference; leave it out")
         if base_model is None:
             raise ValueError("--from_reference needs --base_model, the stock checkpoint that the scorer belongs to")
         ratio = 0.5 if retention_ratio is None else retention_ratio
         return hub.export_reference(
-            from_reference, out, base_model=base_model, retention_ratio=ratio, scorer_only=scorer_only
+            from_reference,
+            out,
+            base_model=base_model,
+            retention_ratio=ratio,
+            scorer_only=scorer_only,
+            pruner=pruner or "stts",
         )
     if retention_ratio is not None:
         raise ValueError("--retention_ratio is for --from_reference; a trained folder records its own")

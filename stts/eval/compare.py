@@ -17,7 +17,7 @@ from stts.data.batches import make_batch
 from stts.data.collate import Collator
 from stts.eval.answering.equal_flops import match_flops
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
-from stts.eval.answering.method import Runner, environment, make_baseline, make_runners
+from stts.eval.answering.method import Runner, environment, every_pruner, make_baseline, make_runners
 from stts.eval.answering.questions import Source
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import RESULT, Store
@@ -40,7 +40,8 @@ class CompareConfig(RunConfig):
     pruners: tuple[str, ...] = (
         "stts", "random", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv"
     )  # fmt: skip
-    """Names (see `stts pruners`) or module:Class. Dense is always run, so `none` adds nothing."""
+    """Names (see `stts pruners`) or module:Class. Dense is always run, so `none` adds nothing. all: every one there is,
+    of the learned ones that which the model's folder was trained with."""
     pruner_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by pruner, such as {tango: {compat: official}, fastvid: {variant: lv}}."""
     retention_ratios: tuple[float, ...] = (0.5, 0.25, 0.1)
@@ -56,6 +57,8 @@ class CompareConfig(RunConfig):
     """Questions answered at once."""
 
     def __post_init__(self) -> None:
+        if tuple(self.pruners) == ("all",):
+            object.__setattr__(self, "pruners", every_pruner(self.model))
         for flag in ("pruners", "retention_ratios"):
             values = tuple(getattr(self, flag))
             object.__setattr__(self, flag, values)

@@ -21,13 +21,15 @@ from stts.data.rows import Sample
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
-from stts.models.checkpoints.load import load_pruner, load_vlm
+from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts.models.families.base import host_info, vlm_shape
 from stts.models.pruning.context import Phase, Pruning
 from stts.models.pruning.phases import Phases
 from stts.models.pruning.report import Report, cost_of, planned_cost
 from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.base import Positions, Pruner
+from stts.pruners.check import HOST
+from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.simple import Dense
 
 _SEEDED = ("random", "random-vit")
@@ -210,6 +212,14 @@ def make_runners(
 
 def _load(path: str | Path, model: PreTrainedModel, name: str, seed: int, options: Mapping[str, Any]) -> Pruner:
     return load_pruner(path, model, name, {**({"seed": seed} if name in _SEEDED else {}), **options})
+
+
+def every_pruner(model: str | Path) -> tuple[str, ...]:
+    """Names of all pruners that can run on this folder: a learned one needs weights, which the folder has for one."""
+    settings = pruner_settings(model)
+    trained = settings["pruner"] if settings else None
+    names = [name for name in PRUNERS if name != "none"]
+    return tuple(name for name in names if name == trained or kind_of(make_pruner(name, HOST)) != "learned")
 
 
 def kind_of(pruner: Pruner) -> Kind:

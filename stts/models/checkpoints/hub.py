@@ -26,6 +26,7 @@ from stts.models.checkpoints.load import (
     resize_videos,
     save_pruned,
 )
+from stts.models.checkpoints.named_release import read_named
 from stts.models.checkpoints.stts_release import read_reference
 from stts.models.families.attention import is_on
 from stts.models.pruning.context import Pruning
@@ -213,13 +214,16 @@ def export_reference(
     base_model: str | Path,
     retention_ratio: float = 0.5,
     scorer_only: bool = False,
+    pruner: str = "stts",
 ) -> Path:
-    """Write a scorer of the authors' release beside the stock checkpoint `base_model`."""
+    """Write the learned part of the authors' release of `pruner` beside the stock checkpoint `base_model`."""
     check_empty(Path(out))
-    tensors = read_reference(file)
+    tensors = read_reference(file) if pruner == "stts" else {}
     model, processor = load_vlm(base_model)
-    pruning = Pruning(model, "stts", retention_ratio=retention_ratio)
-    assert pruning.module is not None
+    pruning = Pruning(model, pruner, retention_ratio=retention_ratio)
+    if pruning.module is None:
+        raise ValueError(f"pruner {pruner!r} has no learned part, so there is nothing to read from {file}")
+    tensors = tensors or read_named(file, pruning.module.state_dict())
     fill(pruning.module, tensors, str(file))
     return PrunedVLM(model, processor, pruning).save_pretrained(out, scorer_only=scorer_only)
 
