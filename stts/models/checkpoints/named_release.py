@@ -1,7 +1,7 @@
 """Learned parts of other releases, whose tensors have the names of our modules behind a prefix of their own.
 
-VisionSelector (arXiv 2510.16598) stores `visual.importance_scorer.*` in a whole Qwen2.5-VL checkpoint, CaCoVID (arXiv
-2602.01649) `compression_policy.*` in a whole LLaVA-OneVision one. Other tensors of the files are not loaded."""
+VisionSelector (arXiv 2510.16598) stores `visual.importance_scorer.*` in a whole VLM checkpoint, CaCoVID (arXiv
+2602.01649) `compression_policy.*`. Other tensors of the files are not loaded."""
 
 from __future__ import annotations
 
