@@ -7,7 +7,7 @@ frame feature,  L = prompt tokens after the video,  S = places of a frame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -161,6 +161,27 @@ class VideoTokens:
         return len(self.cell_G)
 
 
+Objective = Literal["log_prob", "log_odds"]
+"""Form of the answer loss: minus the mean over answer tokens of log p, or of log p - log(1 - p)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What became of features on their way into the prompt."""
+
+    x_Kd: Tensor
+    """The same values."""
+    losses: Mapping[str, Tensor]
+    """0 in value; their gradients are made in the backward pass."""
+    values: Mapping[str, Tensor]
+    """By name of the loss: a scalar that holds its value once the backward pass is through."""
+    objective: Objective
+    """Form of the answer loss that the gradients should be of."""
+
+
+Watch = Callable[[Tensor], Watched]
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a stage decided for one video."""
@@ -177,6 +198,9 @@ class Kept:
     """For reports; higher = kept."""
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     """Empty unless the stage learns. A loss of the whole call rides on the first video only, so summing is safe."""
+    watch: Watch | None = None
+    """Called with the connector's output of the kept groups, (K, d), on its way into the prompt, in training: a stage
+    inside the tower sees what the answer makes of them in the backward pass."""
     x_ND: Tensor | None = None
     """vit, where the drop follows the decision at once: the patches after merging; those that leave are not read."""
     size_N: Tensor | None = None

@@ -151,7 +151,9 @@ class VideoFinetune(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
-        total = self.losses.add(batch, self._forward(batch), self.device, self.global_step)
+        losses = self._forward(batch)
+        late = {} if self.pruning.last is None else self.pruning.last.late_losses
+        total = self.losses.add(batch, losses, self.device, self.global_step, late)
         self._log_batch(batch)
         # Ranks are averaged, and so are the batches of a step: what each contributes to the sum is scaled up before.
         return total * self.trainer.world_size * (1 if batch.step is None else self.trainer.accumulate_grad_batches)
@@ -162,8 +164,8 @@ class VideoFinetune(pl.LightningModule):
             for loss in self.losses.extra:
                 hooks.enter_context(loss.during(self, batch))
             now = self.run_model(batch)
-            losses = {"answer": answer_loss(now.logits_BAV, now.labels_BA)}
-            losses |= now.report.losses if now.report is not None else {}
+            objective, losses = ("log_prob", {}) if now.report is None else (now.report.objective, now.report.losses)
+            losses = {"answer": answer_loss(now.logits_BAV, now.labels_BA, objective=objective), **losses}
             return losses | {loss.name: loss(now) for loss in self.losses.extra}
 
     def run_model(self, batch: Batch, retention_ratio: float | None = None) -> TrainingPass:

@@ -5,6 +5,7 @@
     0.5                                                  the same in every step
     {low: 0.1, high: 0.7}                                drawn anew for every step: one checkpoint, many budgets
     {from: 1.0, to: 0.3, steps: 200, shape: cosine}      from dense to the target
+    {target: 0.25, dense_first: 80, dense_every: 10}     dense steps amid pruned ones, for a teacher that needs them
 
 The ratio is a pure function of the settings and the number of the optimizer step. So all ranks and all batches of a
 step agree without asking each other, and a resumed run goes on with the ratios it would have had."""
@@ -144,17 +145,59 @@ class Scheduled:
         return self.target + (self.start - self.target) * left
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithDense:
+    """Another rule, with dense steps: the first `dense_first`, then every `dense_every`-th."""
+
+    pruned: Retention
+    dense_first: int = 0
+    dense_every: int = 0
+    """0: none after the first."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("dense_first", self.dense_first), ("dense_every", self.dense_every)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"retention_ratio: {name}={value!r} must be a whole number of optimizer steps >= 0")
+        if not self.dense_first and not self.dense_every:
+            raise ValueError("retention_ratio: dense_first and dense_every are both 0; give one, or the target alone")
+
+    @property
+    def target(self) -> float:
+        return self.pruned.target
+
+    @property
+    def highest(self) -> float:
+        return 1.0
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        pruned = self.pruned.record or self.pruned.target
+        return {"target": pruned, "dense_first": self.dense_first, "dense_every": self.dense_every}
+
+    def at(self, step: int) -> float:
+        dense = step < self.dense_first or (self.dense_every > 0 and step % self.dense_every == 0)
+        return 1.0 if dense else self.pruned.at(step)
+
+
 def make_retention(setting: Setting) -> Retention:
     """The rule a config asks for. ValueError for unknown names, missing ones, and values outside their range."""
     if not isinstance(setting, Mapping):
         return Fixed(setting)
+    if "target" in setting:
+        if unknown := sorted(set(setting) - {"target", "dense_first", "dense_every"}):
+            raise ValueError(
+                f"retention_ratio={dict(setting)}: {unknown} unknown beside target; known: dense_first, dense_every"
+            )
+        steps = {name: value for name, value in setting.items() if name != "target"}
+        return WithDense(pruned=make_retention(setting["target"]), **steps)
     ranged = "low" in setting or "high" in setting
     needed = {"low", "high"} if ranged else {"from", "to", "steps"}
     known = needed | ({"spacing", "eval_ratio", "seed"} if ranged else {"shape"})
     if not needed <= set(setting) <= known:
         raise ValueError(
             f"retention_ratio={dict(setting)} must be a number, a range such as {{low: 0.1, high: 0.7}} (optional: "
-            "spacing, eval_ratio, seed) or a schedule such as {from: 1.0, to: 0.3, steps: 200} (optional: shape)"
+            "spacing, eval_ratio, seed), a schedule such as {from: 1.0, to: 0.3, steps: 200} (optional: shape), or one "
+            "of these with dense steps, such as {target: 0.25, dense_first: 80, dense_every: 10}"
         )
     names = {"from": "start", "to": "target"}  # `from` is a word of Python's
     made: Callable[..., Retention] = Sampled if ranged else Scheduled

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,14 +99,23 @@ class StepLosses:
         self.stop = False
         """Whether any rank had been told to stop when the last step was closed. Equal on all ranks."""
         self._sums: dict[str, Tensor] = {}
+        self._late: list[tuple[str, float, Tensor]] = []
         self._known: tuple[float, ...] | None = None
         self._totals: tuple[float, ...] = (0.0, 0.0)
         self._step: Step | None = None
         self._uids: list[str] = []
 
-    def add(self, batch: Batch, losses: Mapping[str, Tensor], device: torch.device, at: int) -> Tensor:
+    def add(
+        self,
+        batch: Batch,
+        losses: Mapping[str, Tensor],
+        device: torch.device,
+        at: int,
+        late: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+    ) -> Tensor:
         """The part of the step's total that this batch gives: sum over names of weight * share * loss. `at`: number of
-        the optimizer step, from 0, for weights that follow a ramp.
+        the optimizer step, from 0, for weights that follow a ramp. late: for losses whose value only the backward pass
+        makes, the scalars per video that will hold it.
 
         ValueError for a loss without a weight."""
         # Indexing, not .get(): a loss without a weight must fail on step 0, not train silently at zero.
@@ -127,6 +137,7 @@ class StepLosses:
         for name, value in parts.items():
             part = value.detach().float()
             self._sums[name] = self._sums[name] + part if name in self._sums else part
+            self._late += [(name, shares["videos"] / len(late[name]), value) for value in late.get(name, ())]
         self._uids += batch.uids
         weights = {name: weight_at(self.weights[name], at) for name in parts}
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
@@ -147,6 +158,9 @@ class StepLosses:
         step, names = self._step, sorted(self.weights)
         assert step is not None, "close() follows add()"
         own = [step.next_tokens, step.next_videos, float(self.stop_requested)]
+        for name, share, late in self._late:
+            self._sums[name] = self._sums[name] + share * late.float()
+        self._late = []
         sums = [self._sums.get(name, 0.0) for name in names]
         row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in (*own, *sums, *squares)])
         tokens, videos, stop, *rest = sum_over_ranks(row).tolist()

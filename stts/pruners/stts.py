@@ -7,7 +7,7 @@ group, K = kept groups of one video. A frame's groups are neighbours (frame-majo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from stts.pruners import temporal
 from stts.pruners.base import HostInfo, Newlines, Positions, Stage, check_finite
 from stts.pruners.scorer import Scorer
-from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+from stts.pruners.teacher import Teacher, make_teacher
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens, Watch
 
 RescaleScope = Literal["row", "frame", "video"]
 
@@ -68,6 +69,7 @@ class STTS(nn.Module):
         answer_gradient: bool = True,
         min_groups_per_frame: int = 0,
         patches_per_group: int = 9,
+        teacher: Mapping[str, Any] | None = None,
         compat: Literal["official"] | None = None,
     ) -> None:
         """`dim`, `mlp_dim`, `num_heads`: width of the tower, hidden width of the scorer, heads of its pooling.
@@ -77,7 +79,9 @@ class STTS(nn.Module):
         rescale_scope: scores that share one range; `video` leaves the first frame out. rescale_min: smallest weight.
         straight_through: also scale kept groups by 1 + s - stop_gradient(s). answer_gradient: False keeps the answer
         loss from the scorer, which then learns from the temporal loss alone. min_groups_per_frame: kept in every frame
-        as far as the budget goes. patches_per_group: for `flops` only.
+        as far as the budget goes. patches_per_group: for `flops` only. teacher: in training passes at ratio 1, the
+        answer's gradient says which groups to keep, as the loss `teacher` (`stts.pruners.teacher.Teacher` has its
+        settings: objective, weight, share); None: no teacher.
         """
         super().__init__()
         if rescale_scope not in ("row", "frame", "video"):
@@ -102,6 +106,7 @@ class STTS(nn.Module):
         self.min_groups_per_frame = min_groups_per_frame
         self.patches_per_group = patches_per_group
         self.mlp_dim = mlp_dim
+        self.teacher: Teacher | None = make_teacher(teacher)
         self.compat = compat
         self.scorer = Scorer(dim, mlp_dim, num_heads, attend_missing=compat == "official")
 
@@ -146,10 +151,11 @@ class STTS(nn.Module):
                 free_G = batch.prunable_G & ~batch.first_G
                 gate_G = torch.where(free_G, 1 + (scores_G - scores_G.detach()), 1.0)
                 gates = torch.split(gate_G, num_groups)
-        parts = zip(indices, biases, gates, torch.split(scores_G.detach(), num_groups), strict=True)
+        watches = self._watches(batch, torch.split(scores_G, num_groups), grids, budgets)
+        parts = zip(indices, biases, gates, torch.split(scores_G.detach(), num_groups), watches, strict=True)
         return [
-            Kept(index_K, None, bias, gate, score, losses if number == 0 else {})
-            for number, (index_K, bias, gate, score) in enumerate(parts)
+            Kept(index_K, None, bias, gate, score, losses if number == 0 else {}, watch)
+            for number, (index_K, bias, gate, score, watch) in enumerate(parts)
         ]
 
     def score(self, videos: Sequence[VideoTokens]) -> list[Tensor]:
@@ -189,15 +195,31 @@ class STTS(nn.Module):
         pooling = (4 + 4 * slots) * width**2 + 4 * slots * width
         return grid.num_groups * (pooling + 2 * (2 * width * hidden + hidden * hidden + hidden))
 
-    def _loss(self, batch: _Batch, scores_G: Tensor) -> Tensor:
-        with_grad = torch.is_grad_enabled() and not self.detach_target
-        with torch.autocast(scores_G.device.type, enabled=False), torch.set_grad_enabled(with_grad):
+    def _change(self, batch: _Batch, *, with_grad: bool = False) -> Tensor:
+        """(G,) fp32: how much every group changed since the frame before, in [0, 2]."""
+        with torch.autocast(batch.x_ND.device.type, enabled=False), torch.set_grad_enabled(with_grad):
             feature_GE = temporal.window_features(
                 batch.x_ND, batch.group_GW, missing_is_first=self.compat == "official"
             )
-            target_G = temporal.temporal_target(feature_GE, batch.previous_G)
-            if self.clamp_target:
-                target_G = target_G.clamp(0, 1)
+            return temporal.temporal_target(feature_GE, batch.previous_G)
+
+    def _watches(
+        self, batch: _Batch, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
+    ) -> list[Watch | None]:
+        """The teacher's look at every video, in passes that were to keep everything (`budget.retention_ratio`: a video
+        of one frame keeps everything in any pass)."""
+        if self.teacher is None or not self.training or any(budget.retention_ratio < 1 for budget in budgets):
+            return [None] * len(grids)
+        changes = torch.split(self._change(batch).clamp(0, 1), [grid.num_groups for grid in grids])
+        return [
+            self.teacher.watch(scores_G, change_G, grid.per_frame)
+            for scores_G, change_G, grid in zip(scores, changes, grids, strict=True)
+        ]
+
+    def _loss(self, batch: _Batch, scores_G: Tensor) -> Tensor:
+        target_G = self._change(batch, with_grad=torch.is_grad_enabled() and not self.detach_target)
+        if self.clamp_target:
+            target_G = target_G.clamp(0, 1)
         return temporal.temporal_loss(scores_G, target_G, batch.prunable_G & (batch.previous_G >= 0))
 
 

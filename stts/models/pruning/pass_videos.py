@@ -19,7 +19,7 @@ from stts.models.pruning.siglip import SiglipSource
 from stts.models.pruning.stages import Names, Sites, ask, cell_times
 from stts.models.pruning.tower import Tower
 from stts.pruners.base import Positions, Stage
-from stts.tokens import Budget, Grid, Kept, VideoTokens
+from stts.tokens import Budget, Grid, Kept, VideoTokens, Watch
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class PassVideos:
         self.times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, self.grids, strict=True)]
         self.cells: list[Tensor | None] = [None] * len(self.grids)
         """int64 cells left of each video, in the order of the last stage; None: all."""
+        self._watches: list[Watch | None] = [None] * len(self.grids)
         self.report = make_report(self.grids, [torch.arange(0)] * len(self.grids), setup)
 
     def video(self, number: int, x_ND: Tensor, *, grid: Grid | None = None, **fields: Any) -> VideoTokens:
@@ -76,7 +77,19 @@ class PassVideos:
             for name, loss in kept.losses.items():
                 losses = self.report.losses
                 losses[name] = losses[name] + loss if name in losses else loss
+            self._watches[number] = kept.watch or self._watches[number]
         self.report.stage_kept.append([len(kept.index_K) for kept in row])
+
+    def watch(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Connector outputs of every video on their way into the prompt, seen by the stages that asked for it."""
+        watched = [None if look is None else look(x) for look, x in zip(self._watches, features, strict=True)]
+        report, count = self.report, len(watched)
+        for one in (one for one in watched if one is not None):
+            for name, loss in one.losses.items():
+                report.losses[name] = report.losses.get(name, 0) + loss / count
+                report.late_losses.setdefault(name, []).append(one.values[name])
+            report.objective = one.objective
+        return [x if one is None else one.x_Kd for x, one in zip(features, watched, strict=True)]
 
     def _on_grid(self, scores_G: Tensor, number: int, present: Tensor | None) -> Tensor:
         """Scores of the cells present, as one per cell of the grid."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from stts.budget import plan
 from stts.metrics.cost import VideoCost, VlmShape, tokens_per_layer, video_cost
 from stts.pruners.base import HostInfo, Pruner
-from stts.tokens import Grid
+from stts.tokens import Grid, Objective
 
 
 @dataclass
@@ -26,6 +26,10 @@ class Report:
     none did."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unweighted, by name."""
+    late_losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Of those of `losses` that are 0 until the backward pass: their values per video, once it is through."""
+    objective: Objective = "log_prob"
+    """Form of the answer loss that a stage asked for."""
     kept_patches: list[list[int]] | None = None
     """Survivors per frame in the tower; None: the tower ran on everything."""
     stage_kept: list[list[int]] = field(default_factory=list)

@@ -145,7 +145,7 @@ class VisualPass(PassVideos):
     ) -> Connected:
         """Stages before the LLM, in order. Returns the features of what is left."""
         sites = self.setup.sites
-        features, early = list(connected.videos), [list(videos) for _, videos in connected.early]
+        features, early = self.watch(connected.videos), [list(videos) for _, videos in connected.early]
         for order, stage in enumerate(sites.pre_llm):
             fields = collect(stage.signals - {"words"})
             if "words" in stage.signals:

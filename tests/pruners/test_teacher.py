@@ -1,0 +1,103 @@
+"""The gradient teacher against plain autograd, on numbers small enough to write out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.pruners.teacher import Teacher, make_teacher, target_of
+from stts.tokens import Budget
+from tests.pruners.test_stts import make, make_video
+
+PER_FRAME = 3
+
+
+def answer(x_Gd: Tensor) -> Tensor:
+    """Any function of the features in which groups matter unequally."""
+    return (x_Gd @ torch.arange(1.0, 1 + x_Gd.shape[1])).cos().mul(torch.arange(1.0, 1 + len(x_Gd))).sum()
+
+
+@pytest.fixture
+def parts() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "x": torch.randn(12, 4, requires_grad=True),
+        "logit": torch.randn(12, requires_grad=True),
+        "change": torch.rand(12),
+    }
+
+
+@pytest.mark.parametrize("weight", ["change", "none"])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_the_gradient_is_that_of_bce_on_a_fixed_target(parts: dict[str, Tensor], weight: Any, scale: float) -> None:
+    teacher = Teacher(weight=weight, share=0.3)
+    x, logit, change = parts["x"], parts["logit"], parts["change"]
+    watched = teacher.watch(logit.sigmoid(), change, PER_FRAME)(x)
+    assert torch.equal(watched.x_Kd, x) and watched.losses["teacher"] == 0 and watched.values["teacher"] == 0
+    ((answer(watched.x_Kd) + 0.5 * watched.losses["teacher"]) * scale).backward()
+    [grad] = torch.autograd.grad(answer(x), x)
+    assert x.grad is not None and logit.grad is not None
+    torch.testing.assert_close(x.grad, scale * grad)
+
+    importance = grad.norm(dim=1) * x.detach().norm(dim=1) * (change if weight == "change" else 1)
+    target = torch.zeros(12)
+    target[PER_FRAME + importance[PER_FRAME:].topk(3).indices] = 1
+    again = logit.detach().requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(again, target, reduction="none")[PER_FRAME:].sum() / 12
+    (0.5 * scale * loss).backward()
+    assert again.grad is not None
+    torch.testing.assert_close(logit.grad, again.grad, rtol=1e-6, atol=1e-6 * scale)
+    torch.testing.assert_close(watched.values["teacher"], loss.detach())
+
+
+def test_the_importance_is_the_finite_difference_of_the_answer(parts: dict[str, Tensor]) -> None:
+    x = parts["x"].detach().double()
+    [grad] = torch.autograd.grad(answer(given := x.clone().float().requires_grad_()), given)
+    numeric = torch.zeros_like(x)
+    for place in range(x.numel()):
+        step = torch.zeros(x.numel(), dtype=torch.double)
+        step[place] = 1e-5
+        step = step.view_as(x)
+        up, down = ((x + sign * step) @ torch.arange(1.0, 5.0, dtype=torch.double) for sign in (1, -1))
+        weight = torch.arange(1.0, 13.0, dtype=torch.double)
+        numeric.view(-1)[place] = ((up.cos() - down.cos()) * weight).sum() / 2e-5
+    torch.testing.assert_close(grad.double(), numeric, rtol=1e-3, atol=1e-3)
+    ones = torch.ones(12)
+    assert torch.equal(target_of(x, grad, ones, PER_FRAME, 0.3), target_of(x, numeric, ones, PER_FRAME, 0.3))
+
+
+@pytest.mark.parametrize("value", [-40.0, 40.0])
+def test_saturated_scores_stay_finite(parts: dict[str, Tensor], value: float) -> None:
+    logit = torch.full((12,), value, requires_grad=True)
+    watched = Teacher().watch(logit.sigmoid(), parts["change"], PER_FRAME)(parts["x"])
+    (answer(watched.x_Kd) + watched.losses["teacher"]).backward()
+    assert logit.grad is not None and logit.grad.isfinite().all() and watched.values["teacher"].isfinite()
+
+
+def test_a_video_of_one_frame_teaches_nothing(parts: dict[str, Tensor]) -> None:
+    watched = Teacher().watch(parts["logit"].sigmoid(), parts["change"], 12)(parts["x"])
+    (answer(watched.x_Kd) + watched.losses["teacher"]).backward()
+    assert parts["logit"].grad is not None and not parts["logit"].grad.any()
+
+
+def test_only_passes_that_keep_everything_are_watched() -> None:
+    torch.manual_seed(0)
+    video, stage = make_video(), make(teacher={"share": 0.2})
+    full, half = Budget(24, 1.0, True), Budget(12, 0.5, True)
+    assert stage.train()([video], [full])[0].watch is not None
+    assert stage.train()([video], [half])[0].watch is None
+    assert stage.eval()([video], [full])[0].watch is None
+    assert make().train()([video], [full])[0].watch is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"share": 1.0}, "share=1.0"), ({"objective": "loss"}, "objective='loss'"), ({"shares": 0.1}, "unknown")],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make_teacher(settings)

@@ -1,0 +1,162 @@
+"""A gradient teacher in a whole training step: dense steps teach the scorer, pruned steps do not know of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stts.data.collate import Collator, Step
+from stts.data.shapes.clips import ShapesConfig, ShapesFrames
+from stts.pruners.teacher import Teacher, target_of
+from stts.tokens import Watched
+from stts_train.loss import answer_loss
+from stts_train.module import VideoFinetune
+from stts_train.retention import Sampled, make_retention
+from tests.train.test_module import FAST, batch_for, fit
+
+WEIGHTS: Any = {"answer": 1.0, "temporal": 0.5, "teacher": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def taught(folder: Path, **settings: Any) -> VideoFinetune:
+    options = {"teacher": {"share": 0.2}} | settings.pop("pruner_options", {})
+    schedule = {"target": 0.5, "dense_first": 1, "dense_every": 2}
+    return VideoFinetune(
+        str(folder), "stts", schedule, pruner_options=options, loss_weights=WEIGHTS, **{**FAST, **settings}
+    )
+
+
+def scorer_grads(module: VideoFinetune) -> list[Tensor]:
+    assert module.scorer is not None
+    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.scorer.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_backward_pass_gives_the_gradient_of_the_explicit_loss(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    module = taught(tiny_folder, gradient_checkpointing=checkpointing).train()
+    module.pruning.retention_ratio = 1.0
+    if checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = batch_for(module)
+    seen: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    stock = Teacher.watch
+
+    def look(self: Teacher, scores_G: Tensor, change_G: Tensor, per_frame: int) -> Any:
+        watch = stock(self, scores_G, change_G, per_frame)
+
+        def watching(x_Gd: Tensor) -> Watched:
+            watched = watch(x_Gd)
+            watched.x_Kd.retain_grad()
+            seen.append((watched.x_Kd, scores_G, change_G, per_frame))
+            return watched
+
+        return watching
+
+    monkeypatch.setattr(Teacher, "watch", look)
+    with module.pruning:
+        losses = module._forward(batch)
+        assert set(losses) == {"answer", "temporal", "teacher"} and losses["temporal"] == 0
+        (losses["answer"] + losses["teacher"]).backward()
+    ours = [grad.clone() for grad in scorer_grads(module)]
+    assert module.pruning.last is not None and len(seen) == 3
+    values = module.pruning.last.late_losses["teacher"]
+
+    module.zero_grad()
+    targets = [target_of(x, x.grad, change, first, 0.2) for x, _, change, first in seen if x.grad is not None]
+    seen.clear()
+    with module.pruning:
+        module._forward(batch)
+        explicit = []
+        for (_, scores_G, _, first), target_G in zip(seen, targets, strict=True):
+            bce_G = F.binary_cross_entropy(scores_G, target_G, reduction="none")
+            explicit.append(bce_G[first:].sum() / len(bce_G))
+        torch.stack(explicit).mean().backward()
+    assert any(grad.any() for grad in ours)
+    torch.testing.assert_close(ours, scorer_grads(module), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.stack(values), torch.stack(explicit).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dense_steps_alternate_with_pruned_ones_and_are_logged(tiny_folder: Path) -> None:
+    class Look(pl.Callback):
+        def __init__(self) -> None:
+            self.rows: list[tuple[float, bool]] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            report = pl_module.pruning.last
+            self.rows.append((report.retention_measured, "teacher" in report.losses))
+
+    module, look = taught(tiny_folder), Look()
+    trainer = fit(module, [batch_for(module)] * 5, callbacks=[look])
+    assert look.rows == [(1.0, True), (0.5, False)] * 2 + [(1.0, True)]
+    assert trainer.callback_metrics["train/teacher_loss"] > 0.05, "the value of the backward pass, not of the forward"
+    assert trainer.callback_metrics["scorer_grad_norm"] > 0
+
+
+def first_gradient(module: VideoFinetune, groups: list[list[int]]) -> list[Tensor]:
+    """Of the scorer after one optimizer step, over these clips in so many batches."""
+    grads: list[list[Tensor]] = []
+
+    class Keep(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            grads.append([grad.clone() for grad in scorer_grads(pl_module)])
+
+    clips = ShapesFrames("train", 3, 0, ShapesConfig(num_sampled=8))
+    collator = Collator(module.processor, training=True)
+    batches = [batch for group in groups if (batch := collator([clips[i] for i in group])) is not None]
+    parts = [replace(batch, step=step) for batch, step in zip(batches, Step.of(batches), strict=True)]
+    fit(module, parts, callbacks=[Keep()], accumulate_grad_batches=len(parts))
+    return grads[0]
+
+
+def test_accumulated_batches_teach_like_one(tiny_folder: Path) -> None:
+    whole = first_gradient(taught(tiny_folder), [[0, 1, 2]])
+    torch.manual_seed(0)
+    apart = first_gradient(taught(tiny_folder), [[0], [1], [2]])
+    assert any(grad.any() for grad in whole)
+    torch.testing.assert_close(whole, apart, rtol=1e-4, atol=1e-7)
+
+
+def test_log_odds_do_not_saturate() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0]], [[60.0, 0.0, 0.0]]], requires_grad=True)
+    labels = torch.tensor([[0], [0]])
+    p = logits[0, 0].detach().softmax(0)[0]
+    value = answer_loss(logits[:1], labels[:1], objective="log_odds").item()
+    assert value == pytest.approx(float((1 - p).log() - p.log()))
+    answer_loss(logits[1:], labels[1:], objective="log_odds").backward()
+    assert logits.grad is not None and logits.grad[1, 0, 0].item() == pytest.approx(-1.0), "sure answers still pull"
+
+
+def test_the_schedule_by_hand() -> None:
+    rule = make_retention({"target": 0.25, "dense_first": 2, "dense_every": 3})
+    assert [rule.at(step) for step in range(8)] == [1.0, 1.0, 0.25, 1.0, 0.25, 0.25, 1.0, 0.25]
+    assert rule.target == 0.25 and rule.highest == 1.0
+    assert rule.record == {"target": 0.25, "dense_first": 2, "dense_every": 3}
+    elastic = make_retention({"target": {"low": 0.1, "high": 0.5}, "dense_every": 2})
+    assert elastic.at(0) == 1.0 and elastic.at(1) == Sampled(low=0.1, high=0.5).at(1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"target": 0.25}, "both 0"),
+        ({"target": 0.25, "dense_every": -1}, "dense_every=-1"),
+        ({"target": 0.25, "every": 2}, r"\['every'\] unknown"),
+        ({"target": 1.5, "dense_every": 2}, "1.5"),
+    ],
+)
+def test_wrong_schedules_are_named(setting: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make_retention(setting)
