@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from stts.data.collate import Batch
+from stts.data.datasets import Skipped
 
 from .console import print_rank_zero
 
@@ -61,7 +63,7 @@ class SkipList(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch.skipped)
         if batch.skipped:
             pl_module.log("skipped", float(len(self.reasons)), batch_size=1)
 
@@ -74,10 +76,17 @@ class SkipList(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch.skipped)
 
-    def _note(self, trainer: pl.Trainer, batch: Batch) -> None:
-        fresh = [item for item in batch.skipped if item.uid not in self.reasons]
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rows that could not be parsed belong to no batch: rank 0 lists them by file and line."""
+        data = getattr(trainer, "datamodule", None)
+        if trainer.is_global_zero:
+            faults = [fault for file in getattr(data, "files", ()) for fault in file.samples.left_out]
+            self._note(trainer, [Skipped(*fault.partition(": ")[::2]) for fault in faults])
+
+    def _note(self, trainer: pl.Trainer, items: Sequence[Skipped]) -> None:
+        fresh = [item for item in items if item.uid not in self.reasons]
         for item in fresh:
             self.reasons[item.uid] = item.reason
         if fresh:

@@ -235,6 +235,14 @@ def test_skips_of_workers_are_counted_and_named(tiny_folder: Path, files: Path, 
     assert set(skips.reasons) == {rows[1]["id"], rows[4]["id"]}
     assert "broken.mp4" in skips.reasons[rows[1]["id"]] and "gone.mp4" in skips.reasons[rows[4]["id"]]
     assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 2, "once each, over several epochs"
+    unread = {**rows[0], "id": "unread", "clip": [2.0, 2.0]}
+    (tmp_path / "rows2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, unread]))
+    skips = SkipList(tmp_path / "out3")
+    with pytest.warns(UserWarning, match="1 of 7 rows are left out"):
+        run(tiny_folder, tmp_path / "out3", {**data, "train": str(tmp_path / "rows2.jsonl"), "on_error": "skip"},
+            Losses(), None, skips)  # fmt: skip
+    [place] = [name for name in skips.reasons if name.endswith("rows2.jsonl, line 7")]
+    assert "key 'clip'" in skips.reasons[place] and len(skips.reasons) == 3
     with pytest.raises(ValueError, match=r"sample '.*broken\.mp4|sample '.*gone\.mp4"):
         run(tiny_folder, tmp_path / "out2", data, Losses())
 
