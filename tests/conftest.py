@@ -13,6 +13,10 @@ import torch
 import stts  # noqa: F401  (before transformers)
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
+from stts.models.pruning.context import Pruning
+
+# Tests run scorers with random weights on purpose; those of the refusal say untrained=False.
+Pruning.__init__.__kwdefaults__["untrained"] = True  # type: ignore[index]
 
 TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_mlp": 48, "llm_layers": 3}
 

@@ -21,9 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stts.data.collate import Batch
 from stts.models.checkpoints.load import (
     as_recorded,
-    load_pruner,
     load_vlm,
-    pruner_settings,
     recorded_options,
     resize_videos,
 )
@@ -126,17 +124,13 @@ class VideoFinetune(pl.LightningModule):
             pruner,
             retention_ratio=self.retention.target,
             positions=positions,
+            untrained=True,
             **options,
         )
         self.pruning.check_trainable()
         self.trained: dict[str, Any] = {"retention_trained": self.retention.record}
         """What exported folders record of the training beside the pruner's settings (`load.TRAINED`)."""
         self.scorer = self.pruning.module  # registered, so that checkpoints and devices include it
-        settings = pruner_settings(model)
-        if self.scorer is not None and settings is not None and settings["pruner"] == pruner:
-            trained = load_pruner(model, self.model, pruner, options)
-            assert isinstance(trained, nn.Module)
-            self.scorer.load_state_dict(trained.state_dict())
         self.lora = lora if "llm" in self.learning_rates else None
         if self.lora is not None:
             add_lora(self.pruning.adapter.language_model, self.lora)

@@ -94,7 +94,7 @@ def build(run: Run) -> tuple[nn.Module, Pruning]:
     """Model and scorer without memory, under the names they have in a run."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(run.config)
-        pruning = Pruning(model, run.pruner, retention_ratio=run.retention_ratio, **run.pruner_options)
+        pruning = Pruning(model, run.pruner, retention_ratio=run.retention_ratio, untrained=True, **run.pruner_options)
         pruning.check_trainable()
         if run.lora is not None and "llm" in run.rates:
             add_lora(pruning.adapter.language_model, run.lora)

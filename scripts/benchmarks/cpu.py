@@ -183,7 +183,12 @@ def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: flo
     clock = Clock(model)
     ways: dict[str, stts.Pruning | None] = {DENSE: None}
     for pruner in pruners:
-        settings = {"retention_ratio": ratio, "around_stage": clock.around_stage, **OPTIONS.get(pruner, {})}
+        settings = {
+            "retention_ratio": ratio,
+            "untrained": True,
+            "around_stage": clock.around_stage,
+            **OPTIONS.get(pruner, {}),
+        }
         ways[pruner] = stts.pruning(model, pruner, **settings)
     for way in ways.values():
         if way is not None and way.module is not None:

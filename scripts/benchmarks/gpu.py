@@ -122,7 +122,7 @@ class Bench:
         torch.manual_seed(0)
         self.scorer = make_pruner(OURS, host_info(self.model))
         assert isinstance(self.scorer, STTS)
-        self.scorer.to(device, self.dtype).eval()
+        self.scorer.to(device).eval()  # in fp32, as `load_vlm` and `PrunedVLM` leave it beside a 16-bit model
         self.watch = StageWatch()
         self._optimizer: Any = None
         self._inputs: tuple[tuple[int, bool], dict[str, Any]] | None = None
@@ -140,6 +140,7 @@ class Bench:
         if cell.way == DENSE:
             return None
         settings: dict[str, Any] = {"retention_ratio": cell.retention_ratio, "around_stage": self.watch}
+        settings["untrained"] = True
         if cell.way == RELEASE:
             return Rival(self.model, self.scorer, **settings)
         if cell.way == OURS:

@@ -111,7 +111,7 @@ def passes(model: Any, processor: Any, num_frames: int, training: bool) -> dict[
     inputs = inputs_of(processor, num_frames, training)
 
     def call(pruner: str | None) -> Callable[[], None]:
-        way = None if pruner is None else stts.pruning(model, pruner, retention_ratio=RATIO)
+        way = None if pruner is None else stts.pruning(model, pruner, retention_ratio=RATIO, untrained=True)
         if way is not None and way.module is not None:
             way.module.train(training)
 

@@ -123,7 +123,9 @@ def run(
     frames = round(minutes * 60 * args.fps)
     grid = Pruning(model, "none").adapter.grid(frames)
     ratio = 1.0 if name == "none" else min(1.0, args.budget / grid.num_groups)
-    pruning = Pruning(model, pruner, retention_ratio=ratio, chunk_frames=args.chunk_frames if stream else None)
+    pruning = Pruning(
+        model, pruner, retention_ratio=ratio, chunk_frames=args.chunk_frames if stream else None, untrained=True
+    )
 
     def stop(module: Any, given: Any, kwargs: dict[str, Any]) -> None:
         raise _AtTheLLM

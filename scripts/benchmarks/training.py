@@ -132,7 +132,9 @@ def bench(
 
     def add(way: str, batches: Sequence[Batch], real: int, pruner: str | None = None, slots: int | None = None) -> None:
         pruning = (
-            None if pruner is None else stts.pruning(model, pruner, retention_ratio=ratio if pruner == "stts" else 1.0)
+            None
+            if pruner is None
+            else stts.pruning(model, pruner, retention_ratio=ratio if pruner == "stts" else 1.0, untrained=True)
         )
         if pruning is None:
             run(model, batches[:1], device, None)
@@ -158,7 +160,7 @@ def bench(
     add("stock, one by one", singles, sum(lengths))
     rows = pack_samples(lengths, budget)
     add("packed, dense", [batch(row) for row in rows], sum(lengths), "none", sum(lengths))
-    pruned = stts.pruning(model, "stts", retention_ratio=ratio)
+    pruned = stts.pruning(model, "stts", retention_ratio=ratio, untrained=True)
     grids = [pruned.adapter.grid(count) for count in counts]
     planned = plan([pruned.pruner.stages[0].site], ratio, grids, pruned.adapter.host.llm_layers)[0]
     shorter = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.packing.segments import Segments
+
+_log = logging.getLogger(__name__)
+_AMPERE = (8, 0)
 
 # Multiply-adds of q k' that take as long as one more SDPA call. Measured on a CPU, forward and backward, heads of 16 to
 # 64: the two ways break even between 1e5 and 2e5.
@@ -43,6 +47,10 @@ def packed_attention(
         raise ValueError(f"key_bias has shape {tuple(segments.key_bias.shape)}, expected ({q_SHE.shape[0]},)")
     if q_SHE.shape[0] == 0:
         return q_SHE
+    if torch.is_autocast_enabled(q_SHE.device.type):
+        # rotary tables and residuals are fp32 there, so q and k come wider than v: no flash kernel would take them
+        dtype = torch.get_autocast_dtype(q_SHE.device.type)
+        q_SHE, k_SJE, v_SJE = (x.to(dtype) for x in (q_SHE, k_SJE, v_SJE))
     kernel = _kernel(q_SHE.device, q_SHE.dtype)
     if kernel is not None:
         return _on_flash(kernel, q_SHE, k_SJE, v_SJE, segments, scale, causal)
@@ -61,14 +69,25 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, bool], Tensor]
 
 
 def _kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    return _cuda_kernel() if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return _cuda_kernel(torch.cuda.get_device_capability(device))
 
 
 @functools.cache
-def _cuda_kernel() -> Kernel | None:
-    """The fastest variable-length kernel present, or None."""
-    if importlib.util.find_spec("flash_attn") is not None:
+def _cuda_kernel(capability: tuple[int, int]) -> Kernel | None:
+    """The fastest variable-length kernel that is installed and runs on a GPU of this capability, or None.
+
+    What stands in the way is said once: SDPA, which runs instead, reads the lengths on the host in every layer."""
+    if capability < _AMPERE:
+        _log.warning("GPU of compute capability %d.%d: no variable-length kernel runs before 8.0; SDPA", *capability)
+        return None
+    try:
         from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError) as error:  # missing, built for another torch, or of another layout (flash-attn 4)
+        if importlib.util.find_spec("flash_attn") is not None:
+            _log.warning("flash-attn is installed, but cannot be used: %s; torch's own kernel runs instead", error)
+    else:
 
         def flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, causal: bool) -> Tensor:
             out: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=causal)
@@ -80,9 +99,11 @@ def _cuda_kernel() -> Kernel | None:
 
 def _torch_varlen() -> Kernel | None:
     """torch's own flash kernel, or None where torch has none."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        _log.warning("torch %s has no variable-length kernel: %s; SDPA", torch.__version__, error)
         return None
-    from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters  # causality was renamed between torch 2.11 and 2.13
     shares_heads = "enable_gqa" in names

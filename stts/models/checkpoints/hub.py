@@ -18,7 +18,6 @@ from stts.models.checkpoints.load import (
     as_recorded,
     fill,
     load_vlm,
-    load_weights,
     own_files,
     pruner_settings,
     recorded_options,
@@ -100,9 +99,9 @@ class PrunedVLM:
             positions=chosen["positions"],
             chunk_frames=chunk_frames,
             siglip=siglip,
+            weights=folder,
             **recorded_options(folder, name, options),
         )
-        load_weights(folder, model, name, pruning.pruner)
         trained = {key: settings[key] for key in TRAINED if key in settings}
         if name != settings.get("pruner"):
             trained.pop("retention_trained", None)
@@ -220,7 +219,7 @@ def export_reference(
     check_empty(Path(out))
     tensors = read_reference(file) if pruner == "stts" else {}
     model, processor = load_vlm(base_model)
-    pruning = Pruning(model, pruner, retention_ratio=retention_ratio)
+    pruning = Pruning(model, pruner, retention_ratio=retention_ratio, untrained=True)
     if pruning.module is None:
         raise ValueError(f"pruner {pruner!r} has no learned part, so there is nothing to read from {file}")
     tensors = tensors or read_named(file, pruning.module.state_dict())

@@ -13,27 +13,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from stts.files import staged
 from stts.models.checkpoints.card import model_card
 from stts.models.families.base import adapter_class, check_transformers, host_info
+from stts.models.pruning.context import Pruning
+from stts.models.pruning.weights import PRUNER_FILE as PRUNER_FILE
+from stts.models.pruning.weights import WEIGHTS_FILE as WEIGHTS_FILE
+from stts.models.pruning.weights import fill as fill
+from stts.models.pruning.weights import load_weights as load_weights
+from stts.models.pruning.weights import own_files as own_files
+from stts.models.pruning.weights import pruner_settings as pruner_settings
+from stts.models.pruning.weights import recorded_options as recorded_options
 from stts.pruners.base import Pruner
 from stts.pruners.registry import PRUNERS, make_pruner
 
-if TYPE_CHECKING:
-    from stts.models.pruning.context import Pruning
-
-PRUNER_FILE = "stts.json"
-WEIGHTS_FILE = "scorer.safetensors"
 CARD_FILE = "README.md"
-_SETTINGS = ("pruner", "options", "retention_ratio", "positions")
 TRAINED = ("num_frames", "sampler", "max_fps", "retention_trained")
 """What a folder records of its training beside the pruner's settings."""
 
@@ -82,37 +83,10 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
     return model.eval(), processor
 
 
-def own_files(path: str | Path) -> Path:
-    """The local folder with what we wrote; for a hub id a download of just that. It may hold nothing of ours."""
-    if Path(path).exists():
-        return Path(path)
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json"]))
-    except (OSError, ValueError):
-        return Path(path)  # no such repository, or no way to it: loading the model says so
-
-
-def pruner_settings(path: str | Path) -> dict[str, Any] | None:
-    """What `save_pruned` wrote about pruner and training in this folder or hub id, or None where it did not."""
-    file = own_files(path) / PRUNER_FILE
-    if not file.is_file():
-        return None
-    settings: dict[str, Any] = json.loads(file.read_text())
-    if lacking := [name for name in _SETTINGS if name not in settings]:
-        raise ValueError(f"{file} lacks {lacking}; expected a file written by `stts fit` or `stts export`")
-    return settings
-
-
 def as_recorded(path: str | Path, **settings: Any) -> dict[str, Any]:
     """`settings`, each that is None replaced by what the folder or hub id records under its name, if it does."""
     saved = pruner_settings(path) or {}
     return {name: saved.get(name) if value is None else value for name, value in settings.items()}
-
-
-def recorded_options(path: str | Path, name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Options of the pruner `name`: those that the folder records for it, where it does, with `options` on top."""
-    saved = pruner_settings(path)
-    return {**(saved["options"] if saved is not None and saved["pruner"] == name else {}), **(options or {})}
 
 
 def recorded_pruner(path: str | Path, settings: Mapping[str, Any]) -> str:
@@ -135,47 +109,6 @@ def load_pruner(
     pruner = make_pruner(name, host_info(model), **recorded_options(path, name, options))
     load_weights(path, model, name, pruner)
     return pruner
-
-
-def load_weights(path: str | Path, model: PreTrainedModel, name: str, pruner: Pruner) -> None:
-    """Give a pruner that learns the weights in this folder, and put it in eval mode; nothing to do for others.
-
-    ValueError: there are none for it, they were trained on another family, or tensors differ in name or shape."""
-    if not isinstance(pruner, nn.Module):
-        return
-    path = own_files(path)
-    settings = pruner_settings(path)
-    if settings is None or settings["pruner"] != name:
-        have = f"weights of {settings['pruner']!r}" if settings else f"no {PRUNER_FILE}"
-        raise ValueError(
-            f"pruner {name!r} learns, but {path} has {have}: its scores would be random. "
-            f"Train it first: `stts fit --config configs/shapes_stts.yaml --model.pruner {name}`"
-        )
-    family = settings.get("family", model.config.model_type)
-    if family != model.config.model_type:
-        raise ValueError(
-            f"the scorer in {path} was trained on family {family!r}, this model is {model.config.model_type!r}; "
-            f"load it on its base {settings.get('base')!r}"
-        )
-    if not (Path(path) / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{path} has {PRUNER_FILE} but no {WEIGHTS_FILE}; copy the whole folder")
-    fill(pruner, load_file(Path(path) / WEIGHTS_FILE), f"{path}/{WEIGHTS_FILE}")
-    pruner.eval()
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load `tensors` into the module. ValueError unless names and shapes are the same, with every difference."""
-    own = module.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in own]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if wrong:
-        raise ValueError(f"{source} does not fit: {'; '.join(wrong)}; was it made for another model or other options?")
-    module.load_state_dict(tensors)
 
 
 def save_pruned(

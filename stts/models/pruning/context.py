@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 
 from stts.budget import check_ratio, plan
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
-from stts.models.families.base import Adapter, Visual, make_adapter, run_device
+from stts.models.families.base import Adapter, make_adapter, run_device
 from stts.models.pruning import pieces
+from stts.models.pruning.checks import check_checkpointing, check_one_device, choose_positions, without_adapters
 from stts.models.pruning.continuation import continuation_of, decode
 from stts.models.pruning.llm_layers import attach_layers
 from stts.models.pruning.pass_videos import Setup, make_report
@@ -32,8 +34,8 @@ from stts.models.pruning.siglip import SiglipSource
 from stts.models.pruning.stages import Names, split_sites
 from stts.models.pruning.tower import Tower, run_tower
 from stts.models.pruning.visual_pass import Phase, VisualPass
+from stts.models.pruning.weights import load_named
 from stts.pruners.base import Positions, Pruner
-from stts.pruners.registry import make_pruner
 from stts.tokens import Budget, Grid
 
 _EXPAND = "rows_per_prompt"
@@ -53,6 +55,10 @@ class Pruning:
         that their memory does not grow with the video (`stts.models.pruning.pieces` says what must be held); None: all.
     siglip: a SigLIP checkpoint (`stts.models.pruning.siglip.load_siglip`) whose pooling head and text tower make the
         signals; None: the fallbacks, which `Report.signals` names.
+    weights: folder or hub id with what a pruner that learns has learned; None: where the model was loaded from. What is
+        recorded there counts for options and positions that are left out.
+    untrained: let a pruner that learns run in evaluation although no weights were found for it and no training pass
+        came before; else that is a ValueError.
     tower, around_stage: for measuring: what runs the tower's blocks, and a context around every call of a stage.
 
     Several threads may call the model inside one context; `describe` then speaks of the caller's own next pass, and
@@ -69,27 +75,38 @@ class Pruning:
         positions: Positions | None = None,
         chunk_frames: int | None = None,
         siglip: SiglipSource | None = None,
+        weights: str | Path | None = None,
+        untrained: bool = False,
         tower: Tower = run_tower,
         around_stage: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ) -> None:
+        model = without_adapters(model)
         self.adapter: Adapter = make_adapter(model)
         self.model = model
         self.name = pruner if isinstance(pruner, str) else None
         self.options: Mapping[str, Any] = options
-        self.pruner = make_pruner(pruner, self.adapter.host, **options) if isinstance(pruner, str) else pruner
+        self._is_random = False
+        """Its pruner learns, and has learned nothing yet."""
+        if isinstance(pruner, str):
+            trained = load_named(pruner, model, self.adapter.host, options, weights)
+            self.pruner, self.options = trained.pruner, trained.options
+            self._is_random = trained.is_random and not untrained
+            positions = positions or trained.positions
+        else:
+            self.pruner = pruner
         self.exact = exact
         self.siglip = siglip
         if siglip is not None:
             siglip.check(self.adapter.host)
-        sites = split_sites(self.pruner, self.adapter)
-        self._setup = Setup(self.adapter, sites, self._choose_positions(positions), siglip, tower, around_stage)
+        chosen = choose_positions(positions, self.pruner, self.adapter.host)
+        self._setup = Setup(self.adapter, split_sites(self.pruner, self.adapter), chosen, siglip, tower, around_stage)
         self.chunk_frames = chunk_frames
         self.retention_ratio = retention_ratio
         self._max_tokens: int | None = None
         self._runs_all = False
         self._last: Report | None = None
-        self._listener: Callable[[Phase], None] = _ignore
+        self._listener: Callable[[Phase], None] = lambda phase: None
         self._names: dict[int, Names] = {}
         self._handles: list[Any] = []
         self._stock_expand: Any = None
@@ -97,18 +114,6 @@ class Pruning:
         if self.module is not None:
             self.module.to(run_device(model))
         self._plan([self.adapter.grid(2)])  # an unreachable ratio fails here, not in the first forward pass
-
-    def _choose_positions(self, positions: Positions | None) -> Positions:
-        """As asked for, as the family needs, or as the first stage declares. ValueError for what the family cannot."""
-        declared: Positions = self.pruner.stages[0].positions if self.pruner.stages else "compact"
-        if positions not in (None, "compact", "original"):
-            raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
-        if self.adapter.host.mrope and positions == "compact":
-            raise ValueError(
-                "positions='compact' would lose the time, row and column of every token in a model with mrope "
-                "positions; leave it out or write 'original'"
-            )
-        return positions or ("original" if self.adapter.host.mrope else declared)
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +190,7 @@ class Pruning:
     def listen(self, listener: Callable[[Phase], None] | None) -> None:
         """Tell `listener` where work for pruning alone begins and ends in a pass (`stts.models.pruning.phases`); None:
         nobody."""
-        self._listener = listener or _ignore
+        self._listener = listener or (lambda phase: None)
 
     def describe(
         self,
@@ -195,10 +200,7 @@ class Pruning:
     ) -> None:
         """Tell about the videos of this thread's next forward pass, in batch order: names (they seed `random`), times
         of frames in seconds (Tango), questions (AdaTP, with a text tower). ValueError unless each has one per video."""
-        if any(given is not None and len(given) != len(uids) for given in (timestamps_s, questions)):
-            counts = [len(given) for given in (timestamps_s, questions) if given is not None]
-            raise ValueError(f"describe() got {len(uids)} names, but {counts} times and questions; give one per video")
-        self._names[threading.get_ident()] = Names(uids, timestamps_s or [None] * len(uids), questions)
+        self._names[threading.get_ident()] = Names.of(uids, timestamps_s, questions)
 
     def check_trainable(self) -> None:
         """ValueError when the model cannot be trained under this pruner."""
@@ -209,12 +211,22 @@ class Pruning:
                 "attention of a prompt without answers; train under a pruner at site vit or pre_llm"
             )
 
+    def _check_trained(self) -> None:
+        if self._is_random:
+            raise ValueError(
+                f"pruner {self.name!r} learns, but {self.model.name_or_path!r} has no weights for it: its scores would "
+                "be random. Name a trained folder with weights=, train it (`stts fit`), or pass untrained=True"
+            )
+
     # --- on and off --------------------------------------------------------------------------------------------------
 
     def attach(self) -> Pruning:
         """Put the hooks on. ValueError when the model already carries some."""
         if self._handles or any(is_on(config) for config in self.adapter.configs):
             raise ValueError("this model is already inside a pruning context; leave that one first")
+        if not self.model.training:
+            self._check_trained()
+        check_one_device(self.model)
         for config in self.adapter.configs:
             check_device(config, self.model.device)
         self._originals = [switch_on(config) for config in self.adapter.configs]
@@ -282,6 +294,12 @@ class Pruning:
             return stock
         if learning:
             self.check_trainable()
+            check_checkpointing(self.model)
+            self._is_random = False
+        elif not self.model.training:
+            self._check_trained()
+        if self.module is not None and self.module.training != self.model.training:
+            self.module.train(self.model.training)
         for name in ("input_ids", "inputs_embeds"):
             if expand > 1 and kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][::expand]
@@ -295,7 +313,7 @@ class Pruning:
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         is_whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
-        in_pieces = self._in_pieces(visual, runs_all)
+        in_pieces = pieces.needs_pieces(visual, self.chunk_frames, runs_all=runs_all)
         if is_whole and not runs_all and not in_pieces and self.adapter.runs_stock(visual):
             # dense is sacred: the stock code runs, untouched
             self._last = make_report(grids, [torch.arange(grid.num_groups) for grid in grids], self._setup)
@@ -315,19 +333,6 @@ class Pruning:
         kwargs = visual_pass.run(kwargs)
         self._last = visual_pass.report
         return args, kwargs | {PASS_ARGUMENT: visual_pass}
-
-    def _in_pieces(self, visual: Visual, runs_all: bool) -> bool:
-        """Whether this pass goes through the videos in pieces. ValueError where it should and cannot."""
-        if visual.streamed and self.chunk_frames is None:
-            raise ValueError("streamed pixel values are read in pieces; pass chunk_frames, such as chunk_frames=64")
-        if self.chunk_frames is None or not visual.grids:
-            return False
-        if runs_all or torch.is_grad_enabled():
-            raise ValueError(
-                f"chunk_frames={self.chunk_frames} is for evaluation without gradients; call the model inside "
-                "torch.no_grad() or torch.inference_mode(), or leave chunk_frames out"
-            )
-        return visual.streamed or max(grid.t for grid in visual.grids) > self.chunk_frames
 
     def _after(self, inner: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         visual_pass: VisualPass | None = kwargs.get(PASS_ARGUMENT)
@@ -383,10 +388,6 @@ class Pruning:
 
 
 _UNTESTED = "this transformers version is outside the tested range (>= 5.17, < 6)"
-
-
-def _ignore(phase: Phase) -> None:
-    """Nobody listens."""
 
 
 def pruning(model: PreTrainedModel, pruner: str | Pruner, **settings: Any) -> Pruning:

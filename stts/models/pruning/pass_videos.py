@@ -5,18 +5,18 @@ Shape suffixes: N = patches or tokens of a video, G = its groups still present.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stts.models.families.base import Adapter, Visual
 from stts.models.pruning.report import Report
 from stts.models.pruning.siglip import SiglipSource
-from stts.models.pruning.stages import Names, Sites, ask, cell_times
+from stts.models.pruning.stages import Names, Sites, ask, cell_times, numerics
 from stts.models.pruning.tower import Tower
 from stts.pruners.base import Positions, Stage
 from stts.tokens import Budget, Grid, Kept, VideoTokens, Watch
@@ -64,8 +64,26 @@ class PassVideos:
 
     def ask(self, stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         """Call a stage once."""
-        with self.setup.around_stage():
+        with self.calling(stage, videos[0].x_ND if videos else torch.empty(0)):
             return ask(stage, videos, budgets)
+
+    @contextmanager
+    def calling(self, stage: Stage, x_ND: Tensor) -> Iterator[None]:
+        """Around every call of a stage; x_ND: features that it sees. A learned one follows them to their device."""
+        if isinstance(stage, nn.Module):
+            parameter = next(stage.parameters(), None)
+            if (
+                parameter is not None
+                and parameter.device != x_ND.device
+                and "meta"
+                not in (
+                    parameter.device.type,
+                    x_ND.device.type,
+                )
+            ):
+                stage.to(x_ND.device)
+        with self.setup.around_stage(), numerics(stage, x_ND):
+            yield
 
     def note(self, row: Sequence[Kept]) -> None:
         """Take down what a stage decided for every video."""

@@ -50,6 +50,22 @@ def check_in_pieces(stage: Stage) -> InPieces:
     return stage
 
 
+def needs_pieces(visual: Visual, chunk_frames: int | None, *, runs_all: bool) -> bool:
+    """Whether a pass goes through its videos in pieces. ValueError where it should and cannot.
+
+    runs_all: it runs every module once, as in training."""
+    if visual.streamed and chunk_frames is None:
+        raise ValueError("streamed pixel values are read in pieces; pass chunk_frames, such as chunk_frames=64")
+    if chunk_frames is None or not visual.grids:
+        return False
+    if runs_all or torch.is_grad_enabled():
+        raise ValueError(
+            f"chunk_frames={chunk_frames} is for evaluation without gradients; call the model inside "
+            "torch.no_grad() or torch.inference_mode(), or leave chunk_frames out"
+        )
+    return visual.streamed or max(grid.t for grid in visual.grids) > chunk_frames
+
+
 def encode_in_pieces(
     now: PassVideos, collector: Collector, chunk_frames: int
 ) -> tuple[Connected, list[list[int]] | None]:
@@ -150,7 +166,7 @@ def _decide(now: PassVideos, stage: Stage, spans: Sequence[Spans]) -> list[_Choi
     """First pass: scores of every video piece by piece, then one decision. None: the video stays whole."""
     scorer = check_in_pieces(stage)
     scores = [_score(now, video, scorer, pieces) for video, pieces in enumerate(spans)]
-    with now.setup.around_stage():
+    with now.calling(stage, scores[0]):
         indices, weights = scorer.settle(scores, now.grids, now.budgets[0])
     now.note([Kept(index_K, scores_G=score_G) for index_K, score_G in zip(indices, scores, strict=True)])
     choices: list[_Choice | None] = []
@@ -177,7 +193,7 @@ def _score(now: PassVideos, video: int, stage: InPieces, spans: Spans) -> Tensor
             x_SD = torch.cat([before_SD, x_SD])
         seen = adapter.part(now.visual, video, first - context, last)  # for its groups; no pixel of it is read
         piece = now.video(video, x_SD, grid=seen.grids[0], group_GW=adapter.groups(seen, 0)[0])
-        with now.setup.around_stage():
+        with now.calling(stage, x_SD):
             scores.append(stage.score([piece])[0][context * per_frame :])
         before_SD = last_SD
     return torch.cat(scores)

@@ -6,7 +6,8 @@ patches of all frames.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,14 @@ class Names:
     times: Sequence[Tensor | None]
     """Per sampled frame."""
     questions: Sequence[str] | None
+
+    @classmethod
+    def of(cls, uids: Sequence[str], times: Sequence[Tensor | None] | None, questions: Sequence[str] | None) -> Names:
+        """ValueError unless there is one of each per video."""
+        if any(given is not None and len(given) != len(uids) for given in (times, questions)):
+            counts = [len(given) for given in (times, questions) if given is not None]
+            raise ValueError(f"describe() got {len(uids)} names, but {counts} times and questions; give one per video")
+        return cls(uids, times or [None] * len(uids), questions)
 
 
 def cell_times(time_F: Tensor | None, grid: Grid) -> Tensor | None:
@@ -121,6 +130,23 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
                 f"{type(stage).__name__} at site pre_llm asks for {sorted(late)}, which only an LLM layer has"
             )
     return Sites(vit, pre_llm, llm)
+
+
+@contextmanager
+def numerics(stage: Stage, x_ND: Tensor) -> Iterator[None]:
+    """How a stage computes, whatever surrounds the call.
+
+    A training-free stage has autocast off: it promises fp32, and `.float()` does not stop autocast from choosing
+    another dtype. A learned one follows autocast; without it, its layers take the dtype of the features beside them."""
+    dtype, kind = x_ND.dtype, x_ND.device.type
+    if not isinstance(stage, nn.Module):
+        with torch.autocast(kind, enabled=False):
+            yield
+    elif dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, dtype=dtype):
+            yield
+    else:
+        yield
 
 
 def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:

@@ -1,0 +1,58 @@
+"""Whether a pruner fits a stock model: positions, devices, checkpointing, adapters."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stts.pruners.base import HostInfo, Positions, Pruner
+
+
+def without_adapters(model: Any) -> PreTrainedModel:
+    """The stock model inside a peft model, whose adapters lie in its layers and stay in use; any other model itself."""
+    wraps = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
+    stock: PreTrainedModel = model.get_base_model() if wraps else model
+    return stock
+
+
+def choose_positions(positions: Positions | None, pruner: Pruner, host: HostInfo) -> Positions:
+    """As asked for, as the family needs, or as the first stage declares. ValueError for what the family cannot."""
+    declared: Positions = pruner.stages[0].positions if pruner.stages else "compact"
+    if positions not in (None, "compact", "original"):
+        raise ValueError(f"positions={positions!r} must be 'compact', 'original' or None (as the stage declares)")
+    if host.mrope and positions == "compact":
+        raise ValueError(
+            "positions='compact' would lose the time, row and column of every token in a model with mrope "
+            "positions; leave it out or write 'original'"
+        )
+    return positions or ("original" if host.mrope else declared)
+
+
+def check_one_device(model: PreTrainedModel) -> None:
+    """ValueError for a model whose parts lie on several devices; weights offloaded to memory or disk are no parts."""
+    places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    devices = {torch.device(place) if not isinstance(place, int) else torch.device("cuda", place) for place in places}
+    if len(devices) > 1:
+        raise ValueError(
+            f"this model is split over {sorted(map(str, devices))}, but what a pruner keeps must lie beside tower, "
+            "connector and language model at once; load it on one device (device_map={'': 0}), with offload or in "
+            "fewer bits where it does not fit, or train it sharded with `stts fit`"
+        )
+
+
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """ValueError for reentrant activation checkpointing: it gives no gradient to what enters a block beside its first
+    input, as the key bias of a scorer does, and none at all where that input needs none (a frozen tower)."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, partial):
+            continue
+        if function.keywords.get("use_reentrant"):
+            raise ValueError(
+                "reentrant activation checkpointing loses the gradient that reaches a scorer through the key bias; "
+                'call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        return  # all modules of a model have the same
