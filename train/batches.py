@@ -20,7 +20,7 @@ from stts.data.mixture import Mixture
 from stts.data.rows import OnError
 from stts.packing.pack import pack_samples
 
-_WINDOW = 1024  # shuffled samples packed together, and as many more for every 32 ranks: first-fit is quadratic
+_WINDOW = 1024  # shuffled samples packed together, more where a step has over 32 batches: first-fit is quadratic
 
 
 class Collate:
@@ -53,18 +53,26 @@ class Order:
     """Drop what does not fill a batch on every rank; False: ranks that run out get empty batches."""
     rank: int = 0
     world_size: int = 1
+    per_step: int = 1
+    """Batches of one rank in an optimizer step. A step holds the same batches for every `world_size` and `per_step` of
+    one product, so that a run may go on with another number of ranks."""
     mixture: Mixture | None = None
     """Which samples an epoch shows; None: each of them once."""
 
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of one epoch."""
         everything = self._in_turn(epoch) if self.lengths is None else self._balanced(epoch, self.lengths)
-        surplus = len(everything) % self.world_size
+        surplus = len(everything) % self._step_size
         if surplus and self.drop_last:
             del everything[len(everything) - surplus :]
         elif surplus:
-            everything += [[] for _ in range(self.world_size - surplus)]
+            everything += [[] for _ in range(self._step_size - surplus)]
         return everything[self.rank :: self.world_size]
+
+    @property
+    def _step_size(self) -> int:
+        """Batches of an optimizer step over all ranks."""
+        return self.world_size * self.per_step
 
     def _drawn(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
@@ -77,11 +85,11 @@ class Order:
         return [order[i : i + self.batch_size].tolist() for i in range(0, whole, self.batch_size)]
 
     def _balanced(self, epoch: int, lengths: Sequence[int] | NDArray[np.int32]) -> list[list[int]]:
-        """Batches such that every `world_size` that follow each other, one step, hold about equally many tokens.
+        """Batches such that those of one step, which follow each other, hold about equally many tokens.
 
         Within a window of shuffled samples, packed batches are sorted by their tokens and cut into steps, whose order
         is shuffled again. The least full, which make no whole step, go back among the samples of the next window."""
-        order, window, ranks = self._drawn(epoch), _WINDOW * (1 + self.world_size // 32), self.world_size
+        order, window, size = self._drawn(epoch), _WINDOW * (1 + self._step_size // 32), self._step_size
         batches: list[list[int]] = []
         left: list[int] = []
         for start in range(0, len(order), window):
@@ -89,10 +97,10 @@ class Order:
             sizes = np.asarray([lengths[sample] for sample in samples])
             rows = pack_samples(sizes.tolist(), self.max_tokens)
             rows.sort(key=lambda row: -sizes[row].sum())
-            whole = len(rows) // ranks * ranks
-            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(whole // ranks)
-            firsts = (steps if self.shuffle else np.sort(steps)) * ranks
-            batches += [[samples[p] for p in rows[first + rank]] for first in firsts for rank in range(ranks)]
+            whole = len(rows) // size * size
+            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(whole // size)
+            firsts = (steps if self.shuffle else np.sort(steps)) * size
+            batches += [[samples[p] for p in rows[first + place]] for first in firsts for place in range(size)]
             left = [samples[place] for row in rows[whole:] for place in row]
         last = pack_samples([lengths[sample] for sample in left], self.max_tokens)
         return batches + [[left[place] for place in row] for row in last]

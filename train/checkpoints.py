@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def newest(out: Path) -> Saved | None:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's config that decides its losses. Not in it: paths of the run itself, how often it reports and
-    saves, loader processes, and the ranks it runs on (those are compared when a checkpoint is loaded)."""
-    trainer = ("precision", "max_steps", "max_epochs", "limit_train_batches", "accumulate_grad_batches")
+    saves, loader processes, and the ranks and batches per step it runs on (those are compared when a checkpoint is
+    loaded)."""
+    trainer = ("precision", "max_steps", "max_epochs", "limit_train_batches")
     return {
         "seed_everything": config["seed_everything"],
         "model": config["model"],
@@ -109,20 +111,43 @@ def choose(resume: str | None, out: Path, settings: Mapping[str, Any]) -> tuple[
 
 
 def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
-    """ValueError unless this run cuts its state and its data as the one that wrote the checkpoint."""
-    strategy, per_step = strategy_name(trainer), trainer.accumulate_grad_batches
-    if (saved.ranks, saved.per_step) != (trainer.world_size, per_step):
+    """ValueError unless this run makes optimizer steps of the same batches, and its strategy can read the state."""
+    strategy, ranks, per_step = strategy_name(trainer), trainer.world_size, trainer.accumulate_grad_batches
+    size = saved.ranks * saved.per_step
+    elsewhere = "or start another run (another --out) from the model that `stts export` makes of it"
+    if size != ranks * per_step:
+        fitting = [str(number) for number in range(1, size + 1) if size % number == 0]
         raise ValueError(
-            f"{saved.folder} was written by {saved.ranks} rank(s) with {saved.per_step} batch(es) per step, this run "
-            f"has {trainer.world_size} with {per_step}: its place in the data and its shards would not fit. Use "
-            f"{saved.ranks} rank(s), or start another run (another --out) from the model that `stts export` makes of it"
+            f"{saved.folder} was written with {size} batches in an optimizer step ({saved.ranks} rank(s) x "
+            f"{saved.per_step}), this run has {ranks * per_step} ({ranks} x {per_step}), which would be other steps. "
+            f"Use {' or '.join(fitting)} ranks with trainer.accumulate_grad_batches={size} / ranks, {elsewhere}"
         )
-    if saved.ranks > 1 and saved.strategy != strategy:
+    one, other = (_KEPT_WHOLE.get(name, name) for name in (saved.strategy, strategy))
+    if one != other:
         raise ValueError(
             f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
-            "state in another way; use the same strategy, or start another run (another --out) from the model that "
-            "`stts export` makes of it"
+            f"state in another way; use the same strategy, {elsewhere}"
         )
+    if saved.ranks != ranks and strategy.startswith("DeepSpeed"):
+        raise ValueError(
+            f"{saved.folder} was written by {saved.ranks} rank(s) of {strategy}, whose shards do not fit {ranks}; use "
+            f"{saved.ranks} rank(s), {elsewhere}"
+        )
+
+
+_KEPT_WHOLE = {"SingleDeviceStrategy": "DDPStrategy"}  # both write everything into one file
+
+
+def rescale(checkpoint: dict[str, Any], factor: Fraction) -> None:
+    """Change, in place, what a checkpoint counts in batches of a rank: there are `factor` times as many in this run.
+
+    `trainer.save_checkpoint` runs between two optimizer steps, so every count stays a whole number."""
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    for scope in ("total", "current"):
+        progress[scope] = {name: int(count * factor) for name, count in progress[scope].items()}
+    for loader in loops["state_dict"].get("combined_loader", []):
+        loader["position"] = int(loader["position"] * factor)
 
 
 def strategy_name(trainer: pl.Trainer) -> str:
@@ -137,7 +162,9 @@ class Checkpoints(Checkpoint):
     and on SIGTERM or Ctrl-C, where all ranks stop together after the step they are in; keeps the newest `keep` and the
     best."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], every_n_steps: int, keep: int, resumed: bool) -> None:
+    def __init__(
+        self, out: Path, settings: Mapping[str, Any], every_n_steps: int, keep: int, resumed: Saved | None
+    ) -> None:
         if keep < 1 or every_n_steps < 0:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1, checkpoint_every={every_n_steps} at least 0")
         self.folder, self.settings = out / FOLDER, settings
@@ -150,7 +177,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for folder in self.folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(folder)
-            if not self.resumed and self.folder.exists() and any(self.folder.iterdir()):
+            if self.resumed is None and self.folder.exists() and any(self.folder.iterdir()):
                 number = 1
                 while (aside := self.folder.with_name(f"{FOLDER}-{number}")).exists():
                     number += 1
@@ -221,6 +248,12 @@ class Checkpoints(Checkpoint):
         for folder in [*steps[: -self.keep], *best[:-1]]:
             gone = folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # never half of one under its name
             shutil.rmtree(gone)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.resumed is not None:
+            rescale(checkpoint, Fraction(trainer.accumulate_grad_batches, self.resumed.per_step))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

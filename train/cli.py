@@ -27,6 +27,8 @@ from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
 from .module import VideoFinetune
 from .overlays import Overlays
+from .quiet import silence
+from .summary import Summary
 from .throughput import Throughput
 
 
@@ -89,10 +91,11 @@ class FitCLI(LightningCLI):
         trainer["callbacks"] = [
             ProgressLines(config["progress_every"]),
             SkipList(out),
+            Summary(),
             Export(out),
             Throughput(config["peak_tflops"]),
             *([Overlays(out, every_picture)] if every_picture else []),
-            Checkpoints(out, self.settings, every, keep, resumed=self.saved is not None),
+            Checkpoints(out, self.settings, every, keep, resumed=self.saved),
             *(given if isinstance(given, list) else [given]),
         ]
         return super().instantiate_trainer(**kwargs)
@@ -148,9 +151,7 @@ def _train(cli: FitCLI) -> None:
 def fit(argv: Sequence[str]) -> int:
     """Run training and return the exit code; errors in input or settings are one line on stderr, and code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn, once each
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `stts fit` hands over its own
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6 on torch 2.13
-    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation asked for
+    silence()
     argv = list(argv)
     try:
         if "--dry-run" in argv:

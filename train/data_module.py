@@ -149,7 +149,8 @@ class VideoData(pl.LightningDataModule):
         lengths = None
         if self.max_tokens:
             lengths = np.concatenate([self._lengths(collator, file.samples) for file in self.files])
-        size = len(self.train_data)
+        assert self.trainer is not None
+        size, per_step = len(self.train_data), self.trainer.accumulate_grad_batches
         order = self._order(
             size,
             shuffle=self.shuffle,
@@ -157,9 +158,8 @@ class VideoData(pl.LightningDataModule):
             lengths=lengths,
             max_tokens=self.max_tokens,
             mixture=self.mixture,
+            per_step=per_step,
         )
-        assert self.trainer is not None
-        per_step = self.trainer.accumulate_grad_batches
         loader = ResumableLoader(
             self.train_data,
             order,

@@ -19,6 +19,7 @@ from tests.train.launch import (
     finish,
     logged,
     run,
+    run_all,
     shown,
     start,
     strategy,
@@ -94,13 +95,34 @@ def test_a_run_that_is_killed_and_told_to_stop_has_the_losses_of_one_that_is_not
 
 
 def check_refusals(tiny_folder: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What another number of ranks or another strategy would make of this checkpoint is never guessed."""
+    """What other steps or another strategy would make of this checkpoint is never guessed."""
     before = sorted(out.rglob("*"))
     assert cli.fit(settings(tiny_folder, out)) == 2
-    assert "was written by 2 rank(s) with 1 batch(es) per step, this run has 1 with 1" in capfd.readouterr().err
+    assert "2 batches in an optimizer step (2 rank(s) x 1), this run has 1 (1 x 1)" in capfd.readouterr().err
     assert cli.fit(settings(tiny_folder, out, *TWO_RANKS, *strategy("fsdp2"))) == 2
     assert "was written under strategy DDPStrategy, this run uses FSDP2" in capfd.readouterr().err
     assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(
+    tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]]
+) -> None:
+    """Two ranks with one batch each, then one rank with two batches: the same steps, the same losses."""
+    cuts = ("ddp", "fsdp2")
+    more = ["--data.num_workers=0", "--trainer.log_every_n_steps=1"]
+    stop = ["--trainer.callbacks=tests.train.fits.StopInStep5"]
+    run_all([settings(tiny_folder, tmp_path / cut, *TWO_RANKS, *strategy(cut), *more, *stop) for cut in cuts], tmp_path)
+    for cut in cuts:
+        saved = newest(tmp_path / cut)
+        assert saved is not None and (saved.step, saved.ranks, saved.per_step) == (5, 2, 1)
+        alone = ["--trainer.devices=1", "--trainer.accumulate_grad_batches=2"]
+        alone += strategy(cut) if cut == "fsdp2" else ["--trainer.strategy=auto"]
+        output = run(settings(tiny_folder, tmp_path / cut, *alone, *more))
+        assert "going on from" in output
+        losses = zip(*(logged(tmp_path / cut, f"train/{name}_loss") for name in ("answer", "temporal")), strict=True)
+        expected = [straight[step] for step in range(6, STEPS + 1)]
+        assert [list(pair) for pair in losses] == [pytest.approx(pair, abs=1e-5) for pair in expected], cut
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +187,7 @@ def test_a_checkpoint_of_one_rank_says_so_to_a_run_of_two(
     finished: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.fit(small(tiny_folder, finished, *TWO_RANKS, "--trainer.strategy=ddp")) == 2
-    assert "was written by 1 rank(s) with 1 batch(es) per step, this run has 2 with 1" in capsys.readouterr().err
+    assert "1 batches in an optimizer step (1 rank(s) x 1), this run has 2 (2 x 1)" in capsys.readouterr().err
 
 
 def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Messages of other libraries that no user of `stts fit` can act on: silenced by name, one by one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_WARNINGS = (
+    "LightningCLI's args parameter",  # `stts fit` hands over its own
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6 on torch 2.13
+    "Total length of `list` across ranks is zero",  # no validation asked for
+    "`gradient_checkpointing_enable` is deprecated",  # transformers 5.23; the new name is not in 5.5
+    "Since DeepSpeed handles gradient clipping internally",  # Lightning, of a hook that does not clip there
+)
+_LOGGED = (
+    "\N{ELECTRIC LIGHT BULB} Tip:",  # Lightning, of its own products
+    "`weights_only` was not set",  # Lightning, of loaders that get it from us where it matters
+    "Setting accelerator to CPU",  # DeepSpeed
+)
+
+
+class _ByName(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(record.getMessage().startswith(text) for text in _LOGGED)
+
+
+def silence() -> None:
+    """Silence them in this process. Harmless when called again."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    names = ("lightning.pytorch.utilities.rank_zero", "DeepSpeed")
+    for name in (*names, "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _ByName) for one in logger.filters):
+            logger.addFilter(_ByName())

@@ -1,0 +1,47 @@
+"""One line before the first step: what learns, on how many ranks, and how much a step is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from .checkpoints import strategy_name
+from .console import print_rank_zero
+from .parts import PARTS, part_of
+
+
+class Summary(pl.Callback):
+    """Prints parameters per part, strategy, ranks, batches and tokens per optimizer step."""
+
+    def __init__(self) -> None:
+        self.parameters = ""
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Counts parameters here, while every rank still holds all of them."""
+        learning, frozen = dict.fromkeys(PARTS, 0), 0
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                learning[part_of(name, pl_module.pruning.adapter)] += parameter.numel()
+            else:
+                frozen += parameter.numel()
+        parts = [f"{part} {_short(number)}" for part, number in learning.items() if number]
+        self.parameters = f"training {', '.join(parts)} parameters ({_short(frozen)} frozen)"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        ranks, per_step = trainer.world_size, trainer.accumulate_grad_batches
+        each = f"at most {data.max_tokens} tokens" if data.max_tokens else f"{data.batch_size} samples"
+        total = (data.max_tokens or data.batch_size) * ranks * per_step
+        unit = "tokens" if data.max_tokens else "samples"
+        print_rank_zero(
+            f"{self.parameters}; {strategy_name(trainer)} on {ranks} rank(s), {trainer.precision}; a step is {ranks} x "
+            f"{per_step} batches of {each}: {total:,} {unit}"
+        )
+
+
+def _short(number: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
