@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from .console import print_rank_zero
 
 FOLDER = "checkpoints"
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 
 
 class Stopped(Exception):
@@ -128,11 +128,6 @@ def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
             f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
             f"state in another way; use the same strategy, {elsewhere}"
         )
-    if saved.ranks != ranks and strategy.startswith("DeepSpeed"):
-        raise ValueError(
-            f"{saved.folder} was written by {saved.ranks} rank(s) of {strategy}, whose shards do not fit {ranks}; use "
-            f"{saved.ranks} rank(s), {elsewhere}"
-        )
 
 
 _KEPT_WHOLE = {"SingleDeviceStrategy": "DDPStrategy"}  # both write everything into one file
@@ -175,7 +170,7 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Clear what an earlier run left: unfinished folders, and, when this one starts anew, its checkpoints."""
         if trainer.is_global_zero:
-            for folder in self.folder.glob(f"{_UNFINISHED}*"):
+            for folder in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(folder)
             if self.resumed is None and self.folder.exists() and any(self.folder.iterdir()):
                 number = 1
@@ -222,7 +217,7 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         """On every rank at once; nothing to do when this step is saved already."""
-        done, unfinished = self.folder / name, self.folder / f"{_UNFINISHED}{name}"
+        done, unfinished = self.folder / name, self.folder / f"{UNFINISHED}{name}"
         if trainer.strategy.broadcast(done.exists()):
             return
         if trainer.is_global_zero:
@@ -246,7 +241,7 @@ class Checkpoints(Checkpoint):
     def _prune(self) -> None:
         steps, best = (sorted(self.folder.glob(f"{kind}-*")) for kind in ("step", "best"))
         for folder in [*steps[: -self.keep], *best[:-1]]:
-            gone = folder.rename(folder.with_name(f"{_UNFINISHED}{folder.name}"))  # never half of one under its name
+            gone = folder.rename(folder.with_name(f"{UNFINISHED}{folder.name}"))  # never half of one under its name
             shutil.rmtree(gone)
 
     def on_load_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from stts.data.collate import Batch
 
+from .checkpoints import UNFINISHED
 from .zero_config import fill_in, read_deepspeed_json
 from .zero_engine import GradientOrder, PartNorms
+from .zero_resume import TAG, convert, restore_groups, settings_of_groups
 
 
 class _Precision(DeepSpeedPrecision):
@@ -169,6 +172,31 @@ class DeepSpeed(DeepSpeedStrategy):
                 f"DeepSpeed stage {self.stage} holds no gradients by part; set model.clip_per_part=false, or use "
                 "trainer.strategy=ddp (stage 0 cuts nothing either)"
             )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Also one that another number of ranks wrote, which is converted beside it first."""
+        state = Path(checkpoint_path)
+        ranks = len(list(state.glob(f"{TAG}/*_mp_rank_00_optim_states.pt")))
+        if ranks == self.world_size or self.stage == 0:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        converted = state.parent.with_name(f"{UNFINISHED}for-{self.world_size}-ranks")
+        if self.is_global_zero:
+            shutil.rmtree(converted, ignore_errors=True)
+            convert(state, converted)
+            (converted / "latest_universal").write_text(TAG)
+        self.barrier()
+        engine, optimizer = self.deepspeed_engine, self.deepspeed_engine.optimizer.optimizer
+        before = settings_of_groups(optimizer)
+        engine._config.load_universal_checkpoint = True
+        try:
+            checkpoint = super().load_checkpoint(converted, weights_only)
+        finally:
+            engine._config.load_universal_checkpoint = False
+        restore_groups(optimizer, before, checkpoint)
+        self.barrier()
+        if self.is_global_zero:
+            shutil.rmtree(converted)
+        return checkpoint
 
     def grad_norms(self) -> dict[str, Tensor]:
         """Gradient norms of the step just taken, before clipping, by part; `all` where the engine computes one alone,
