@@ -23,7 +23,7 @@ from stts.data.collate import Batch
 from .checkpoints import UNFINISHED
 from .zero_config import fill_in, read_deepspeed_json
 from .zero_engine import GradientOrder, PartNorms
-from .zero_resume import TAG, convert, restore_groups, settings_of_groups
+from .zero_resume import TAG, convert, repair, settings_of_groups
 
 
 class _Precision(DeepSpeedPrecision):
@@ -192,7 +192,7 @@ class DeepSpeed(DeepSpeedStrategy):
             checkpoint = super().load_checkpoint(converted, weights_only)
         finally:
             engine._config.load_universal_checkpoint = False
-        restore_groups(optimizer, before, checkpoint)
+        repair(optimizer, before, checkpoint)
         self.barrier()
         if self.is_global_zero:
             shutil.rmtree(converted)

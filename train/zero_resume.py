@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 TAG = "checkpoint"
 """Folder inside a checkpoint of Lightning's that holds the files of all ranks."""
 _CONVERT = "import stts; from deepspeed.checkpoint import ds_to_universal as u; u.main(u.parse_arguments())"
@@ -30,12 +32,17 @@ def convert(state: Path, out: Path) -> None:
         raise ValueError(f"DeepSpeed wrote no optimizer state to {out}; use the number of ranks that wrote {state}")
 
 
-def restore_groups(optimizer: Any, before: list[dict[str, Any]], checkpoint: Mapping[str, Any]) -> None:
-    """Give each group of parameters its own settings back, and the rate it had: DeepSpeed 0.19.8, at stage 3, writes
-    those of the first group into all of them."""
+def repair(optimizer: Any, before: list[dict[str, Any]], checkpoint: Mapping[str, Any]) -> None:
+    """Undo what DeepSpeed 0.19.8 does at stage 3 while it loads: every group of parameters gets the settings of the
+    first one, and all of them count their steps in one tensor, which then counts each step once per group.
+
+    before: `settings_of_groups` before loading. Rates are those of the checkpoint's schedule."""
     [schedule] = checkpoint["lr_schedulers"]
     for group, settings, rate in zip(optimizer.param_groups, before, schedule["_last_lr"], strict=True):
         group.update(settings, lr=rate)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def settings_of_groups(optimizer: Any) -> list[dict[str, Any]]:
