@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from .console import print_rank_zero
+from .loggers import run_id_of
 
 FOLDER = "checkpoints"
 UNFINISHED = ".unfinished-"
@@ -42,6 +43,8 @@ class Saved:
     strategy: str
     settings: dict[str, Any]
     """What of the config decides the losses; see `settings_of`."""
+    log_id: str = ""
+    """Of the W&B run that it was logged to; "" without one."""
 
     @property
     def state(self) -> Path:
@@ -231,6 +234,7 @@ class Checkpoints(Checkpoint):
                 "per_step": trainer.accumulate_grad_batches,
                 "strategy": strategy_name(trainer),
                 "settings": self.settings,
+                "log_id": run_id_of(trainer.loggers),
             }
             (unfinished / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
             _to_disk(unfinished)

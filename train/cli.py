@@ -84,7 +84,9 @@ class FitCLI(LightningCLI):
         if trainer["default_root_dir"] is None:
             trainer["default_root_dir"] = str(out)
         if trainer["logger"] in (None, True):
-            trainer["logger"] = make_loggers(config["logger"], out)
+            settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            run_id = "" if self.saved is None else self.saved.log_id
+            trainer["logger"] = make_loggers(config["logger"], out, config=settings, run_id=run_id)
         every_picture = config["overlay_every"]
         every, keep = config["checkpoint_every"], config["keep_checkpoints"]
         given = trainer["callbacks"] or []

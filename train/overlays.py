@@ -23,7 +23,8 @@ from .parts import Family
 class Overlays(pl.Callback):
     """Every N optimizer steps a picture of the first video of rank 0's batch: what was kept, and the scores behind it.
 
-    Written to `<out>/overlays/step-00000100.png`, and to W&B and TensorBoard where they are on, as `overlay`."""
+    Written to `<out>/overlays/step-00000100.png`, and to W&B and TensorBoard where they are on, as `overlay`; to W&B
+    also as a table `overlays` with the name of the video and the share that was kept."""
 
     def __init__(self, out: str | Path, every_n_steps: int) -> None:
         if every_n_steps < 1:
@@ -47,7 +48,11 @@ class Overlays(pl.Callback):
             picture.save(file, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
+                import wandb
+
                 logger.log_image("overlay", [picture])
+                row = [step, batch.video_uids[0], report.retention_per_video[0], wandb.Image(picture)]
+                logger.log_table("overlays", ["step", "video", "kept", "overlay"], [row])
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("overlay", np.asarray(picture), step, dataformats="HWC")
 

@@ -256,7 +256,7 @@ def test_wandb_offline_and_csv_hold_the_same_values(
     ours: dict[str, float] = {}
     for row in csv.DictReader(metrics.open()):
         ours |= {name: float(value) for name, value in row.items() if value and is_logged(name)}
-    assert theirs.keys() - {"overlay"} == ours.keys()
+    assert theirs.keys() - {"overlay", "overlays"} == ours.keys()
     assert ours == pytest.approx({name: theirs[name] for name in ours})
     assert {"train/answer_loss", "train/temporal_loss", "tflops_per_s", "mfu", "step_s", "scorer_grad_norm"} <= set(
         ours
@@ -268,6 +268,44 @@ def test_wandb_offline_and_csv_hold_the_same_values(
         time.sleep(0.1)
     assert missing == [], "in the file that `wandb sync` would send"
     assert list(folder.glob("files/media/images/overlay*.png"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="W&B is not installed")
+def test_a_resumed_run_goes_on_with_its_wandb_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, through the command line: one id, the settings, a table of overlays, and nobody's key in any file."""
+    key = "0123456789abcdef" * 2 + "01234567"
+    for name, value in {"MODE": "offline", "SILENT": "true", "API_KEY": key}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    argv = ["--config", str(ROOT / "configs" / "shapes_tiny.yaml"), "--model.model", str(tiny_folder)]
+    argv += ["--out", str(tmp_path / "out"), "--logger", "wandb", "--overlay_every", "1", "--checkpoint_every", "1"]
+    argv += ["--data.phases=[{num_clips: 8}]", "--data.batch_size=2", "--data.num_val_clips=0", "--data.num_workers=0"]
+    argv += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--model.warmup_steps=0"]
+    import wandb
+
+    for steps in (1, 2):
+        assert cli.fit([*argv, f"--trainer.max_steps={steps}", "--resume", "last" if steps > 1 else "auto"]) == 0
+        wandb.finish()
+    folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "under one id"
+    wanted = [
+        b"llm_grad_norm",
+        b"train/temporal_loss",
+        b"retention_measured",
+        b"pad_waste",
+        b"overlays",
+        b"prune_block",
+    ]
+    until = time.monotonic() + 60
+    for folder in folders:
+        [written] = folder.glob("*.wandb")
+        while (missing := [n for n in wanted if n not in written.read_bytes()]) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert missing == [], folder
+        assert list(folder.glob("files/media/table/overlays*.json"))
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in files if key.encode() in file.read_bytes()]
 
 
 def test_the_command_line_chooses_what_is_watched(tiny_folder: Path, tmp_path: Path) -> None:
