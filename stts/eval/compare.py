@@ -2,6 +2,7 @@
 
 Every batch is decoded and preprocessed once and then answered by every method in turn, dense first, so that nothing but
 the pruner differs; the loop is `stts.eval.answering.loop`, which notes every batch and goes on behind the last one.
+With several --num_frames all methods are compared at each of them, with dense at the first.
 """
 
 from __future__ import annotations
@@ -12,20 +13,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from transformers import PreTrainedModel
+
 from stts.budget import check_ratio
-from stts.data.batches import make_batch
 from stts.data.collate import Collator
+from stts.eval.answering.cell import Cell
 from stts.eval.answering.equal_flops import match_flops
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
 from stts.eval.answering.method import Runner, environment, every_pruner, make_baseline, make_runners
+from stts.eval.answering.points import (
+    OptionRunner,
+    Overflow,
+    PointSource,
+    at_point,
+    candidates,
+    check_context,
+    first_batch,
+    grid_of,
+    merge_points,
+)
 from stts.eval.answering.questions import Source
 from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import RESULT, Store
+from stts.eval.answering.voting import Vote
 from stts.eval.results.grading import TaskScore, make_records, score_tasks
 from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_csv, render_markdown, render_text
 from stts.eval.run_config import RunConfig, check_answers, command, notes_on_tasks
+from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 
@@ -53,6 +69,21 @@ class CompareConfig(RunConfig):
     """The method whose FLOPs the others get, for --match flops and both."""
     baseline_model: str | Path | None = None
     """The same model before fine-tuning, for a dense row that shows what fine-tuning itself changed."""
+    budget: int | Literal["dense"] | None = None
+    """Visual tokens of a video that the LLM sees at most, in place of retention_ratios: r = min(1, budget / tokens of
+    the video); dense: as many as the first of num_frames has."""
+    parts: tuple[int, ...] = (1,)
+    """Interleaved parts in which the frames of a video are shown, one number or one for each of num_frames; the options
+    of each part are scored, and `vote` puts the parts together."""
+    packed: bool = False
+    """All parts of a video as one packed row, each attending to itself only."""
+    vote: Vote = "mean"
+    """How parts are put together: mean of the log-probabilities of the options, or majority of the best ones."""
+    on_overflow: Overflow = "raise"
+    """What a prompt does that is longer than the context of the LLM: raise before anything runs, or skip that method
+    and say so in the table."""
+    chunk_frames: int | None = None
+    """Run the tower on so many frames at a time, for videos that do not fit memory whole."""
     batch_size: int = 16
     """Questions answered at once."""
 
@@ -83,6 +114,31 @@ class CompareConfig(RunConfig):
                 "the others get, or use --match tokens"
             )
         super().__post_init__()
+        self._check_points()
+
+    def _check_points(self) -> None:
+        parts = tuple(self.parts)
+        object.__setattr__(self, "parts", parts)
+        for flag, allowed in (("vote", Vote), ("on_overflow", Overflow)):
+            if getattr(self, flag) not in get_args(allowed):
+                raise ValueError(f"--{flag} {getattr(self, flag)!r} must be one of {get_args(allowed)}")
+        if not parts or min(parts) < 1 or len(parts) not in (1, len(self.frames)):
+            raise ValueError(f"--parts {list(parts)} must be one number from 1 on, or one for each of --num_frames")
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise ValueError(f"--budget {self.budget} must be at least 1 token")
+        if self.packed and (parts == (1,) or self.chunk_frames is not None):
+            raise ValueError("--packed goes with --parts, and without --chunk_frames: it is one pass for all")
+        several = len(self.frames) > 1 or self.budget is not None or parts != (1,)
+        if several and self.match != "tokens":
+            raise ValueError("--match flops and both go with one number of --num_frames, no --budget and no --parts")
+        if (len(self.frames) > 1 or parts != (1,)) and self.save_kept:
+            raise ValueError("--save_kept goes with one number of --num_frames and no --parts")
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """Frames and parts of every point."""
+        parts = self.parts if len(self.parts) > 1 else self.parts * len(self.frames)
+        return list(zip(self.frames, parts, strict=True))
 
 
 def run_compare(
@@ -103,38 +159,34 @@ def run_compare(
     if store.finished is not None:
         return ComparisonResult.from_json(store.finished)
 
-    source = config.make_source(tasks)
+    plain = config.make_source(tasks, config.frames[0])
     model, processor, siglip = config.load(ranks)
     weights_gib = model.get_memory_footprint() / 2**30
-    runners = make_runners(
-        model,
-        config.model,
-        pruners=config.pruners,
-        retention_ratios=config.retention_ratios,
-        exact=config.exact is not False,
-        positions=config.positions,
-        options=config.pruner_options,
-        siglip=siglip,
-        seed=config.seed,
-    )
     collate = Collator(processor, training=False)
-    if config.match != "tokens":
-        grid = _first_grid(source, collate, runners[0])
-        runners = match_flops(runners, grid, config.match_to, tokens_too=config.match == "both")
+    points = _points(config, plain, model, siglip, collate)
+    if not store.notes() or config.on_overflow == "skip":  # what goes on was checked when it began
+        points = [(source, check_context(source, runners, collate, config.on_overflow)) for source, runners in points]
     if config.baseline_model is not None:
-        runners.insert(0, make_baseline(config.baseline_model, model, processor))
-    options = LoopOptions(
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        shown=config.shown(source),
-        num_workers=config.workers(model.device),
-        progress=progress,
-        name="compare",
-    )
-    answers = answer_all(source, runners, collate, store, options)
-    if answers is None:
+        baseline = make_baseline(config.baseline_model, model, processor)
+        points[0][1].insert(0, _at(baseline, config, points[0][0], 0))
+    answered: list[tuple[PointSource, Answers]] = []
+    for number, (source, runners) in enumerate(points):
+        options = LoopOptions(
+            batch_size=source.parts if config.packed else config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            shown=config.shown(source),
+            num_workers=config.workers(model.device),
+            progress=progress,
+            name="compare" if len(points) == 1 else f"{number + 1} of {len(points)}: {source.num_frames} frames",
+        )
+        answers = answer_all(source, runners, collate, store, options)
+        if answers is not None:
+            answered.append((source, answers))
+    if not answered:
         return None
-    result = make_result(config, source, runners, answers, environment(model), weights_gib)
+    whole = merge_points(plain, answered, config.vote)
+    cells = [runner.cell for _, runners in points for runner in runners]
+    result = make_result(config, plain, cells, whole, environment(model), weights_gib)
     result = replace(result, notes=(*recorded, *result.notes))
     store.finish(
         {
@@ -147,10 +199,65 @@ def run_compare(
     return result
 
 
+def _points(
+    config: CompareConfig, plain: Source, model: PreTrainedModel, siglip: SiglipSource | None, collate: Collator
+) -> list[tuple[PointSource, list[Runner]]]:
+    """What is asked, and who answers, at every number of frames."""
+    points: list[tuple[PointSource, list[Runner]]] = []
+    budget = config.budget
+    for number, (num_frames, parts) in enumerate(config.points):
+        source = at_point(plain, num_frames, parts, prefix=f"{num_frames}f/" if len(config.points) > 1 else "")
+        runners = make_runners(
+            model,
+            config.model,
+            pruners=config.pruners,
+            retention_ratios=config.retention_ratios if budget is None else (1.0,),
+            exact=config.exact is not False,
+            positions=config.positions,
+            options=config.pruner_options,
+            siglip=siglip,
+            seed=config.seed,
+        )
+        dense = runners[0].pruning
+        assert dense is not None
+        if config.match != "tokens":
+            grid = grid_of(first_batch(source, collate), dense)
+            runners = match_flops(runners, grid, config.match_to, tokens_too=config.match == "both")
+        if budget is not None:
+            grid = grid_of(first_batch(source, collate), dense)
+            budget = grid.num_groups if budget == "dense" else budget
+            runners = [_limited(runner, budget, grid) for runner in runners]
+        points.append((source, [_at(runner, config, source, number) for runner in runners]))
+    return points
+
+
+def _limited(runner: Runner, budget: int, grid: Grid) -> Runner:
+    """With at most `budget` tokens of every video; the table names the ratio of the first one."""
+    if runner.pruning is None or runner.cell.kind == "unpruned":
+        return runner
+    runner.pruning.limit_tokens(budget)
+    return replace(runner, cell=replace(runner.cell, retention_configured=min(1.0, budget / grid.num_groups)))
+
+
+def _at(runner: Runner, config: CompareConfig, source: PointSource, number: int) -> Runner:
+    """The runner at point `number`."""
+    cell = replace(runner.cell, point=number, num_frames=source.num_frames, parts=source.parts)
+    runner = replace(runner, cell=cell)
+    if runner.pruning is not None and config.chunk_frames is not None:
+        try:
+            runner.pruning.chunk_frames = config.chunk_frames
+        except ValueError as error:
+            runner = Runner(replace(cell, reason=str(error)), None)
+    if config.parts == (1,):
+        return runner
+    options = {one.key: candidates(one.question) for one in source.asked}
+    return OptionRunner(runner.cell, runner.pruning, options, config.packed)
+
+
 def make_result(
     config: CompareConfig,
     source: Source,
-    runners: Sequence[Runner],
+    cells: Sequence[Cell],
     answers: Answers,
     environment: dict[str, Any],
     weights_gib: float | None,
@@ -175,9 +282,7 @@ def make_result(
             "name": config.title,
         },
         environment=environment,
-        cells=tuple(
-            replace(runner.cell, reason=answers.failed.get(runner.cell.key, runner.cell.reason)) for runner in runners
-        ),
+        cells=tuple(replace(cell, reason=answers.failed.get(cell.key, cell.reason)) for cell in cells),
         records=make_records(source, answers, scores),
         skipped=(*missing, *answers.skipped),
         batch_ms={cell: phases.get("generate", ()) for cell, phases in answers.ms.items() if cell in answers.said},
@@ -192,18 +297,6 @@ def make_result(
         weights_gib=weights_gib,
         notes=notes_on_tasks(source.tasks),
     )
-
-
-def _first_grid(source: Source, collate: Collator, dense: Runner) -> Grid:
-    """Of the first video that can be read. ValueError when there is none."""
-    assert dense.pruning is not None
-    for place in range(len(source)):
-        batch, _ = make_batch(collate, [source[place]], source.on_error)
-        if batch is not None:
-            visual = dense.pruning.adapter.take_visual(dict(batch.inputs))
-            assert visual is not None
-            return visual.grids[0]
-    raise ValueError(f"none of the {len(source)} videos can be read")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def run_eval(
     if store.finished is not None:
         return store.finished if ranks.is_first else None
 
-    source = config.make_source(tasks)
+    source = config.make_source(tasks, config.frames[0])
     model, processor, siglip = config.load(ranks)
     assert config.pruner is not None
     runner = _runner(config, make_runners(
@@ -164,7 +164,7 @@ def _graded(
     notes: Sequence[str],
 ) -> Run:
     """The answers in `store`, graded; `own` is the block of our own in the results of the run that gave them."""
-    source, efficiency = config.make_source(tasks), own["efficiency"]
+    source, efficiency = config.make_source(tasks, config.frames[0]), own["efficiency"]
     answers = gather(source, store.notes())
     cell = Cell(
         DENSE if own["pruner"] == "none" else own["pruner"], own["retention_ratio"], kind=own["stage"],

@@ -211,27 +211,33 @@ def _results(run: Run, rows: Mapping[str, Mapping[str, Any]], name: str) -> dict
         "start_time": begin.timestamp(),
         "end_time": end.timestamp(),
         "total_evaluation_time_seconds": str((end - begin).total_seconds()),
-        "stts": {
-            "pruner": run.pruner,
-            "label": run.cell.label,
-            "retention_ratio": config.retention_ratio or 1.0,
-            "stage": run.cell.kind,
-            "positions": run.cell.positions or None,
-            "config_hash": run.config_hash,
-            "identity": dict(run.identity),
-            "settings": {key: value for key, value in config.settings().items() if key not in ("out", "overwrite")},
-            "checkpoint": str(config.model),
-            "dense_reference": None if run.reference is None else str(run.reference.folder),
-            "scoring": config.scoring,
-            "signals": dict(run.answers.signals.get(run.cell.key, {})),
-            "skipped": [dict(item) for item in run.answers.skipped],
-            "missing_video": [why for task in run.source.tasks for why in task.loaded.missing_video],
-            "bad_rows": [why for task in run.source.tasks for why in task.loaded.bad_rows],
-            "notes": [*run.recorded, *notes_on_tasks(run.source.tasks)],
-            "tasks": dict(rows),
-            "suites": suites,
-            "efficiency": _efficiency(run),
-        },
+        "stts": _own_block(run, rows, suites),
+    }
+
+
+def _own_block(run: Run, rows: Mapping[str, Mapping[str, Any]], suites: Mapping[str, float | None]) -> dict[str, Any]:
+    """What lmms-eval has no place for."""
+    config = run.config
+    return {
+        "pruner": run.pruner,
+        "label": run.cell.label,
+        "retention_ratio": config.retention_ratio or 1.0,
+        "stage": run.cell.kind,
+        "positions": run.cell.positions or None,
+        "config_hash": run.config_hash,
+        "identity": dict(run.identity),
+        "settings": {key: value for key, value in config.settings().items() if key not in ("out", "overwrite")},
+        "checkpoint": str(config.model),
+        "dense_reference": None if run.reference is None else str(run.reference.folder),
+        "scoring": config.scoring,
+        "signals": dict(run.answers.signals.get(run.cell.key, {})),
+        "skipped": [dict(item) for item in run.answers.skipped],
+        "missing_video": [why for task in run.source.tasks for why in task.loaded.missing_video],
+        "bad_rows": [why for task in run.source.tasks for why in task.loaded.bad_rows],
+        "notes": [*run.recorded, *notes_on_tasks(run.source.tasks)],
+        "tasks": dict(rows),
+        "suites": suites,
+        "efficiency": _efficiency(run),
     }
 
 

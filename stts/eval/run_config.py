@@ -45,8 +45,9 @@ class RunConfig:
     """Benchmarks (videomme, mvbench, ...) and suites (prune4, molmo2_13, ...); --data_root says where they are."""
     data_root: Path | None = None
     """Folder that holds the benchmarks' own folders (videomme/, MVBench/, ...), or the one benchmark asked for."""
-    num_frames: int | None = None
-    """Frames per video, at most; None: as many as the model's folder records of its training, else 16."""
+    num_frames: int | tuple[int, ...] | None = None
+    """Frames per video, at most, and for `stts compare` several of them, increasing; None: as many as the model's
+    folder records of its training, else 16."""
     sampler: str | None = None
     """How frames are chosen, see stts/data/video/samplers.py; None: as the model's folder records, else as each task
     does, mostly uniform_inclusive."""
@@ -92,7 +93,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        for flag in ("num_frames", "batch_size", "max_new_tokens", "limit"):
+        if isinstance(self.num_frames, Sequence):
+            several = tuple(self.num_frames)
+            object.__setattr__(self, "num_frames", several[0] if len(several) == 1 else several)
+        if not self.frames or list(self.frames) != sorted(set(self.frames)) or self.frames[0] < 1:
+            raise ValueError(f"--num_frames {list(self.frames)} must be at least 1, and several must increase")
+        for flag in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag} {value} must be at least 1")
@@ -135,6 +141,11 @@ class RunConfig:
             raise ValueError(f"--data {str(self.data)!r} is no file; {hint}")
 
     @property
+    def frames(self) -> tuple[int, ...]:
+        """Every number of frames; (16,) where it was left out and `as_recorded` has not told."""
+        return (self.num_frames or 16,) if not isinstance(self.num_frames, tuple) else self.num_frames
+
+    @property
     def title(self) -> str:
         return self.name or Path(self.model).resolve().name
 
@@ -163,11 +174,10 @@ class RunConfig:
                 raise ValueError(f"--scoring {self.scoring!r} is unknown for {task.name}; known: {', '.join(known)}")
         return tasks
 
-    def make_source(self, tasks: Sequence[Task]) -> Source:
-        assert self.num_frames is not None, "`as_recorded` comes first"
+    def make_source(self, tasks: Sequence[Task], num_frames: int) -> Source:
         return Source(
             tasks=tasks,
-            num_frames=self.num_frames,
+            num_frames=num_frames,
             sampler=self.sampler,
             max_fps=self.max_fps,
             on_error=self.on_error,
@@ -283,6 +293,8 @@ class EvalConfig(RunConfig):
         if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
             raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
         super().__post_init__()
+        if len(self.frames) > 1:
+            raise ValueError(f"--num_frames {list(self.frames)} must be one number; `stts compare` takes several")
         if self.retention_ratio is not None:
             try:
                 check_ratio(self.retention_ratio)

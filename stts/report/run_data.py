@@ -1,7 +1,7 @@
 """A run as the page reads it: rows, notes, and samples with what was kept of them.
 
-    run     kind (compare, scale), name, summary, rows, notes, cells, samples, num_samples,
-            frames {number: [picture per temporal cell]}
+    run     name, summary, rows, notes, cells, samples, num_samples, frames {number: [picture per temporal cell]},
+            points (whether rows differ in frames), budget (whether they keep equal tokens there)
     cell    key, title, kind, ratio, equal_flops_to; in the order of the table, without those that were not run
     sample  uid, task, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times,
             frames, missing (why there are no frames), kept {cell: {mask, scores}}
@@ -30,9 +30,6 @@ from stts.eval.answering.kept_tokens import KeptCells, read_kept
 from stts.eval.answering.questions import Source, open_jsonl, open_tasks
 from stts.eval.answering.run_folder import RESULT
 from stts.eval.results.result import ComparisonResult
-from stts.eval.results.scale_result import RESULT as SCALING
-from stts.eval.results.scale_result import ScaleResult
-from stts.eval.results.scale_result import title_of as scaling_title
 from stts.eval.results.table import Cell, Record, notes_on, title_of
 from stts.tokens import Grid
 
@@ -41,45 +38,26 @@ _JPEG_QUALITY = 82
 
 
 def run_data(out: Path, num_samples: int) -> dict[str, Any]:
-    """A finished comparison with its first `num_samples` samples, or a scaling run. ValueError: `out` holds neither."""
-    path, scaling = Path(out) / RESULT, Path(out) / SCALING
-    if scaling.is_file():
-        return scale_data(json.loads(scaling.read_text(encoding="utf-8")))
+    """A finished comparison with its first `num_samples` samples. ValueError: `out` holds none."""
+    path = Path(out) / RESULT
     if not path.is_file():
-        raise ValueError(f"{out} holds no {RESULT} and no {SCALING}; give the --out folder of a finished run")
+        raise ValueError(f"{out} holds no {RESULT}; give the --out folder of a finished run")
     result = ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    records = result.records[:num_samples]
+    records = () if result.has_points else result.records[:num_samples]  # a sample has one grid of frames
     kept = read_kept(out, {record.uid for record in records})
     pictures = Pictures(result.config)
     return {
-        "kind": "compare",
+        "points": result.has_points,
+        "budget": result.config.get("budget") is not None,
         "name": result.config["name"],
         "summary": f"{title_of(result)}; {result.environment['device']}, {result.environment['dtype']}",
         "rows": [asdict(row) for row in result.rows],
         "notes": notes_on(result),
-        "cells": [cell_data(cell) for cell in result.cells if cell.reason is None],
+        "cells": [cell_data(cell) for cell in result.cells if cell.reason is None and not result.has_points],
         "samples": [_sample(record, kept.get(record.uid), pictures) for record in records],
-        "num_samples": len(result.records),
+        "num_samples": 0 if result.has_points else len(result.records),
         "frames": pictures.encoded,
     }
-
-
-def scale_data(made: Mapping[str, Any]) -> dict[str, Any]:
-    """A run of `stts scale`: it has rows and notes, and no samples."""
-    result = ScaleResult.from_json(made)
-    return {
-        "kind": "scale",
-        "mode": result.config["mode"],
-        "name": result.config["name"],
-        "summary": f"{scaling_title(result)}; {result.environment['device']}, {result.environment['dtype']}",
-        "rows": [asdict(row) for row in result.rows],
-        "notes": list(result.notes),
-        **no_samples(),
-    }
-
-
-def no_samples() -> dict[str, Any]:
-    return {"cells": [], "samples": [], "num_samples": 0, "frames": []}
 
 
 def cell_data(cell: Cell) -> dict[str, Any]:
@@ -131,7 +109,7 @@ def _source(config: Mapping[str, Any]) -> Source:
     return Source(
         tasks=tasks,
         follow_links=follow_links,
-        num_frames=config["num_frames"],
+        num_frames=frames if isinstance(frames := config["num_frames"], int) else frames[0],
         sampler=config["sampler"],
         prompt=config.get("prompt", "letter"),
         wordings=config.get("wordings") or {},

@@ -20,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stts.data.collate import Collator
 from stts.data.datasets import Example
 from stts.data.rows import Message, Sample
 from stts.data.video.files import read_video
-from stts.eval.answering.method import make_runners
+from stts.eval.answering.method import Runner, make_runners
 from stts.eval.results.table import DENSE, Cell
 from stts.files import staged, write_whole
 from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
@@ -140,19 +141,9 @@ def look(
     if pruner is None and not own:
         raise ValueError(f"--model {model} was not written by `stts fit` or `stts export`, so name a --pruner")
     pruner = pruner or recorded_pruner(model, own)
-    if retention_ratio is None:
-        retention_ratio = own["retention_ratio"] if pruner == own.get("pruner") else 0.5
     vlm, processor = load_vlm(model)
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
-    dense, *others = make_runners(
-        vlm, model, pruners=(pruner,), retention_ratios=(retention_ratio,),
-        exact=own.get("exact", True), positions=positions or own.get("positions"), options={}, siglip=None, seed=0,
-    )  # fmt: skip
-    if not others:
-        raise ValueError(f"--pruner {pruner!r} keeps everything; name one that drops tokens (see `stts pruners`)")
-    [runner] = others
-    if runner.pruning is None:
-        raise ValueError(str(runner.cell.reason))
+    dense, runner = _runners(vlm, model, pruner, retention_ratio, positions)
     sample = Sample("video", (Message("user", f"<video>\n{question}"),), Path(video))
     example = Example(sample, shown.frames, shown.timestamps_s, duration_s=shown.source.duration_s)
     batch = Collator(processor, training=False)([example])
@@ -174,6 +165,25 @@ def look(
         said_dense=plain.prediction.strip(),
         retention=answer.retention,
     )
+
+
+def _runners(
+    vlm: PreTrainedModel, path: str | Path, pruner: str, ratio: float | None, positions: Positions | None
+) -> tuple[Runner, Runner]:
+    """Dense, and the pruner. ValueError for one that drops nothing or cannot be run."""
+    own = pruner_settings(path) or {}
+    if ratio is None:
+        ratio = own["retention_ratio"] if pruner == own.get("pruner") else 0.5
+    dense, *others = make_runners(
+        vlm, path, pruners=(pruner,), retention_ratios=(ratio,),
+        exact=own.get("exact", True), positions=positions or own.get("positions"), options={}, siglip=None, seed=0,
+    )  # fmt: skip
+    if not others:
+        raise ValueError(f"--pruner {pruner!r} keeps everything; name one that drops tokens (see `stts pruners`)")
+    [runner] = others
+    if runner.pruning is None:
+        raise ValueError(str(runner.cell.reason))
+    return dense, runner
 
 
 def darken(frame_HWC: NDArray[np.uint8], mask_hw: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -242,7 +252,8 @@ def draw_page(view: View) -> str:
     }  # fmt: skip
     title = f"{view.cell.title} {view.cell.retention_configured:g}"
     run = {
-        "kind": "compare", "name": title, "summary": _counts(view), "rows": [], "notes": [], "num_samples": 1,
+        "points": False, "budget": False, "name": title,
+        "summary": _counts(view), "rows": [], "notes": [], "num_samples": 1,
         "samples": [sample],
         "cells": [cell_data(Cell(DENSE)), cell_data(view.cell)], "frames": [encode_frames(view.frames_THWC)],
     }  # fmt: skip

@@ -109,9 +109,10 @@ def test_scale(folder: Path, clips: Path, tmp_path: Path) -> None:
     )
     result = run_scale(config, progress=False)
     assert result is not None
-    assert {name: result.config[name] for name in FRAMES | SAME} == FRAMES | SAME
-    assert sorted({row.num_frames for row in result.rows}) == [5, 10]
-    assert any(note.startswith("As the folder of the model records") for note in result.notes)
+    expected = FRAMES | SAME | {"num_frames": [5, 10]}
+    assert {name: result.config[name] for name in expected} == expected
+    assert {cell.positions for cell in result.cells if cell.kind != "unpruned"} == {"original"}
+    assert any(note.startswith("As the folder of the model records: sampler interior") for note in result.notes)
 
 
 def test_visualize(folder: Path, clips: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stts.report.page import render_page, write_report
-from stts.report.run_data import run_data, scale_data
+from stts.report.run_data import run_data
 from tests.report.browser import Page, find_browser
 
 pytestmark = pytest.mark.skipif(
@@ -208,20 +208,21 @@ def full(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     run["rows"].append(equal)
     rows = [
         {
-            "num_frames": frames, "num_looks": 1, "method": method, "kind": kind, "retention_configured": ratio,
+            "num_frames": frames, "parts": 1, "method": method, "kind": kind, "retention_configured": ratio,
             "reason": None, "accuracy": 0.5 + 0.001 * frames, "accuracy_low": 0.4, "accuracy_high": 0.7,
-            "num_samples": 30, "num_videos": 10, "difference": None, "llm_tokens": 16 * frames * ratio,
-            "tflops": 1e-5 * frames, "tflops_vit": 1e-5, "seconds": None if method == "dense" else 0.1 * frames,
+            "num_samples": 30, "num_videos": 10, "difference": None, "tokens": 16 * frames * ratio,
+            "flops": {"exact": {"total": 1e7 * frames, "share": frames / 16}},
+            "ms_per_sample": None if method == "dense" else 100 * frames,
         }
         for frames in (16, 32, 64)
         for method, kind, ratio in (("dense", "unpruned", 1.0), ("novelty", "before the LLM", 0.5))
     ]  # fmt: skip
-    made = {
-        "config": {"name": "long", "mode": "frames"}, "environment": {"device": "CPU", "dtype": "float32"},
-        "rows": rows, "notes": ["a note"],
+    points = {
+        "name": "long", "summary": "long", "points": True, "budget": False, "rows": rows, "notes": ["a note"],
+        "cells": [], "samples": [], "num_samples": 0, "frames": [],
     }  # fmt: skip
     path = tmp_path_factory.mktemp("full") / "report.html"
-    path.write_text(render_page("full", [run, scale_data(made)]), encoding="utf-8")
+    path.write_text(render_page("full", [run, points]), encoding="utf-8")
     with Page(path) as page:
         yield page
         assert page.errors == []
@@ -264,7 +265,7 @@ def test_bars_show_where_the_time_goes(full: Page) -> None:
     assert full.js("document.querySelector('#bars .stack').getAttribute('aria-label')") == "ViT 8.0 ms, prefill 10.0 ms"
 
 
-def test_a_scaling_run_has_curves_along_frames_and_no_samples(full: Page) -> None:
+def test_several_numbers_of_frames_have_curves_along_them_and_no_samples(full: Page) -> None:
     select(full, "run", "1")
     assert full.js("$('samples').hidden && $('times').hidden && $('choices').hidden") is True
     assert texts(full, "#table tbody th") == ["dense", "novelty"] * 3

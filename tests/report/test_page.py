@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from stts.cli import main as stts
+from stts.eval.answering.cell import Cell
 from stts.eval.answering.kept_tokens import read_kept
 from stts.eval.benchmarks.tomato import KINDS
 from stts.eval.results.result import ComparisonResult
-from stts.eval.results.scale_result import ScaleResult, ScaleRow
 from stts.report.page import render_page
 from stts.report.run_data import Pictures, first_of_cells, kept_data, ranks, run_data
 from stts.tokens import Grid
@@ -152,23 +152,21 @@ def test_every_label_and_region_points_at_something(compared: Path) -> None:
 
 def test_text_from_models_and_data_cannot_leave_its_place() -> None:
     evil = "</script><script>alert(1)</script><!--@@DATA@@"
-    run = {"kind": "compare", "name": evil, "rows": [], "samples": []}
+    run = {"name": evil, "rows": [], "samples": []}
     page = render_page(evil, [run])
     assert data_in(page)["runs"] == [run]
     assert page.count("<script") == 2 and "alert(1)</script>" not in page.replace("&lt;/script&gt;", "")
 
 
-def test_a_scaling_run_reports_beside_a_comparison(compared: Path, tmp_path: Path) -> None:
-    refused = ScaleRow(16, 1, "fastv", "inside the LLM", 0.1, reason="too low for layer 2")
-    row = ScaleRow(16, 1, "dense", "unpruned", 1.0, num_samples=30, num_videos=10, accuracy=0.5)
-    config = {"name": "long", "mode": "budget"}
-    made = ScaleResult(config, {"device": "CPU", "dtype": "float32"}, (refused, row), ("a note",)).to_json()
-    (tmp_path / "scaling.json").write_text(json.dumps(made))
+def test_several_numbers_of_frames_report_beside_one(compared: Path, tmp_path: Path) -> None:
+    cells = [Cell("dense", num_frames=4), Cell("dense", point=1, num_frames=8)]
+    made = result_with(cells, config={"num_frames": [4, 8], "name": "long", "budget": 9, "data": "gone"}).to_json()
+    (tmp_path / "comparison.json").write_text(json.dumps(made))
     assert stts(["report", str(compared), str(tmp_path), "--out", str(tmp_path / "r.html"), "--samples", "1"]) == 0
     first, second = data_in((tmp_path / "r.html").read_text())["runs"]
-    assert (first["kind"], second["kind"], second["mode"]) == ("compare", "scale", "budget")
-    assert second["rows"] == list(made["rows"]) and second["samples"] == [] and second["notes"] == ["a note"]
-    assert second["summary"].startswith("long: 30 questions on 10 videos, mode budget; CPU")
+    assert (first["points"], second["points"], second["budget"]) == (False, True, True)
+    assert [row["num_frames"] for row in second["rows"]] == [4, 8] and second["samples"] == second["cells"] == []
+    assert second["summary"].startswith("long: 12 questions on 4 videos, 4, 8 frames")
 
 
 def test_several_comparisons_share_a_page_and_a_folder_without_one_is_refused(

@@ -1,15 +1,15 @@
 // Plots of a report: accuracy over tokens, FLOPs and time, with what belongs to each point.
 
 const PANELS = {
-  compare: [
+  ratios: [
     { title: "tokens per frame (mean over LLM layers)", value: (row) => row.kept_per_frame, beside: true },
     { title: "FLOPs per video (% of dense)", value: (row) => row.flops_share && 100 * row.flops_share },
     { title: "ms per sample", value: (row) => row.ms_per_sample },
   ],
-  scale: [
-    { title: "visual tokens at the LLM", value: (row) => row.llm_tokens, beside: true },
-    { title: "FLOPs per question", value: (row) => row.tflops && 1e12 * row.tflops, units: true },
-    { title: "seconds per question", value: (row) => row.seconds },
+  points: [
+    { title: "visual tokens at the LLM", value: (row) => row.tokens, beside: true },
+    { title: "FLOPs per question", value: (row) => row.flops_total, units: true },
+    { title: "ms per sample", value: (row) => row.ms_per_sample },
   ],
 };
 // Ends of an interval, for places on an axis; a single video has none and gives the point itself.
@@ -45,7 +45,7 @@ function legend() {
 
 function panels() {
   const rows = shownRows().filter((row) => row.accuracy !== null && !hidden.has(row.method));
-  $("panels").replaceChildren(...PANELS[run.kind].map((panel) => draw(panel, rows.filter((row) => panel.value(row) !== null))));
+  $("panels").replaceChildren(...PANELS[run.points ? "points" : "ratios"].map((panel) => draw(panel, rows.filter((row) => panel.value(row) !== null))));
 }
 
 function steps(low, high, count) {
@@ -111,12 +111,12 @@ function draw(panel, rows) {
   return holder;
 }
 
-// A line joins what differs in budget: ratios of a method or, in a scaling run, frames of a method at one ratio.
+// A line joins what differs in budget: ratios of a method or, where rows differ in frames, frames of a method at one ratio.
 function curves(rows, panel) {
   const found = new Map();
   for (const row of [...rows].sort((a, b) => panel.value(a) - panel.value(b))) {
-    if (run.kind === "compare" && (row.kind === "unpruned" || row.equal_flops_to)) continue;
-    const name = run.kind === "compare" || run.mode === "budget" ? row.method : label(row);
+    if (!run.points && (row.kind === "unpruned" || row.equal_flops_to)) continue;
+    const name = !run.points || run.budget ? row.method : label(row);
     found.set(name, [...(found.get(name) ?? []), row]);
   }
   return found;
@@ -135,9 +135,9 @@ function front(rows, panel, at) {
 function point(row, [x, y], panel, Y, crowd) {
   const text = [
     (row.kind === "unpruned" ? row.method : `${row.method}, kept ${short(row.retention_configured)}`)
-      + (row.num_frames ? `, ${row.num_frames} frames` : "") + (row.equal_flops_to ? `\nat the FLOPs of ${row.equal_flops_to}` : ""),
+      + (run.points ? `, ${row.num_frames} frames` : "") + (row.equal_flops_to ? `\nat the FLOPs of ${row.equal_flops_to}` : ""),
     `accuracy ${percent(row.accuracy)} % ${range(row.accuracy_low, row.accuracy_high, percent)}`,
-    ...(row.difference === null ? [] : [`vs ${run.kind === "scale" ? "first " : ""}dense ${signed(row.difference)} ${range(row.difference_low, row.difference_high, signed)}`]),
+    ...(row.difference === null ? [] : [`vs ${run.points ? "first " : ""}dense ${signed(row.difference)} ${range(row.difference_low, row.difference_high, signed)}`]),
     `${panel.title}: ${(panel.units ? scaled : short)(panel.value(row))}`,
   ].join("\n");
   const bar = panel.beside ? [svg("line", { class: "bar", opacity: Math.min(0.55, 4 / (crowd || 1)),  // many bars fade

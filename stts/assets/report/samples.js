@@ -178,7 +178,7 @@ $("next").addEventListener("click", () => choose(found.indexOf(chosen) + 1));
 $("frame").addEventListener("input", redraw);
 $("heat").addEventListener("change", redraw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-$("run").append(...runs.map((one, place) => el("option", { value: place }, one.kind === "scale" ? `${one.name}, scaling` : one.name)));
+$("run").append(...runs.map((one, place) => el("option", { value: place }, one.points ? `${one.name}, by frames` : one.name)));
 $("run").addEventListener("change", () => show(Number($("run").value)));
 $("run-choice").hidden = runs.length < 2;
 $("frame").value = "0";

@@ -6,11 +6,15 @@ const METHOD = { name: "method", value: (row) => row.method, words: true };
 const KEPT = { name: "kept", value: (row) => row.retention_configured, write: short };
 const ACCURACY = { name: "accuracy %", value: (row) => row.accuracy,
   cell: (row) => interval(row.accuracy, row.accuracy_low, row.accuracy_high, percent) };
-const difference = (name) => ({ name, value: (row) => row.difference,
-  cell: (row) => interval(row.difference, row.difference_low, row.difference_high, signed) });
+const difference = { get name() { return run.points ? "vs first dense" : "vs dense"; }, value: (row) => row.difference,
+  cell: (row) => interval(row.difference, row.difference_low, row.difference_high, signed) };
 const WHERE = { name: "drops tokens", value: (row) => (row.kind === "unpruned" ? "nowhere" : row.kind), words: true };
-const COLUMNS = {
-  compare: [METHOD, KEPT, ACCURACY, difference("vs dense"),
+// Where rows differ in frames or parts.
+const FRAMES = { name: "frames", value: (row) => (run.points ? row.num_frames : null), optional: true,
+  cell: (row) => [row.parts > 1 ? `${row.parts} x ${row.num_frames / row.parts}` : String(row.num_frames)] };
+const TOKENS = { name: "tokens", value: (row) => (run.points ? row.tokens : null), write: (value) => value.toFixed(0),
+  hint: "visual tokens at the LLM", optional: true };
+const COLUMNS = [METHOD, FRAMES, KEPT, ACCURACY, difference, TOKENS,
     { name: "measured", value: (row) => row.retention_measured, write: (value) => value.toFixed(3) },
     { name: "tokens/frame", value: (row) => row.kept_per_frame, write: short },
     { name: "FLOPs", value: (row) => row.flops_total, write: scaled },
@@ -23,16 +27,8 @@ const COLUMNS = {
     { name: "p", value: (row) => row.p_value, write: (value) => (value < 0.001 ? "<0.001" : value.toFixed(3)),
       hint: "exact McNemar test against dense, same questions", optional: true },
     { name: "unparsed", value: (row) => row.num_unparsed || null, hint: "answers without an option: counted as wrong", optional: true },
-    WHERE],
-  scale: [METHOD, { name: "frames", value: (row) => row.num_frames,
-      cell: (row) => [row.num_looks > 1 ? `${row.num_looks} x ${row.num_frames / row.num_looks}` : String(row.num_frames)] },
-    KEPT, ACCURACY, difference("vs first dense"),
-    { name: "tokens", value: (row) => row.llm_tokens, write: (value) => value.toFixed(0), hint: "visual tokens at the LLM" },
-    { name: "FLOPs", value: (row) => row.tflops, write: (value) => scaled(1e12 * value) },
-    { name: "of that ViT", value: (row) => row.tflops_vit, write: (value) => scaled(1e12 * value) },
-    { name: "s/question", value: (row) => row.seconds, write: short }, WHERE],
-};
-const shownColumns = (rows) => COLUMNS[run.kind].filter(
+    WHERE];
+const shownColumns = (rows) => COLUMNS.filter(
   (column) => !column.optional || rows.some((row) => (column.value(row) ?? null) !== null));
 
 // What the table and the plots show: all questions, those of one task or those of one family; FLOPs by one formula.
@@ -110,7 +106,7 @@ const phase = (row, name) => row.time_ms?.[name] ?? (name === "generate" && !row
 
 function times() {
   const total = (row) => Object.keys(PHASES).reduce((sum, name) => sum + phase(row, name), 0);
-  const rows = run.kind === "compare" ? run.rows.filter((row) => row.reason === null && total(row)) : [];
+  const rows = run.rows.filter((row) => row.reason === null && total(row));
   const present = Object.keys(PHASES).filter((name) => rows.some((row) => phase(row, name)));
   $("times").hidden = present.length < 2;
   if (present.length < 2) return;

@@ -27,6 +27,11 @@ class Cell:
     equal_flops_to: str = ""
     """Title of the cell whose FLOPs this ratio was solved for; "": the ratio is the user's."""
 
+    point: int = 0
+    """Place among the run's numbers of frames."""
+    num_frames: int | None = None
+    parts: int = 1
+    """Interleaved parts in which the frames were shown."""
     positions: Positions | Literal[""] = ""
     """Of surviving tokens in the LLM; "": nothing was dropped, or not noted."""
 
@@ -36,8 +41,8 @@ class Cell:
 
     @property
     def key(self) -> str:
+        further = f" at {self.num_frames} frames" if self.point else ""  # files of one point have plain keys
         if self.method in (DENSE, BEFORE):
-            return self.method
-        return f"{self.method}@{self.retention_configured:g}" + (
-            f"={self.equal_flops_to}" if self.equal_flops_to else ""
-        )
+            return self.method + further
+        equal = f"={self.equal_flops_to}" if self.equal_flops_to else ""
+        return f"{self.method}@{self.retention_configured:g}{equal}{further}"

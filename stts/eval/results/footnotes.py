@@ -17,7 +17,8 @@ def title_of(result: ComparisonResult) -> str:
     first = next(row for row in result.rows if row.method == DENSE)
     config = result.config
     return (
-        f"{config['name']}: {first.num_samples} questions on {first.num_videos} videos, {config['num_frames']} frames "
+        f"{config['name']}: {first.num_samples} questions on {first.num_videos} videos, "
+        f"{', '.join(map(str, result.frames))} frames "
         f"({config['sampler']})"
     )
 
@@ -29,6 +30,7 @@ def notes_on(result: ComparisonResult) -> list[str]:
     notes = [
         f"Positions of surviving tokens: {_positions(result)}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
+        *_notes_on_points(result),
         *_notes_on_videos(result),
         "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "
         "embedding and connector.",
@@ -60,6 +62,29 @@ def _notes_on_videos(result: ComparisonResult) -> list[str]:
     """Where the videos are too few for an interval or a small p-value."""
     counts = dict.fromkeys(task["num_videos"] for row in result.rows for task in row.tasks.values())
     return [note for note in map(note_on_videos, counts) if note]
+
+
+def _notes_on_points(result: ComparisonResult) -> list[str]:
+    config, notes = result.config, []
+    if len(result.frames) > 1:
+        notes.append(
+            f"vs first dense, of dense: with dense at {result.frames[0]} frames on the same questions. tokens: visual "
+            "tokens at the first layer of the LLM; equal tokens are not equal FLOPs, the tower sees every frame."
+        )
+    if config.get("budget") is not None:
+        notes.append("With --budget, kept is the ratio of the first video; every video has its own.")
+    if any(cell.parts > 1 for cell in result.cells):
+        row = "one packed row" if config["packed"] else "a pass each"
+        notes.append(
+            f"Frames as 4 x 16: 4 interleaved parts of 16, {row}; their options are scored and put together by "
+            f"{config['vote']}; costs, tokens and times are sums over the parts."
+        )
+    if config.get("chunk_frames"):
+        notes.append(
+            f"The tower ran on {config['chunk_frames']} frames at a time; the blocks before the choice of a learned "
+            "pruner ran twice, which the FLOPs leave out."
+        )
+    return notes
 
 
 def _positions(result: ComparisonResult) -> str:

@@ -1,5 +1,7 @@
 """Accuracy over what was kept, and over what it cost: one curve per method, dense as a dashed line and band.
 
+With several numbers of frames: over tokens, FLOPs and time, a curve along the frames per method and ratio.
+
 Colours say where a method drops tokens, markers which method it is. Error bars fade as methods multiply, and stand in
 the left panel only: the accuracies on the right are the same.
 """
@@ -8,8 +10,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Kind, Row
@@ -44,10 +46,13 @@ class Curve:
     colour: tuple[float, float, float, float]
     line: str
     marker: str
+    label: str = ""
 
 
 def draw(result: ComparisonResult) -> bytes:
     """The figure as PNG bytes. Error bars are 95 % intervals."""
+    if result.has_points:
+        return _draw_points(result)
     rows = [row for row in result.rows if row.accuracy is not None]
     drawn = curves(rows)
     figure = Figure(figsize=(12.5, 5.6), dpi=160, layout="constrained")
@@ -74,12 +79,80 @@ def draw(result: ComparisonResult) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(figure, left, drawn)
-    first = next(row for row in rows if row.method == DENSE)
-    title = f"{result.config['name']}: {first.num_samples} questions on {first.num_videos} videos"
-    figure.suptitle(f"{title}; bars (left) and band are 95 % intervals", fontsize=12)
+    return _finished(figure, result, "bars (left) and band are 95 % intervals")
+
+
+def _finished(figure: Figure, result: ComparisonResult, legend: str) -> bytes:
+    first = next((row for row in result.rows if row.accuracy is not None), None)
+    asked = "" if first is None else f": {first.num_samples} questions on {first.num_videos} videos"
+    figure.suptitle(f"{result.config['name']}{asked}; {legend}", fontsize=12)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def _draw_points(result: ComparisonResult) -> bytes:
+    rows = [row for row in result.rows if row.accuracy is not None]
+    figure = Figure(figsize=(15, 5.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (label, value) in zip(panels, _COSTS, strict=True):
+        for curve in _along_frames(rows, by_ratio=result.config.get("budget") is None):
+            shown = [row for row in curve.points if value(row)]
+            if not shown:
+                continue
+            x = [value(row) for row in shown]
+            if axes is panels[0]:
+                _bars(axes, x, replace(curve, points=tuple(shown)), 0.35)
+            _line(axes, x, replace(curve, points=tuple(shown)), curve.label)
+            for row, across in zip(shown, x, strict=True):
+                axes.annotate(
+                    str(row.num_frames), (across, 100 * (row.accuracy or 0)), xytext=(0, 5), fontsize=7, ha="center",
+                    textcoords="offset points", color=curve.colour,
+                )  # fmt: skip
+        axes.set_xlabel(f"{label} (log scale)")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    return _finished(figure, result, "numbers at points are frames, bars (left) 95 % intervals")
+
+
+def _all_ms(row: Row) -> float:
+    """From the file to the answer; 0 where nothing was timed."""
+    reading = row.time_ms.get("video", 0.0) + row.time_ms.get("preprocess", 0.0)
+    return 0.0 if row.ms_per_sample is None else row.ms_per_sample + reading
+
+
+_COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
+    ("visual tokens at the LLM", lambda row: row.tokens or 0.0),
+    ("TFLOPs of ViT, pruner, connector and LLM", lambda row: row.flops["exact"]["total"] / 1e12),
+    ("ms per question, decoding to answer", _all_ms),
+)
+
+
+def _along_frames(rows: Sequence[Row], *, by_ratio: bool) -> list[Curve]:
+    """Dense, then every method, at each of its ratios unless they follow from a budget; lighter as ratios fall."""
+    unpruned = dict.fromkeys(row.method for row in rows if row.kind == "unpruned")
+    found = [
+        Curve(tuple(row for row in rows if row.method == method), (0.3, 0.3, 0.3, 1.0), "--", "o", method)
+        for method in unpruned
+    ]
+    for curve in curves(rows):
+        ratios = sorted({row.retention_configured for row in curve.points}, reverse=True) if by_ratio else [None]
+        for number, ratio in enumerate(ratios):
+            points = [row for row in curve.points if ratio is None or row.retention_configured == ratio]
+            points.sort(key=lambda row: row.num_frames or 0)
+            colour = (*curve.colour[:3], 1 - 0.6 * number / len(ratios))
+            label = points[0].method + ("" if ratio is None else f" {ratio:g}")
+            found.append(replace(curve, points=tuple(points), colour=colour, label=label))
+    return found
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
@@ -116,11 +189,11 @@ def _bars(axes: Axes, x: list[float], curve: Curve, fade: float) -> None:
     axes.errorbar(x, middle, (middle - low, high - middle), fmt="none", ecolor=colour, elinewidth=1, zorder=2)
 
 
-def _line(axes: Axes, x: list[float], curve: Curve) -> None:
+def _line(axes: Axes, x: list[float], curve: Curve, label: str = "") -> None:
     axes.plot(
-        x, [100 * (row.accuracy or 0) for row in curve.points], label=curve.points[0].method, color=curve.colour,
-        marker=curve.marker, linestyle=curve.line, markersize=7, markeredgecolor="white", markeredgewidth=0.6,
-        linewidth=1.6, zorder=3,
+        x, [100 * (row.accuracy or 0) for row in curve.points], label=label or curve.points[0].method,
+        color=curve.colour, marker=curve.marker, linestyle=curve.line, markersize=7,
+        markeredgecolor="white", markeredgewidth=0.6, linewidth=1.6, zorder=3,
     )  # fmt: skip
 
 

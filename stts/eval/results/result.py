@@ -51,6 +51,17 @@ class ComparisonResult:
         )
 
     @property
+    def frames(self) -> list[int]:
+        """The numbers of frames that were compared."""
+        given: int | list[int] = self.config["num_frames"]
+        return list(given) if isinstance(given, list | tuple) else [given]
+
+    @property
+    def has_points(self) -> bool:
+        """Whether rows differ in their frames or parts."""
+        return len(self.frames) > 1 or any(cell.parts > 1 for cell in self.cells)
+
+    @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(record.task for record in self.records))
 

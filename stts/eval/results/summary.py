@@ -31,6 +31,12 @@ class Row:
     kind: Kind
     retention_configured: float
     reason: str | None = None
+    num_frames: int | None = None
+    """Frames of a video at most; None in files that do not tell."""
+    parts: int = 1
+    """Parts in which they were shown; counts, FLOPs and times are sums over them."""
+    tokens: float | None = None
+    """Visual tokens of a video at the first layer of the LLM."""
     retention_measured: float | None = None
     """Equivalent retention, mean over samples."""
     retention_p5: float | None = None
@@ -46,7 +52,7 @@ class Row:
     accuracy_low: float | None = None
     accuracy_high: float | None = None
     difference: float | None = None
-    """To dense on the same samples; None for dense itself."""
+    """To dense on the same samples, at the first number of frames; None for that one itself."""
     difference_low: float | None = None
     difference_high: float | None = None
     ms_per_sample: float | None = None
@@ -93,7 +99,10 @@ def make_row(
 ) -> Row:
     """`records` hold the outcomes of this cell, and those of dense to compare with where there are any."""
     if cell.reason is not None:
-        return Row(cell.title, cell.kind, cell.retention_configured, cell.reason, equal_flops_to=cell.equal_flops_to)
+        return Row(
+            cell.title, cell.kind, cell.retention_configured, cell.reason, cell.num_frames, cell.parts,
+            equal_flops_to=cell.equal_flops_to,
+        )  # fmt: skip
     outcomes = [record.outcomes[cell.key] for record in records]
     dense = [record.outcomes[DENSE] for record in records if DENSE in record.outcomes]
     tasks = _tasks(cell, records, scores or {}, dense_scores or {})
@@ -101,7 +110,6 @@ def make_row(
     paired = [task for task in tasks.values() if task["difference"] is not None]
     change = _mean_estimate([_estimate(task, "difference") for task in paired]) if paired else None
     headlines = {name: task["headline"] for name, task in tasks.items()}
-    mean, retained, retained_by_task = _retained(tasks)
     low, high = np.percentile([outcome.retention for outcome in outcomes], [5, 95]).tolist()
     pairs = [
         (record.outcomes[cell.key].correct, record.outcomes[DENSE].correct, f"{record.task}/{record.video}")
@@ -112,6 +120,9 @@ def make_row(
         method=cell.title,
         kind=cell.kind,
         retention_configured=cell.retention_configured,
+        num_frames=cell.num_frames,
+        parts=cell.parts,
+        tokens=_mean(outcome.num_kept for outcome in outcomes),
         retention_measured=_mean(outcome.retention for outcome in outcomes),
         retention_p5=low,
         retention_p95=high,
@@ -120,20 +131,14 @@ def make_row(
         num_samples=len(records),
         num_videos=sum(task["num_videos"] for task in tasks.values()),
         num_unparsed=sum(outcome.parsed is None for outcome in outcomes),
-        accuracy=share.value,
-        accuracy_low=share.low,
-        accuracy_high=share.high,
-        difference=change.value if change else None,
-        difference_low=change.low if change else None,
-        difference_high=change.high if change else None,
+        **_ends("accuracy", share),
+        **_ends("difference", change),
         ms_per_sample=statistics.median(batch_ms) if batch_ms else None,
         num_timed_batches=len(batch_ms),
         signals=signals or {},
         families=_families(cell.key, records),
         equal_flops_to=cell.equal_flops_to,
-        mean=mean,
-        retained=retained,
-        retained_by_task=retained_by_task,
+        **_retained(tasks),
         p_value=mcnemar(*zip(*pairs, strict=True)) if change else None,
         tasks=tasks,
         suites={name: suite_score(name, headlines) for name, names in SUITES.items() if set(names) <= set(tasks)},
@@ -141,6 +146,13 @@ def make_row(
         time_ms={name: statistics.median(values) for name, values in (phase_ms or {}).items() if values},
         peak_gib=peak_gib,
     )
+
+
+def _ends(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """Value and interval as a row names them; nothing without an estimate."""
+    if estimate is None:
+        return {}
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -177,7 +189,7 @@ def _tasks(
             whole = dense_scores[task].headline if task in dense_scores else sum(dense) / len(dense)
             made["headline_dense"] = whole
             made["retained"] = headline / whole if headline is not None and whole else None
-            if cell.method != DENSE:
+            if cell.key != DENSE:
                 change = paired_difference(right, dense, videos)
                 made |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high}
                 made["p_value"] = mcnemar(right, dense, videos)
@@ -205,15 +217,15 @@ def _mean_estimate(tasks: Sequence[Estimate]) -> Estimate:
     return Estimate(value, value - below, value + above, *counts)
 
 
-def _retained(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float | None, float | None]:
-    """Mean headline, mean / mean of dense, and mean of headline / dense."""
+def _retained(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean headline, mean / mean of dense, and mean of headline / dense, as far as they can be stated."""
     headlines, dense = ([task[name] for task in tasks.values()] for name in ("headline", "headline_dense"))
     if not headlines or None in headlines:
-        return None, None, None
+        return {}
     mean, shares = _mean(headlines), [task["retained"] for task in tasks.values()]
     if None in shares:
-        return mean, None, None
-    return mean, mean / _mean(dense), _mean(shares)
+        return {"mean": mean}
+    return {"mean": mean, "retained": mean / _mean(dense), "retained_by_task": _mean(shares)}
 
 
 def _flops(outcomes: Sequence[Graded], dense: Sequence[Graded]) -> dict[str, dict[str, float]]:

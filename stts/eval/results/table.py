@@ -29,7 +29,9 @@ def render_text(result: ComparisonResult) -> str:
     lines = aligned(head, body)
     rule = "-" * max(map(len, lines))
     shown = [title_of(result), "", lines[0], rule]
-    budgets = [row.equal_flops_to or row.retention_configured for row in result.rows]
+    budgets = [
+        row.num_frames if result.has_points else row.equal_flops_to or row.retention_configured for row in result.rows
+    ]
     blocks = [list(block) for _, block in groupby(zip(budgets, lines[1:], strict=True), key=lambda pair: pair[0])]
     for place, block in enumerate(blocks):
         shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
@@ -97,15 +99,16 @@ def _cells_of(result: ComparisonResult) -> Lines:
     shown = [
         task for task in tasks if several or (task in known and known[task].headline != known[task].metrics["acc"])
     ]
-    head = ["method", "kept", *(["equal"] if matched else []), "measured", "tokens/frame"]
+    head = [*_head_of(result, "method"), *(["equal"] if matched else []), "measured", "tokens/frame"]
+    head += ["tokens"] if result.has_points else []
     head += [f"{task} %" for task in shown] + (
         [*(f"{suite} %" for suite in suites), "mean %", "retained"] if several else []
     )
-    head += ["accuracy %", "vs dense"]
+    head += ["accuracy %", "vs first dense" if result.has_points else "vs dense"]
     head += [f"{unit}FLOPs: ViT", "LLM", "pruner", "total", "of dense", "ms/sample"]
     body = []
     for row in result.rows:
-        line = [row.method, f"{row.retention_configured:.4g}"]
+        line = _name_of(result, row)
         if matched:
             line.append(f"FLOPs, {row.equal_flops_to}" if row.equal_flops_to else "tokens")
         if row.reason is not None:
@@ -113,6 +116,7 @@ def _cells_of(result: ComparisonResult) -> Lines:
             continue
         flops = row.flops["exact"]
         line += [f"{row.retention_measured:.3f}", f"{row.kept_per_frame:.3g}"]
+        line += [f"{row.tokens:.0f}"] if result.has_points else []
         line += [_percent(row.tasks[task]["headline"] if task in row.tasks else None) for task in shown]
         if several:
             line += [*(_percent(row.suites.get(suite)) for suite in suites), _percent(row.mean), _percent(row.retained)]
@@ -124,16 +128,26 @@ def _cells_of(result: ComparisonResult) -> Lines:
     return head, body
 
 
+def _head_of(result: ComparisonResult, method: str) -> list[str]:
+    return [method, *(["frames"] if result.has_points else []), "kept"]
+
+
+def _name_of(result: ComparisonResult, row: Row) -> list[str]:
+    """What tells a row from the others."""
+    frames = f"{row.parts} x {(row.num_frames or 0) // row.parts}" if row.parts > 1 else str(row.num_frames)
+    return [row.method, *([frames] if result.has_points else []), f"{row.retention_configured:.4g}"]
+
+
 def _times_of(result: ComparisonResult) -> Lines | None:
     """None where no phase was timed and no memory measured."""
     phases = [phase for phase in PHASES if any(phase in row.time_ms for row in result.rows)]
     measured = any(row.peak_gib is not None for row in result.rows)
     if not phases and not measured:
         return None
-    head = ["ms/sample", "kept", *phases, *(["peak GiB", "without weights"] if measured else [])]
+    head = [*_head_of(result, "ms/sample"), *phases, *(["peak GiB", "without weights"] if measured else [])]
     body = []
     for row in result.rows:
-        line = [row.method, f"{row.retention_configured:.4g}"]
+        line = _name_of(result, row)
         line += [f"{row.time_ms[phase]:.1f}" if phase in row.time_ms else "-" for phase in phases]
         if measured:
             own = None if row.peak_gib is None or result.weights_gib is None else row.peak_gib - result.weights_gib
@@ -145,11 +159,11 @@ def _times_of(result: ComparisonResult) -> Lines | None:
 def _flops_of(result: ComparisonResult) -> Lines:
     size, unit = _unit(result)
     formulas = list(dict.fromkeys(formula for row in result.rows for formula in row.flops))
-    head = ["method", "kept", f"ViT ({unit}, exact)", "patches", "connector", "pruner"]
+    head = [*_head_of(result, "method"), f"ViT ({unit}, exact)", "patches", "connector", "pruner"]
     head += [text for formula in formulas for text in (f"LLM `{formula}`", f"total `{formula}`", "of dense")]
     body = []
     for row in result.rows:
-        line = [row.method, f"{row.retention_configured:.4g}"]
+        line = _name_of(result, row)
         if not row.flops:
             body.append(line + ["-"] * (len(head) - len(line)))
             continue
