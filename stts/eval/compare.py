@@ -184,9 +184,9 @@ def run_compare(
             answered.append((source, answers))
     if not answered:
         return None
-    whole = merge_points(plain, answered, config.vote)
+    merged = merge_points(plain, answered, config.vote)
     cells = [runner.cell for _, runners in points for runner in runners]
-    result = make_result(config, plain, cells, whole, environment(model), weights_gib)
+    result = make_result(config, plain, cells, merged, environment(model), weights_gib)
     result = replace(result, notes=(*recorded, *result.notes))
     store.finish(
         {
@@ -287,7 +287,7 @@ def make_result(
         skipped=(*missing, *answers.skipped),
         batch_ms={cell: phases.get("generate", ()) for cell, phases in answers.ms.items() if cell in answers.said},
         signals=answers.signals,
-        scores={cell: {task: TaskScore.of(found) for task, found in tasks.items()} for cell, tasks in scores.items()},
+        scores={cell: {task: TaskScore.of(one) for task, one in tasks.items()} for cell, tasks in scores.items()},
         phase_ms={
             cell: {phase: values for phase, values in phases.items() if phase != "generate"}
             for cell, phases in answers.ms.items()

@@ -186,8 +186,8 @@ def _graded(
     )
 
 
-def _runner(config: EvalConfig, made: Sequence[Runner]) -> Runner:
-    runner = made[0] if config.pruner == "none" else made[-1]
+def _runner(config: EvalConfig, runners: Sequence[Runner]) -> Runner:
+    runner = runners[0] if config.pruner == "none" else runners[-1]
     if runner.pruning is None:
         raise ValueError(f"--pruner {config.pruner} --retention_ratio {config.retention_ratio}: {runner.cell.reason}")
     assert (runner.cell.method == DENSE) == (config.pruner == "none")

@@ -74,7 +74,7 @@ class STTS(lmms):
             for places in kinds.values()
             for start in range(0, len(places), self.batch_size)
         ]
-        found: dict[int, GenerationResult] = {}
+        results: dict[int, GenerationResult] = {}
         retained: list[float] = []
         elapsed_s, num_tokens = 0.0, 0
         with tqdm(total=len(requests), desc="stts", unit="answer", disable=self.rank != 0) as bar:
@@ -89,11 +89,11 @@ class STTS(lmms):
                     num_tokens += answer.num_tokens
                     retained += [] if answer.retention is None else [answer.retention]
                     text = cut(answer.text, settings.get("until"))
-                    found[place] = GenerationResult(text, TokenCounts(output_tokens=answer.num_tokens))
+                    results[place] = GenerationResult(text, TokenCounts(output_tokens=answer.num_tokens))
                 bar.update(len(places))
         measured = {"retention_measured": sum(retained) / len(retained)} if retained else {}
         log_metrics(elapsed_s, num_tokens, num_tokens / elapsed_s if elapsed_s else 0.0, additional_metrics=measured)
-        return [found[place] for place in range(len(requests))]
+        return [results[place] for place in range(len(requests))]
 
     def _messages(self, args: tuple[Any, ...]) -> list[tuple[Any, list[Piece]]]:
         _, doc_to_messages, _, doc_id, task, split = args
@@ -123,23 +123,23 @@ def _piece(part: Any, uid: str) -> Piece:
         return Piece("text", part.text)
     if part.type not in ("video", "image"):
         raise ValueError(f"question {uid!r} brings {part.type}; model `stts` takes text, one video and images")
-    given, clip = part.url, (getattr(part, "start_time", None), getattr(part, "end_time", None))
-    if isinstance(given, Mapping):  # how tasks name a part of a video
-        clip = given.get("video_start"), given.get("video_end")
-        given = given.get("url") or given.get("path") or given.get("video")
+    source, clip = part.url, (getattr(part, "start_time", None), getattr(part, "end_time", None))
+    if isinstance(source, Mapping):  # how tasks name a part of a video
+        clip = source.get("video_start"), source.get("video_end")
+        source = source.get("url") or source.get("path") or source.get("video")
     if clip == (None, None):
-        return Piece(part.type, given)
-    return Piece(part.type, given, clip=(float(clip[0] or 0.0), float("inf") if clip[1] is None else float(clip[1])))
+        return Piece(part.type, source)
+    return Piece(part.type, source, clip=(float(clip[0] or 0.0), float("inf") if clip[1] is None else float(clip[1])))
 
 
 def generation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as `Chat.answer` takes them: greedy at temperature 0, which is also the default."""
-    made: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens") or _LONGEST)}
+    options: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens") or _LONGEST)}
     if settings.get("num_beams"):
-        made["num_beams"] = int(settings["num_beams"])
+        options["num_beams"] = int(settings["num_beams"])
     if (settings.get("temperature") or 0) > 0:
-        made |= {"do_sample": True, "temperature": float(settings["temperature"]), "top_p": settings.get("top_p")}
-    return made
+        options |= {"do_sample": True, "temperature": float(settings["temperature"]), "top_p": settings.get("top_p")}
+    return options
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:

@@ -64,8 +64,8 @@ class Run:
 
     def asked(self, task: Task) -> list[Asked]:
         """Answered questions of a task, by place."""
-        found = [asked for asked in self.source.asked if asked.task is task and asked.key in self.said]
-        return sorted(found, key=lambda asked: asked.question.doc_id)
+        items = [asked for asked in self.source.asked if asked.task is task and asked.key in self.said]
+        return sorted(items, key=lambda asked: asked.question.doc_id)
 
 
 def result_files(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
@@ -156,7 +156,8 @@ def _row(run: Run, task: Task, asked: Sequence[Asked], graded: Mapping[str, Scor
     }
     if scores is not None:
         row["groups"] = {
-            name: {value: dict(vars(score)) for value, score in found.items()} for name, found in scores.groups.items()
+            name: {value: dict(vars(score)) for value, score in members.items()}
+            for name, members in scores.groups.items()
         }
     if run.reference is not None and graded:
         counted = [one for one in asked if graded[one.question.uid].counted]
@@ -242,15 +243,15 @@ def _own_block(run: Run, rows: Mapping[str, Mapping[str, Any]], suites: Mapping[
 
 
 def _metrics(task: Task, scores: Scores | None) -> dict[str, Any]:
-    made: dict[str, Any] = {"alias": task.benchmark.title}
+    metrics: dict[str, Any] = {"alias": task.benchmark.title}
     if scores is None:
-        return {**made, "acc,none": None, "acc_stderr,none": "N/A"}
+        return {**metrics, "acc,none": None, "acc_stderr,none": "N/A"}
     for name, value in scores.metrics.items():
         if name not in ("stderr", "stderr_clustered"):
-            made[f"{name},none"] = value
-            made[f"{name}_stderr,none"] = "N/A"
+            metrics[f"{name},none"] = value
+            metrics[f"{name}_stderr,none"] = "N/A"
     return {
-        **made,
+        **metrics,
         "acc_stderr,none": scores.metrics.get("stderr"),
         "acc_stderr_clustered,none": scores.metrics.get("stderr_clustered"),
     }
@@ -315,5 +316,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _hash(made: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(dict(made), sort_keys=True).encode()).hexdigest()
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()

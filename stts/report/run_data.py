@@ -161,14 +161,14 @@ def kept_data(
     grid: Grid, times_s: Sequence[float], index: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Grid, seconds and kept cells of one sample: a byte per cell, 1 = kept, and `ranks` of the scores."""
-    made = {}
+    kept = {}
     for key, index_K in index.items():
         mask_G = np.zeros(grid.num_groups, np.uint8)
         mask_G[index_K.long().numpy()] = 1
-        made[key] = {"mask": _text(mask_G)}
+        kept[key] = {"mask": _text(mask_G)}
         if key in scores:
-            made[key]["scores"] = _text(ranks(scores[key].numpy()))
-    return {"grid": [grid.t, grid.h, grid.w], "times": [round(time, 3) for time in times_s], "kept": made}
+            kept[key]["scores"] = _text(ranks(scores[key].numpy()))
+    return {"grid": [grid.t, grid.h, grid.w], "times": [round(time, 3) for time in times_s], "kept": kept}
 
 
 def ranks(scores_G: NDArray[np.float32]) -> NDArray[np.uint8]:

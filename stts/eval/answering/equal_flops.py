@@ -33,7 +33,7 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
     ValueError when the method costs more than that however little it keeps."""
     low, high = 0, _STEP  # `low` costs too much or is out of reach, unless it has been tried
     lowest: VideoCost | None = None
-    found = 0
+    best = 0
     while low < high:
         middle = (low + high + 1) // 2
         try:
@@ -43,17 +43,17 @@ def equal_flops_ratio(pruning: Pruning, grid: Grid, target: int) -> float:
             continue
         lowest = cost if lowest is None or cost.total < lowest.total else lowest
         if cost.total <= target:
-            found = low = middle
+            best = low = middle
         else:
             high = middle - 1
-    if not found:
+    if not best:
         dense = cost_at(pruning, grid, 1.0).total
         least = "no ratio is in reach" if lowest is None else f"{100 * lowest.total / dense:.1f} % of dense"
         raise ValueError(
             f"costs more however little it keeps: at least about {least} (tower {100 * _tower(lowest) / dense:.1f} %), "
             f"and {100 * target / dense:.1f} % are asked for"
         )
-    return found / _STEP
+    return best / _STEP
 
 
 def _tower(cost: VideoCost | None) -> int:

@@ -55,7 +55,7 @@ def kept_tensors(
 
 def read_kept(out: str | Path, uids: Collection[str]) -> dict[str, KeptCells]:
     """What was kept of the samples `uids`, as far as the comparison in `out` wrote it."""
-    found: dict[str, KeptCells] = {}
+    cells: dict[str, KeptCells] = {}
     for path in sorted((Path(out) / FOLDER).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -63,10 +63,10 @@ def read_kept(out: str | Path, uids: Collection[str]) -> dict[str, KeptCells]:
                 if uid in uids:
                     t, h, w = file.get_tensor(f"grid/{uid}").tolist()
                     times = file.get_tensor(f"times/{uid}").tolist() if f"times/{uid}" in names else []
-                    found[uid] = KeptCells(Grid(t, h, w), times)
+                    cells[uid] = KeptCells(Grid(t, h, w), times)
             for name in names:
                 kind, _, rest = name.partition("/")
                 cell_key, _, uid = rest.partition("/")  # a uid may hold a slash, a cell does not
-                if kind in ("index", "scores") and uid in found:
-                    getattr(found[uid], kind)[cell_key] = file.get_tensor(name)
-    return found
+                if kind in ("index", "scores") and uid in cells:
+                    getattr(cells[uid], kind)[cell_key] = file.get_tensor(name)
+    return cells

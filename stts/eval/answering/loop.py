@@ -237,9 +237,9 @@ def gather(source: Source, notes: Sequence[Note]) -> Answers:
         skipped |= {item["uid"]: item for item in note["skipped"]}
         for cell, reason in note["failed"].items():
             failed.setdefault(cell, reason)
-        signals |= {cell: made for cell, made in note["signals"].items() if made}
-        for cell, found in note["said"].items():
-            said.setdefault(cell, {}).update({key: Answer.from_json(made) for key, made in found.items()})
+        signals |= {cell: content for cell, content in note["signals"].items() if content}
+        for cell, answers in note["said"].items():
+            said.setdefault(cell, {}).update({key: Answer.from_json(content) for key, content in answers.items()})
         for cell, phases in note["ms"].items():
             sample_ms.setdefault(cell, {}).update(dict.fromkeys(note["asked"], phases))
             for phase, value in phases.items():
@@ -247,12 +247,12 @@ def gather(source: Source, notes: Sequence[Note]) -> Answers:
         for cell, value in note["gib"].items():
             gib[cell] = max(value, gib.get(cell, 0.0))
 
-    def ordered(found: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: found[key] for key in sorted(found, key=place.__getitem__)}
+    def ordered(answers: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: answers[key] for key in sorted(answers, key=place.__getitem__)}
 
     return Answers(
         asked=ordered(asked),
-        said={cell: ordered(found) for cell, found in said.items() if cell not in failed},
+        said={cell: ordered(answers) for cell, answers in said.items() if cell not in failed},
         skipped=tuple(ordered(skipped).values()),
         failed=failed,
         signals=signals,

@@ -72,9 +72,9 @@ class Answer:
     """Of each option, where options were scored."""
 
     @classmethod
-    def from_json(cls, made: Mapping[str, Any]) -> Self:
-        costs = {name: VideoCost(**made[name]) for name in ("cost", "dense_cost") if made.get(name) is not None}
-        return cls(**{**made, **costs})
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        costs = {name: VideoCost(**content[name]) for name in ("cost", "dense_cost") if content.get(name) is not None}
+        return cls(**{**content, **costs})
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def make_runners(
     ValueError for an unknown pruner and a learned one without weights. A cell that this model cannot run (a ratio no
     video reaches, a site it lacks) is kept, with the reason."""
     runners = [Runner(Cell(DENSE), Pruning(model, "none"))]
-    made = {name: _load(path, model, name, seed, options.get(name, {})) for name in pruners if name != "none"}
+    by_name = {name: _load(path, model, name, seed, options.get(name, {})) for name in pruners if name != "none"}
     for ratio in retention_ratios:
-        for name, pruner in made.items():
+        for name, pruner in by_name.items():
             reason, pruning = None, None
             try:
                 pruning = Pruning(model, pruner, retention_ratio=ratio, exact=exact, positions=positions, siglip=siglip)

@@ -193,7 +193,7 @@ def merge_points(plain: Source, points: Sequence[tuple[PointSource, Answers]], v
 
     A question that was skipped at one point, or in one part, is left out everywhere: points share their questions."""
     everywhere = [
-        one for one in plain.asked if all(key in found.asked for source, found in points for key in source.keys_of(one))
+        one for one in plain.asked if all(key in point.asked for source, point in points for key in source.keys_of(one))
     ]
     first, shown = points[0]
     asked: dict[str, Mapping[str, Any]] = {}
@@ -203,26 +203,26 @@ def merge_points(plain: Source, points: Sequence[tuple[PointSource, Answers]], v
         asked[one.key] = {**parts[0], "frame_times": times}
     said = {
         cell: {one.key: _put_together(one, [answers[key] for key in source.keys_of(one)], vote) for one in everywhere}
-        for source, found in points
-        for cell, answers in found.said.items()
+        for source, point in points
+        for cell, answers in point.said.items()
     }
     origin = {key: one.key for source, _ in points for one in plain.asked for key in source.keys_of(one)}
-    skipped = {origin[item["uid"]]: item["reason"] for _, found in points for item in found.skipped}
+    skipped = {origin[item["uid"]]: item["reason"] for _, point in points for item in point.skipped}
     ms = {
         cell: {phase: tuple(source.parts * value for value in values) for phase, values in phases.items()}
-        for source, found in points
-        for cell, phases in found.ms.items()
+        for source, point in points
+        for cell, phases in point.ms.items()
     }
-    results = [found for _, found in points]
+    results = [point for _, point in points]
     return Answers(
         asked=asked,
         said=said,
         skipped=tuple({"uid": key, "reason": reason} for key, reason in skipped.items()),
-        failed={cell: reason for found in results for cell, reason in found.failed.items()},
-        signals={cell: made for found in results for cell, made in found.signals.items()},
+        failed={cell: reason for point in results for cell, reason in point.failed.items()},
+        signals={cell: sources for point in results for cell, sources in point.signals.items()},
         ms=ms,
         sample_ms={},
-        peak_gib={cell: gib for found in results for cell, gib in found.peak_gib.items()},
+        peak_gib={cell: gib for point in results for cell, gib in point.peak_gib.items()},
     )
 
 

@@ -81,15 +81,15 @@ def _folder_of(task: Benchmark, data_root: Path, *, alone: bool) -> Path:
         raise ValueError(f"--data_root {data_root} is no folder; give the folder that holds the benchmarks")
     spellings = [plain(task.name), plain(task.title), plain(task.name.partition("_")[0])]
     folders = {plain(entry.name): entry for entry in sorted(data_root.iterdir()) if entry.is_dir()}
-    found = next((folders[name] for name in spellings if name in folders), None)
-    if found is None and not alone:
+    folder = next((folders[name] for name in spellings if name in folders), None)
+    if folder is None and not alone:
         raise ValueError(
             f"task {task.name}: --data_root {data_root} has no folder {task.title!r} or "
             f"{task.name.partition('_')[0]!r} (case and hyphens do not matter), only {sorted(folders) or 'files'}; "
             "put the benchmark there, or a link to it"
         )
     # Of a single task both readings are possible, and its own files decide.
-    return data_root if found is None or (alone and not _loads(task, found) and _loads(task, data_root)) else found
+    return data_root if folder is None or (alone and not _loads(task, folder) and _loads(task, data_root)) else folder
 
 
 def _loads(task: Benchmark, root: Path) -> bool:
@@ -212,12 +212,12 @@ class Source:
 
     def batches(self, size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """Places of this rank's questions (`doc_id` modulo `world_size`), in batches of one task each."""
-        made = []
+        batches = []
         for task in self.tasks:
             mine = [
                 place
                 for place, asked in enumerate(self.asked)
                 if asked.task is task and asked.question.doc_id % world_size == rank
             ]
-            made += [mine[start : start + size] for start in range(0, len(mine), size)]
-        return made
+            batches += [mine[start : start + size] for start in range(0, len(mine), size)]
+        return batches

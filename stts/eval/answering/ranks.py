@@ -22,12 +22,12 @@ class Ranks:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
         """RANK, WORLD_SIZE and LOCAL_RANK; one process where they are not set. ValueError for what is no rank."""
-        given = [env.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+        words = [env.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
         try:
-            rank, world_size, local_rank = map(int, given)
+            rank, world_size, local_rank = map(int, words)
         except ValueError as error:
             raise ValueError(
-                f"RANK, WORLD_SIZE, LOCAL_RANK are {given}, expected integers; start with torchrun"
+                f"RANK, WORLD_SIZE, LOCAL_RANK are {words}, expected integers; start with torchrun"
             ) from error
         if not 0 <= rank < world_size or local_rank < 0:
             raise ValueError(f"RANK={rank} must be in [0, WORLD_SIZE={world_size}); start with torchrun, or unset both")

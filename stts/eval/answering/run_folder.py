@@ -66,7 +66,7 @@ def file_stamps(*paths: str | Path | None) -> dict[str, str]:
 class Store:
     """Opens `out` for the run with this `identity` (settings and file stamps that decide the result).
 
-    result: the final files as patterns, the one that holds the identity first. ValueError when `out` holds anything but
+    result: globs of the final files; the first must store the run's identity. ValueError when `out` holds anything but
     the same run, or one with a smaller limit; with `overwrite`, anything but a run of this kind."""
 
     def __init__(
@@ -122,11 +122,11 @@ class Store:
                     folder.rmdir()
             return
         if results:
-            made = json.loads(results[-1].read_text(encoding="utf-8"))
-            identity = made.get("identity") or made.get("stts", {}).get("identity") or {}
+            content = json.loads(results[-1].read_text(encoding="utf-8"))
+            identity = content.get("identity") or content.get("stts", {}).get("identity") or {}
             self._check(identity)
             if identity == self.identity:
-                self.finished = made
+                self.finished = content
                 return
         for part in parts:
             line = next(_whole_lines(part), None)
@@ -135,9 +135,9 @@ class Store:
                 self._check(head["identity"])
                 self.began = min(self.began, head["began"])
 
-    def _check(self, found: Mapping[str, Any]) -> None:
-        names = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
-        if names == ["limit"] and _grows(found["limit"], self.identity["limit"]):
+    def _check(self, theirs: Mapping[str, Any]) -> None:
+        names = [name for name in {**theirs, **self.identity} if theirs.get(name) != self.identity.get(name)]
+        if names == ["limit"] and _grows(theirs["limit"], self.identity["limit"]):
             return
         if names:
             raise ValueError(

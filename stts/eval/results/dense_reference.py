@@ -33,12 +33,12 @@ class DenseReference:
             raise ValueError(
                 f"--dense_reference {folder} holds no finished `stts eval`; run one with --pruner none first"
             )
-        made = json.loads(results[-1].read_text(encoding="utf-8"))["stts"]
-        if made["pruner"] != "none":
-            raise ValueError(f"--dense_reference {folder} was run with pruner {made['pruner']!r}; it must be none")
+        own = json.loads(results[-1].read_text(encoding="utf-8"))["stts"]
+        if own["pruner"] != "none":
+            raise ValueError(f"--dense_reference {folder} was run with pruner {own['pruner']!r}; it must be none")
         here: Mapping[str, Any] = json.loads(json.dumps(identity))
-        other = [name for name in _SAME if made["identity"].get(name) != here.get(name)]
-        if _model_files(made["identity"]) != _model_files(here):
+        other = [name for name in _SAME if own["identity"].get(name) != here.get(name)]
+        if _model_files(own["identity"]) != _model_files(here):
             other.append("files of the model")
         if other:
             raise ValueError(

@@ -151,8 +151,8 @@ def _notes_on_methods(result: ComparisonResult) -> list[str]:
     """Options that were set, and what signals were made from: one line per signal and source."""
     notes = []
     options = [
-        f"{name} {', '.join(f'{key}={value}' for key, value in given.items())}"
-        for name, given in result.config["pruner_options"].items()
+        f"{name} {', '.join(f'{key}={value}' for key, value in values.items())}"
+        for name, values in result.config["pruner_options"].items()
     ]
     if options:
         notes.append(f"Options: {'; '.join(options)}.")

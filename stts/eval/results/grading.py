@@ -55,7 +55,8 @@ class TaskScore:
     @classmethod
     def of(cls, scores: Scores) -> Self:
         groups = {
-            name: {value: dict(vars(score)) for value, score in found.items()} for name, found in scores.groups.items()
+            name: {value: dict(vars(score)) for value, score in members.items()}
+            for name, members in scores.groups.items()
         }
         return cls(scores.headline, dict(scores.metrics), groups, scores.scoring)
 
@@ -66,14 +67,14 @@ def score_tasks(source: Source, answers: Answers, cell: str, scoring: str) -> di
 
     ValueError for a `scoring` that a task does not know."""
     said = answers.said[cell]
-    found = {}
+    by_task = {}
     for task in source.tasks:
         asked = {item.question.uid: item.key for item in source.asked if item.task is task and item.key in said}
         if asked and task.has_answers:
             questions = [question for question in task.questions if question.uid in asked]
             texts = {uid: said[key].prediction for uid, key in asked.items()}
-            found[task.name] = task.benchmark.score(questions, texts, scoring)
-    return found
+            by_task[task.name] = task.benchmark.score(questions, texts, scoring)
+    return by_task
 
 
 def make_records(source: Source, answers: Answers, scores: Mapping[str, Mapping[str, Scores]]) -> tuple[Record, ...]:
@@ -81,8 +82,8 @@ def make_records(source: Source, answers: Answers, scores: Mapping[str, Mapping[
     graded = {
         (cell, task, item.uid): item
         for cell, tasks in scores.items()
-        for task, found in tasks.items()
-        for item in found.scored
+        for task, score in tasks.items()
+        for item in score.scored
     }
     records = []
     for asked in source.asked:

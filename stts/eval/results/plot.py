@@ -140,7 +140,7 @@ _COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
 def _along_frames(rows: Sequence[Row], *, by_ratio: bool) -> list[Curve]:
     """Dense, then every method, at each of its ratios unless they follow from a budget; lighter as ratios fall."""
     unpruned = dict.fromkeys(row.method for row in rows if row.kind == "unpruned")
-    found = [
+    lines = [
         Curve(tuple(row for row in rows if row.method == method), (0.3, 0.3, 0.3, 1.0), "--", "o", method)
         for method in unpruned
     ]
@@ -151,21 +151,21 @@ def _along_frames(rows: Sequence[Row], *, by_ratio: bool) -> list[Curve]:
             points.sort(key=lambda row: row.num_frames or 0)
             colour = (*curve.colour[:3], 1 - 0.6 * number / len(ratios))
             label = points[0].method + ("" if ratio is None else f" {ratio:g}")
-            found.append(replace(curve, points=tuple(points), colour=colour, label=label))
-    return found
+            lines.append(replace(curve, points=tuple(points), colour=colour, label=label))
+    return lines
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """How each method that was run is drawn: by kind, then in the order of the table."""
     run = [row for row in rows if row.accuracy is not None]
-    found = []
+    lines = []
     for kind, (name, low, high) in _MAPS.items():
         methods = list(dict.fromkeys(row.method for row in run if row.kind == kind))
         for number, method in enumerate(methods):
             colour = colormaps[name](low + (high - low) * number / max(1, len(methods) - 1))
             points = sorted((row for row in run if row.method == method), key=lambda row: row.retention_configured)
-            found.append(Curve(tuple(points), colour, _LINES[kind], _MARKERS[number % len(_MARKERS)]))
-    return found
+            lines.append(Curve(tuple(points), colour, _LINES[kind], _MARKERS[number % len(_MARKERS)]))
+    return lines
 
 
 def _references(axes: Axes, rows: list[Row]) -> None:

@@ -53,8 +53,8 @@ class ComparisonResult:
     @property
     def frames(self) -> list[int]:
         """The numbers of frames that were compared."""
-        given: int | list[int] = self.config["num_frames"]
-        return list(given) if isinstance(given, list | tuple) else [given]
+        frames: int | list[int] = self.config["num_frames"]
+        return list(frames) if isinstance(frames, list | tuple) else [frames]
 
     @property
     def has_points(self) -> bool:
@@ -69,24 +69,24 @@ class ComparisonResult:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
-    def from_json(cls, made: Mapping[str, Any]) -> Self:
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
         return cls(
-            config=made["config"],
-            environment=made["environment"],
-            cells=tuple(Cell(**cell) for cell in made["cells"]),
-            records=tuple(Record.from_json(row) for row in made["records"]),
-            skipped=tuple(made["skipped"]),
-            batch_ms={key: tuple(values) for key, values in made["batch_ms"].items()},
-            signals=made["signals"],
+            config=content["config"],
+            environment=content["environment"],
+            cells=tuple(Cell(**cell) for cell in content["cells"]),
+            records=tuple(Record.from_json(row) for row in content["records"]),
+            skipped=tuple(content["skipped"]),
+            batch_ms={key: tuple(values) for key, values in content["batch_ms"].items()},
+            signals=content["signals"],
             scores={
                 key: {task: TaskScore(**score) for task, score in tasks.items()}
-                for key, tasks in made.get("scores", {}).items()
+                for key, tasks in content.get("scores", {}).items()
             },
             phase_ms={
                 key: {phase: tuple(values) for phase, values in phases.items()}
-                for key, phases in made.get("phase_ms", {}).items()
+                for key, phases in content.get("phase_ms", {}).items()
             },
-            peak_gib=made.get("peak_gib", {}),
-            weights_gib=made.get("weights_gib"),
-            notes=tuple(made.get("notes", ())),
+            peak_gib=content.get("peak_gib", {}),
+            weights_gib=content.get("weights_gib"),
+            notes=tuple(content.get("notes", ())),
         )

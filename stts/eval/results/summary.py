@@ -163,7 +163,7 @@ def _mean(values: Iterable[float]) -> float:
 def _tasks(
     cell: Cell, records: Sequence[Record], scores: Mapping[str, TaskScore], dense_scores: Mapping[str, TaskScore]
 ) -> dict[str, dict[str, Any]]:
-    found = {}
+    tasks = {}
     for task in dict.fromkeys(record.task for record in records):
         counted = [record for record in records if record.task == task and record.outcomes[cell.key].counted]
         if not counted:
@@ -172,7 +172,7 @@ def _tasks(
         right = [record.outcomes[cell.key].correct for record in counted]
         share = accuracy(right, videos)
         headline = scores[task].headline if task in scores else share.value
-        made: dict[str, Any] = {
+        task_row: dict[str, Any] = {
             "headline": headline,
             "accuracy": share.value,
             "accuracy_low": share.low,
@@ -186,15 +186,15 @@ def _tasks(
         }
         if DENSE in counted[0].outcomes:
             dense = [record.outcomes[DENSE].correct for record in counted]
-            whole = dense_scores[task].headline if task in dense_scores else sum(dense) / len(dense)
-            made["headline_dense"] = whole
-            made["retained"] = headline / whole if headline is not None and whole else None
+            score = dense_scores[task].headline if task in dense_scores else sum(dense) / len(dense)
+            task_row["headline_dense"] = score
+            task_row["retained"] = headline / score if headline is not None and score else None
             if cell.key != DENSE:
                 change = paired_difference(right, dense, videos)
-                made |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high}
-                made["p_value"] = mcnemar(right, dense, videos)
-        found[task] = made
-    return found
+                task_row |= {"difference": change.value, "difference_low": change.low, "difference_high": change.high}
+                task_row["p_value"] = mcnemar(right, dense, videos)
+        tasks[task] = task_row
+    return tasks
 
 
 def _estimate(task: Mapping[str, Any], name: str) -> Estimate:
@@ -229,14 +229,14 @@ def _retained(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _flops(outcomes: Sequence[Graded], dense: Sequence[Graded]) -> dict[str, dict[str, float]]:
-    made: dict[str, dict[str, float]] = {}
+    by_formula: dict[str, dict[str, float]] = {}
     for formula in ("exact", "macs", "fastv", "pdrop"):
         if formula in ("fastv", "pdrop") and not all(outcome.llm_flops for outcome in outcomes):
             continue
-        made[formula] = _parts(outcomes, formula)
+        by_formula[formula] = _parts(outcomes, formula)
         if (dense and all(outcome.llm_flops for outcome in dense)) or (dense and formula in ("exact", "macs")):
-            made[formula]["share"] = made[formula]["total"] / _parts(dense, formula)["total"]
-    return made
+            by_formula[formula]["share"] = by_formula[formula]["total"] / _parts(dense, formula)["total"]
+    return by_formula
 
 
 def _parts(outcomes: Sequence[Graded], formula: str) -> dict[str, float]:
@@ -251,15 +251,15 @@ def _parts(outcomes: Sequence[Graded], formula: str) -> dict[str, float]:
 
 
 def _families(key: str, records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
+    families: dict[str, dict[str, float | None]] = {}
     several = len({record.task for record in records}) > 1
     for task, family in sorted({(record.task, record.family) for record in records if record.family}):
         chosen = [record for record in records if (record.task, record.family) == (task, family)]
         share = accuracy([record.outcomes[key].correct for record in chosen], [record.video for record in chosen])
-        found[f"{task}: {family}" if several else family] = {
+        families[f"{task}: {family}" if several else family] = {
             "accuracy": share.value,
             "accuracy_low": share.low,
             "accuracy_high": share.high,
             "num_samples": share.num_samples,
         }
-    return found
+    return families

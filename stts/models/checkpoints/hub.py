@@ -37,7 +37,7 @@ from stts.pruners.base import Positions
 class PrunedVLM:
     """A stock model, its processor and a `Pruning` that stays attached until `detach`.
 
-    Holds the model and is none itself, so every tool for the stock class works on `.model`, pruned."""
+    A wrapper: use `.model`, which is pruned, where a tool expects the stock class."""
 
     def __init__(
         self,
