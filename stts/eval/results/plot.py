@@ -20,7 +20,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Kind, Row
@@ -96,8 +104,10 @@ def _draw_points(result: ComparisonResult) -> bytes:
     figure = Figure(figsize=(15, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, (label, value) in zip(panels, _COSTS, strict=True):
-        for curve in _along_frames(rows, by_ratio=result.config.get("budget") is None):
+    equal_tokens = result.config.get("budget") is not None
+    first = ("frames; pruners at equal tokens, dense at all of them", _frames) if equal_tokens else _COSTS[0]
+    for axes, (label, value) in zip(panels, (first, *_COSTS[1:]), strict=True):
+        for curve in _along_frames(rows, by_ratio=not equal_tokens):
             shown = [row for row in curve.points if value(row)]
             if not shown:
                 continue
@@ -112,8 +122,9 @@ def _draw_points(result: ComparisonResult) -> bytes:
                 )  # fmt: skip
         axes.set_xlabel(f"{label} (log scale)")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        narrow = max(axes.get_xlim()) < 10 * min(axes.get_xlim())
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -130,9 +141,13 @@ def _all_ms(row: Row) -> float:
     return 0.0 if row.ms_per_sample is None else row.ms_per_sample + reading
 
 
+def _frames(row: Row) -> float:
+    return float(row.num_frames or 0)
+
+
 _COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("visual tokens at the LLM", lambda row: row.tokens or 0.0),
-    ("TFLOPs of ViT, pruner, connector and LLM", lambda row: row.flops["exact"]["total"] / 1e12),
+    ("FLOPs of ViT, pruner, connector and LLM", lambda row: row.flops["exact"]["total"]),
     ("ms per question, decoding to answer", _all_ms),
 )
 
