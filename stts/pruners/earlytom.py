@@ -107,10 +107,8 @@ class EarlyTom(PerVideo):
         """What frames become; one host synchronisation."""
         cosine = frame_cosines(x_TSD)
         rows = [row for span in self.segments(cosine) for row in self._rows(span, cosine)]
-        weight_MT = torch.zeros(len(rows), len(x_TSD), device=x_TSD.device)
-        for number, row in enumerate(rows):
-            for frame, weight in row.items():
-                weight_MT[number, frame] = weight
+        weights = [[row.get(frame, 0.0) for frame in range(len(x_TSD))] for row in rows]
+        weight_MT = torch.tensor(weights, device=x_TSD.device)
         place = [max(row, key=lambda frame: row[frame]) for row in rows]
         return Mix(weight_MT, torch.tensor(place, device=x_TSD.device))
 

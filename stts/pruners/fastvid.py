@@ -106,9 +106,15 @@ class FastVID(PerVideo):
         for segment, _ in segments:
             anchors = [(segment.start, t, num_anchors[t]) for t in segment if num_anchors[t]]
             groups.setdefault(len(segment), []).extend(anchors)
+        order = [t for group in groups.values() for _, t, _ in group]
+        scores = self._densities(video, salient_TS, order).split([len(group) for group in groups.values()])
         salient_K = salient_TS.flatten().nonzero().squeeze(1)
         parts = [(salient_K, video.x_ND[salient_K], salience_N.new_full(salient_K.shape, torch.inf))]
-        parts += [self._anchors(video, salient_TS, length, group) for length, group in groups.items() if group]
+        parts += [
+            self._anchors(video, salient_TS, length, group, score_BS)
+            for (length, group), score_BS in zip(groups.items(), scores, strict=True)
+            if group
+        ]
         index_K, x_KD, score_K = map(torch.cat, zip(*parts, strict=True))
         index_K, order_K = index_K.sort()
         kept = Kept(index_K=index_K, x_KD=x_KD[order_K])
@@ -169,8 +175,20 @@ class FastVID(PerVideo):
         context = max(int(per_frame * length * self.context), 1 if self.variant == "qw" else 0)
         return share_out(per_frame * length - context, num_frames), share_out(context, num_anchor_frames)
 
+    @torch.no_grad()
+    def _densities(self, video: VideoTokens, salient_TS: Tensor, frames: list[int]) -> Tensor:
+        """(B, S) scores of all anchor frames, in one call however many lengths segments have."""
+        frame_B = torch.tensor(frames, dtype=torch.long, device=video.x_ND.device)
+        x_TSD = video.x_ND.view(*salient_TS.shape, -1)
+        return density_scores(video, x_TSD[frame_B], ~salient_TS[frame_B], self.num_neighbours)
+
     def _anchors(
-        self, video: VideoTokens, salient_TS: Tensor, length: int, chosen: list[tuple[int, int, int]]
+        self,
+        video: VideoTokens,
+        salient_TS: Tensor,
+        length: int,
+        chosen: list[tuple[int, int, int]],
+        score_BS: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cells of the anchors, (K,), their merged features, (K, D), and density scores, (K,).
 
@@ -178,10 +196,8 @@ class FastVID(PerVideo):
         places, device = video.grid.per_frame, video.x_ND.device
         start_B, frame_B, num_B = torch.tensor(chosen, device=device).unbind(1)
         x_TSD = video.x_ND.view(*salient_TS.shape, -1)
-        with torch.no_grad():
-            score_BS = density_scores(video, x_TSD[frame_B], ~salient_TS[frame_B], self.num_neighbours)
-            if length > 1:  # once more, as the release of SToP does; nothing changes without a sink penalty
-                score_BS = ops.rank_density(video, score_BS, torch.arange(places, device=device))
+        if length > 1:  # once more, as the release of SToP does; nothing changes without a sink penalty
+            score_BS = ops.rank_density(video, score_BS, torch.arange(places, device=device))
         most = max(count for _, _, count in chosen)
         place_BM = ops.top(score_BS, most)
         valid_BM = torch.arange(most, device=device) < num_B[:, None]
