@@ -92,8 +92,11 @@ def _leaves(entry: Any) -> Iterator[str]:
 def _commands() -> Iterator[Any]:
     for page in PAGES:
         for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
-            if kind == "bash":
-                for line in block.replace("\\\n", " ").splitlines():
+            if kind in ("bash", "console"):
+                lines = block.replace("\\\n", " ").splitlines()
+                if kind == "console":  # the other lines are output
+                    lines = [line[2:].partition(" | ")[0] for line in lines if line.startswith("$ ")]
+                for line in lines:
                     for command in line.split("&&"):
                         words = shlex.split(command, comments=True)
                         if words:

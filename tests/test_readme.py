@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from stts import cli
 from stts.pruners.listing import pruner_lines
@@ -41,8 +44,8 @@ def test_the_two_commands_exist_and_nothing_is_left_to_fill_in() -> None:
     assert "@@" not in README
 
 
-def test_the_first_lines_print_what_is_printed(tmp_path: Path) -> None:
-    shell, code, printed = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)[:3]
+def test_the_first_lines_print_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell, code, printed, session = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)[:4]
     [made] = re.findall(r"stts (data shapes .*)", shell)
     argv = [word if word != "clips" else str(tmp_path / "clips") for word in made.split()]
     assert cli.main(argv) == 0
@@ -52,3 +55,10 @@ def test_the_first_lines_print_what_is_printed(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout == printed, done.stderr
+    [(command, said)] = re.findall(r"^\$ stts (visualize .*)\n(.*)$", session, re.MULTILINE)
+    places = {"clips/": f"{tmp_path}/clips/", "stts/assets": f"{ROOT}/stts/assets", "kept.png": f"{tmp_path}/kept.png"}
+    for name, place in places.items():
+        command, said = command.replace(name, place), said.replace(name, place)
+    capsys.readouterr()
+    assert cli.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == f"{said}\n"
