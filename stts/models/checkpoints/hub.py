@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.models.checkpoints.load import (
@@ -28,16 +30,19 @@ from stts.models.checkpoints.load import (
 from stts.models.checkpoints.named_release import read_named
 from stts.models.checkpoints.stts_release import read_reference
 from stts.models.families.attention import is_on
+from stts.models.pruning.checks import without_adapters
 from stts.models.pruning.context import Pruning
 from stts.models.pruning.report import Report
 from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.base import Positions
 
 
-class PrunedVLM:
+class PrunedVLM(nn.Module):
     """A stock model, its processor and a `Pruning` that stays attached until `detach`.
 
-    A wrapper: use `.model`, which is pruned, where a tool expects the stock class."""
+    A wrapper: use `.model` where a stock model is expected. As a module it has the parameters of the model and of the
+    learned part, `scorer`, moves both, and in train mode adds the learned part's own losses to the model's, so that a
+    plain loop or a trainer of another library trains both."""
 
     def __init__(
         self,
@@ -47,10 +52,16 @@ class PrunedVLM:
         *,
         base: str | None = None,
         trained: Mapping[str, Any] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         """base: the checkpoint the model was started from (default: where it was loaded from). trained: how it was
-        trained (`load.TRAINED`), to be written with it."""
+        trained (`load.TRAINED`), to be written with it. loss_weights: of the learned part's losses, by name (default:
+        as `stts fit`, temporal 0.5)."""
+        super().__init__()
         self.model, self.processor, self.pruning = model, processor, pruning
+        self.scorer = pruning.module
+        self.loss_weights = dict({"temporal": 0.5} if loss_weights is None else loss_weights)
+        self.train(model.training)
         self.trained: Mapping[str, Any] = trained or {}
         self.base = absolute(model.name_or_path if base is None else base)
         pruning.attach()
@@ -112,9 +123,23 @@ class PrunedVLM:
         """What the last forward pass with video did."""
         return self.pruning.last
 
-    def __call__(self, **inputs: Any) -> Any:
-        """A forward pass of the model."""
-        return self.model(**inputs)
+    def forward(self, **inputs: Any) -> Any:
+        """A forward pass of the model; in train mode its `loss` includes the weighted losses of the learned part.
+
+        ValueError for a loss that `loss_weights` does not name."""
+        out = self.model(**inputs)
+        if self.model.training and out.loss is not None and self.last is not None:
+            losses = self.last.losses
+            if unknown := sorted(set(losses) - set(self.loss_weights)):
+                raise ValueError(f"the pruner gives the losses {unknown}, which loss_weights={self.loss_weights} lacks")
+            for name, value in losses.items():
+                out.loss = out.loss + self.loss_weights[name] * value
+        return out
+
+    @property
+    def config(self) -> Any:
+        """Of the model."""
+        return self.model.config
 
     def generate(self, **inputs: Any) -> Any:
         """`generate` of the model."""
@@ -162,7 +187,7 @@ class PrunedVLM:
         attached = any(is_on(config) for config in self.pruning.adapter.configs)
         self.pruning.detach()  # the switched-on attention must not end up in config.json
         try:
-            parts = (self.model, self.processor, self.pruning)
+            parts = (_merged(self.model), self.processor, self.pruning)
             return save_pruned(
                 directory, *parts, base=self.base, scorer_only=scorer_only, public=public, trained=self.trained
             )
@@ -179,6 +204,14 @@ class PrunedVLM:
                 f"{len(changed)} tensors of the model differ from its base {self.base} ({changed[0]} is the first), "
                 "so a scorer alone would not give this model; write the complete folder"
             )
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """The stock model to write: a peft model's adapters are added to a copy of its weights."""
+    stock: PreTrainedModel = model
+    if without_adapters(model) is not model:
+        stock = copy.deepcopy(model).merge_and_unload()
+    return stock
 
 
 def export(

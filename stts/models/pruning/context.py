@@ -283,6 +283,8 @@ class Pruning:
         """Before the module that merges features into the prompt: do the visual part of the pass in its place."""
         if args:
             raise ValueError("pass model inputs by keyword while pruning")
+        if not all(is_on(config) for config in self.adapter.configs):
+            raise ValueError("the attention implementation was changed inside the context; change it before entering")
         kwargs = dict(kwargs)
         expand = kwargs.pop(_EXPAND, 1)
         stock = args, dict(kwargs)

@@ -193,3 +193,57 @@ def test_a_scorer_follows_mode_and_dtype_changes_of_the_model(tiny: Any) -> None
             assert pruned.module.training == training
             assert pruned.last is not None and ("temporal" in pruned.last.losses) == training
         model.eval()
+
+
+def test_attention_is_not_changed_inside_a_context(tiny: Any) -> None:
+    model, processor = tiny
+    with stts.pruning(model, "uniform"), torch.no_grad():
+        model.set_attn_implementation("eager")
+        with pytest.raises(ValueError, match="changed inside the context"):
+            model(**make_inputs(processor, ROWS))
+    with stts.pruning(model, "uniform"), torch.no_grad():
+        model(**make_inputs(processor, ROWS))
+
+
+# --- outside `stts fit` ----------------------------------------------------------------------------------------------
+
+
+def test_a_plain_loop_trains_the_scorer_of_a_pruned_vlm(tiny: Any) -> None:
+    model, processor = tiny
+    torch.manual_seed(0)
+    vlm = PrunedVLM(model, processor, stts.Pruning(model, "stts", retention_ratio=0.5))
+    assert not vlm.training and vlm.scorer is not None
+    inputs = make_inputs(processor, ROWS)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    vlm.train()
+    assert vlm.scorer.training and set(vlm.scorer.parameters()) <= set(vlm.parameters())
+    before = [parameter.clone() for parameter in vlm.scorer.parameters()]
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=1e-3)
+    out = vlm(**inputs, labels=labels, use_cache=False)
+    assert vlm.last is not None
+    answer = model(**inputs, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(out.loss, answer + 0.5 * vlm.last.losses["temporal"])
+    out.loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, vlm.scorer.parameters(), strict=True))
+    vlm.double()
+    assert next(vlm.scorer.parameters()).dtype == torch.float64 == model.dtype
+    vlm.loss_weights = {}
+    with pytest.raises(ValueError, match=r"loss_weights={} lacks"):
+        vlm.float()(**inputs, labels=labels, use_cache=False)
+    vlm.detach()
+
+
+def test_a_peft_model_is_pruned_and_saved_merged(tiny: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, processor = tiny
+    inputs = make_inputs(processor, ROWS)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    vlm = PrunedVLM(wrapped, processor, stts.Pruning(wrapped, "uniform", retention_ratio=0.5))
+    with torch.no_grad():
+        expected = wrapped(**inputs).logits
+        assert vlm.last is not None and vlm.last.retention_measured == 0.5
+        vlm.save_pretrained(tmp_path / "merged")
+        again = PrunedVLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
