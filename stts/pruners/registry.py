@@ -95,6 +95,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "framefusion": FrameFusion.for_host,
     "flashvid": FlashVID.for_host,
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
+    "stop-flashvid": _stop(SToP.for_flashvid, FlashVID),
     "tome": ToMe.for_host,
     "earlytom": EarlyTom.for_host,
     "visionselector": VisionSelector.for_host,

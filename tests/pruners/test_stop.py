@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from stts.pruners.base import HostInfo
+from stts.pruners.check import example_video
 from stts.pruners.fastvid import FastVID
+from stts.pruners.flashvid import FlashVID
 from stts.pruners.holitom import HoliTom
 from stts.pruners.stop import SToP, sink_score
 from stts.pruners.visionzip import VisionZip
@@ -229,3 +231,20 @@ def test_feature_norm_meets_exact_budgets(grid, ratio, same):
 
 def test_feature_norm_flops_by_hand():
     assert FeatureNormSToP().flops(Grid(2, 1, 3), 4, 2) == 8 * 6 * 4 + 4 * (6 * 2 // 2) * 4
+
+
+def test_on_flashvid_a_place_that_every_frame_attends_to_is_not_selected() -> None:
+    host = replace(HOST, patches_per_frame=729)
+    grid = Grid(4, 3, 3)
+    video = example_video(FlashVID(), grid, seed=3)
+    attention_TS = torch.full((4, 9), 0.02)
+    attention_TS[:, 4] = 0.05  # everywhere the same: a sink
+    video = replace(video, salience_G=attention_TS.flatten())
+    budget = Budget(8, 8 / 36, exact=True)
+    base = FlashVID(selection="attn", min_segments=1)
+    plain = base([video], [budget])[0].index_K % 9
+    stop = SToP.for_flashvid(host, base)
+    assert stop.salience == 0.02 and not stop.density and not stop.num_slots
+    assert 4 in plain.tolist()
+    moved = SToP.for_flashvid(host, base, salience=0.1)([video], [budget])[0].index_K % 9
+    assert 4 not in moved.tolist()
