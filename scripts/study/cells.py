@@ -129,7 +129,7 @@ def flops_curves(study: Study, results: Results) -> dict[str, list[tuple[float, 
 
 def flops_curve(result: ComparisonResult | None, method: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
     rows = [find_row(result, method, ratio) for ratio in ratios]
-    return sorted((row.flops_share or 0.0, row.accuracy) for row in rows if row and row.accuracy is not None)
+    return sorted((row.flops["exact"]["share"], row.accuracy) for row in rows if row and row.accuracy is not None)
 
 
 def at_share(curve: Sequence[tuple[float, float]], share: float) -> str:
