@@ -107,7 +107,7 @@ class FastVID(PerVideo):
             anchors = [(segment.start, t, num_anchors[t]) for t in segment if num_anchors[t]]
             groups.setdefault(len(segment), []).extend(anchors)
         order = [t for group in groups.values() for _, t, _ in group]
-        scores = self._densities(video, salient_TS, order).split([len(group) for group in groups.values()])
+        scores = torch.split(self._densities(video, salient_TS, order), [len(group) for group in groups.values()])
         salient_K = salient_TS.flatten().nonzero().squeeze(1)
         parts = [(salient_K, video.x_ND[salient_K], salience_N.new_full(salient_K.shape, torch.inf))]
         parts += [

@@ -89,7 +89,7 @@ def farthest_first(x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None
     unit_BND = F.normalize(x_BND.float(), dim=-1)
     weight_BN = unit_BND.new_ones(num_pools, num_tokens) if weight_BN is None else weight_BN.float()
     whole_BNN = 1 - unit_BND @ unit_BND.transpose(1, 2) if num_tokens <= 2 * width else None
-    block = max(1, min(num_tokens, 2**26 // (num_pools * num_tokens)))  # 256 MiB of distances
+    block = max(1, min(num_tokens, width // 2))  # rows at a time, half as large as the tokens
     second = []
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)

@@ -1,7 +1,8 @@
-"""How many operators a call starts: it must not grow with the frames of a video. On a GPU each is a kernel launch."""
+"""How many operators a call starts (on a GPU each is a kernel launch) and how much memory it takes, over the video."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from stts.budget import plan
 from stts.pruners.check import HOST, example_video
 from stts.pruners.registry import PRUNERS, make_pruner
 from stts.tokens import Grid
+from tests.scripts import load_script
 
 GREEDY = {"divprune", "cdpruner"}  # one token after another: operators grow with the tokens chosen
 BY_PART = {  # parts of a video still go one by one
@@ -48,3 +50,25 @@ def operators(name: str, frames: int) -> int:
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none" and name not in GREEDY | BY_PART])
 def test_operators_do_not_grow_with_frames(name: str) -> None:
     assert operators(name, 64) <= operators(name, 8) + DOUBLINGS
+
+
+PAIRS = {"tango", "tango+inner"}  # distances between all tokens of a window
+WORST = 12
+"""Bytes at any moment beyond the input, over the bytes of the tokens in fp32."""
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none" and name not in PAIRS])
+def test_memory_is_a_multiple_of_the_tokens(name: str) -> None:
+    """At 64 frames of 7 x 7 tokens a matrix of all pairs would be 24 times as large as the tokens."""
+    torch.manual_seed(0)
+    stage = make_pruner(name, replace(HOST, llm_width=128, vit_width=128)).stages[0]
+    if isinstance(stage, torch.nn.Module):
+        stage.eval()
+    video = example_video(stage, Grid(64, 7, 7), seed=1, width=128)
+    site = stage.site if stage.site.kind != "llm" else make_pruner("evs", HOST).stages[0].site
+    grid = video.grid if site.kind == "vit" else Grid(1, 1, video.num_groups)
+    [[budget]] = plan([site], 0.2, [grid], 8)
+    extra = load_script("benchmarks/measure").extra_mib
+    with torch.no_grad():
+        found = extra(lambda: stage([video], [budget]), torch.device("cpu"))
+    assert found * 2**20 <= WORST * 4 * video.x_ND.numel(), f"{found:.1f} MiB"
