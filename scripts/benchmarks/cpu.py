@@ -170,6 +170,19 @@ def batch_of(processor: Any, shape: Shape, training: bool) -> dict[str, Tensor]:
     return dict(batch.inputs)
 
 
+def ways_of(
+    model: Any, pruners: Sequence[str], clock: Clock, ratio: float, training: bool
+) -> dict[str, stts.Pruning | None]:
+    """Dense (None) and every pruner at this ratio, untrained where it learns."""
+    ways: dict[str, stts.Pruning | None] = {DENSE: None}
+    for pruner in pruners:
+        settings = {"retention_ratio": ratio, "untrained": True, "around_stage": clock.around_stage}
+        way = ways[pruner] = stts.pruning(model, pruner, **settings, **OPTIONS.get(pruner, {}))
+        if way.module is not None:
+            way.module.train(training)
+    return ways
+
+
 def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: float, repeats: int) -> list[Row]:
     """Dense, then every pruner."""
     training = work == "training"
@@ -181,18 +194,7 @@ def bench(name: str, shape: Shape, work: str, pruners: Sequence[str], ratio: flo
         inputs["logits_to_keep"] = 1
     torch.manual_seed(0)
     clock = Clock(model)
-    ways: dict[str, stts.Pruning | None] = {DENSE: None}
-    for pruner in pruners:
-        settings = {
-            "retention_ratio": ratio,
-            "untrained": True,
-            "around_stage": clock.around_stage,
-            **OPTIONS.get(pruner, {}),
-        }
-        ways[pruner] = stts.pruning(model, pruner, **settings)
-    for way in ways.values():
-        if way is not None and way.module is not None:
-            way.module.train(training)
+    ways = ways_of(model, pruners, clock, ratio, training)
 
     def once(way: stts.Pruning | None) -> dict[str, float]:
         clock.reset()
