@@ -137,5 +137,5 @@ def test_a_shrunk_checkpoint_keeps_what_decides_whether_a_run_is_possible(name: 
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         write_tiny(tmp_path / "full", config_of("allenai/Molmo2-4B"))
