@@ -170,12 +170,13 @@ class STTS(nn.Module):
         self, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Kept groups of every video, int64 (K,), and the weights of its groups, (G,) in (0, 1], whose logarithm is the
-        key bias; None where no video loses any. `scores` are those of whole videos, also when `score` made them in
-        pieces."""
+        key bias; None where no video loses any, except in a step that learns: there the bias is 0 and its gradient too,
+        but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers weights along it).
+        `scores` are those of whole videos, also when `score` made them in pieces."""
         scores_G = torch.cat(list(scores))
         indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
         prunable = [budget.num_kept < grid.num_groups for grid, budget in zip(grids, budgets, strict=True)]
-        if not any(prunable):
+        if not any(prunable) and not (self.training and scores_G.requires_grad):
             return indices, None
         free, ranges, num_ranges = [], [], 0
         for grid, prune in zip(grids, prunable, strict=True):

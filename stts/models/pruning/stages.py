@@ -172,6 +172,8 @@ def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches
         rows_KW = video.group_GW[kept.index_K]
         alive = torch.zeros(num_patches + 1, dtype=torch.bool, device=rows_KW.device)
         alive[rows_KW.flatten()] = True  # -1 falls into the spare last place
+        if len(kept.index_K) == len(video.group_GW):
+            alive[:] = True  # nothing is dropped: patches that belong to no group stay as context
         keep.append(alive[:-1])
         if kept.attention_bias_N is not None:
             bias.append(kept.attention_bias_N)

@@ -128,7 +128,8 @@ class VisualPass(PassVideos):
             ]
             row = self.ask(stage, videos, self.budgets[0])
             self.note(row)
-            if all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, self.grids, strict=True)):
+            is_whole = all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, self.grids, strict=True))
+            if is_whole and all(kept.attention_bias_N is None for kept in row):
                 return None
             return to_drop(row, videos, sizes[0])
 

@@ -1,4 +1,5 @@
-"""Every parameter is read inside its module's forward, and every kind of batch calls the same modules in one order.
+"""Every parameter is read inside its module's forward, and every kind of batch calls the same modules in one order,
+forward and backward.
 
 Sharding (ZeRO-3, FSDP2) gathers parameters module by module in hooks around their forward. A rank whose batch holds
 other things than its neighbour's would otherwise gather another tensor, or wait for ever.
@@ -55,7 +56,8 @@ class Watched(dict[str, Any]):
 
 @contextmanager
 def watch(root: nn.Module) -> Iterator[list[str]]:
-    """Names, in order, of the modules with parameters of their own that run, and of parameters read elsewhere."""
+    """Names, in order, of the modules with parameters of their own that run, of those that gradients come back to, and
+    of parameters read elsewhere."""
     events: list[str] = []
     running: set[str] = set()
     handles, before = [], {}
@@ -69,8 +71,15 @@ def watch(root: nn.Module) -> Iterator[list[str]]:
             events.append(name)
             running.add(name)
 
+        def leave(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+            running.discard(name)
+            outputs = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else [out]
+            for tensor in outputs:
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: events.append(f"back {name}"))
+
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(lambda *_, name=name: running.discard(name)))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield events
     finally:
@@ -147,6 +156,28 @@ def test_offloaded_weights_give_the_same_logits(tiny: Any, name: str) -> None:
                 tensors = [*pruned.module.parameters(), *pruned.module.buffers()]
                 assert {tensor.device.type for tensor in tensors} == {"cpu"}
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("parts", [("scorer",), ("llm", "scorer"), ("llm",), ("vit", "connector"), ()], ids="+".join)
+@pytest.mark.parametrize("name", ["stts", "visionselector"])
+def test_gradients_come_back_by_one_way_whatever_is_frozen(tiny: Any, name: str, parts: tuple[str, ...]) -> None:
+    """Without parts, everything learns."""
+    model, processor = copy.deepcopy(tiny[0]).train(), tiny[1]
+    sequences: dict[str, list[str]] = {}
+    with stts.pruning(model, name, retention_ratio=0.5) as pruned:
+        root = nn.ModuleDict({"model": model, "scorer": pruned.module})
+        for key, parameter in root.named_parameters():
+            part = "scorer" if key.startswith("scorer.") else pruned.adapter.part_of(key)
+            parameter.requires_grad_(part in parts or not parts)
+        for kind, letter in {"video": "v", "image": "i", "text": "t"}.items():
+            inputs = batch(processor, letter)
+            inputs.pop("labels")
+            with watch(root) as events:
+                loss = model(**inputs, labels=answer_labels(inputs), use_cache=False).loss
+                assert pruned.last is not None
+                (loss + sum(pruned.last.losses.values())).backward()
+            sequences[kind] = [event for event in events if event.startswith("back")]
+    assert sequences["video"] and sequences["video"] == sequences["image"] == sequences["text"]
 
 
 def test_a_parameter_read_elsewhere_is_noticed() -> None:
