@@ -35,7 +35,7 @@ class STTS(nn.Module):
         temporal = mean (s - (1 - cos(e_t, e_t-1)))^2                          e: patches of the group, concatenated
 
     The first frame of a video is kept whole, has bias 0 and is left out of the loss; the other places go to the highest
-    scores of the whole video. A video whose budget is all its groups has no bias and no share in the loss. The choice
+    scores of the whole video. A video whose budget is all its groups has bias 0 and no share in the loss. The choice
     has no gradient: the answer reaches the scorer through the bias (and through `straight_through`).
 
     **Differs** from the release. Undone by `compat="official"`, which ignores `detach_target` and `clamp_target`: no
