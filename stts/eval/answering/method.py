@@ -23,10 +23,11 @@ from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts.models.families.base import host_info, vlm_shape
-from stts.models.pruning.context import Phase, Pruning
+from stts.models.pruning.context import Pruning
 from stts.models.pruning.phases import Phases
 from stts.models.pruning.report import Report, cost_of, planned_cost
 from stts.models.pruning.siglip import SiglipSource
+from stts.models.pruning.visual_pass import Phase
 from stts.pruners.base import Positions, Pruner
 from stts.pruners.check import HOST
 from stts.pruners.registry import PRUNERS, make_pruner

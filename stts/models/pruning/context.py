@@ -3,46 +3,34 @@
 Inside the context hooks replace the visual part of a forward pass and shorten the prompt; outside, the model is what it
 was, bit for bit. The order of one pass: frames of all videos through the tower (site `vit` decides and drops inside),
 connector on survivors, site `pre_llm`, merge into the prompt, shorten the prompt, site `llm` between decoder layers.
-`Pruning` has the settings and the hooks; what a pass holds is in `visual_pass.py`.
+`Settings` has what holds for all passes, `Pruning` the hooks; what one pass holds is in `visual_pass.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from stts.budget import check_ratio, plan
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
-from stts.models.families.base import Adapter, make_adapter, run_device
 from stts.models.pruning import pieces
-from stts.models.pruning.checks import check_checkpointing, check_one_device, choose_positions, without_adapters
+from stts.models.pruning.checks import check_checkpointing, check_one_device
 from stts.models.pruning.continuation import continuation_of, decode
 from stts.models.pruning.llm_layers import attach_layers
-from stts.models.pruning.pass_videos import Setup, make_report
+from stts.models.pruning.pass_videos import make_report
 from stts.models.pruning.prompt import Prompt
-from stts.models.pruning.report import Report
-from stts.models.pruning.siglip import SiglipSource
-from stts.models.pruning.stages import Names, split_sites
-from stts.models.pruning.tower import Tower, run_tower
-from stts.models.pruning.visual_pass import Phase, VisualPass
-from stts.models.pruning.weights import load_named
-from stts.pruners.base import Positions, Pruner
-from stts.tokens import Budget, Grid
+from stts.models.pruning.settings import Settings
+from stts.models.pruning.visual_pass import VisualPass
+from stts.pruners.base import Pruner
 
 _EXPAND = "rows_per_prompt"
 """Keyword under which `generate` hands a forward call the number of its beams or samples."""
 
 
-class Pruning:
+class Pruning(Settings):
     """A pruner attached to one stock model, as a context manager, or with `attach` and `detach` for long use.
 
     model: a stock model of a supported family; its weights, class and forward code are not touched.
@@ -64,159 +52,6 @@ class Pruning:
     Several threads may call the model inside one context; `describe` then speaks of the caller's own next pass, and
     `last` is the pass that ended last. A model inside a context cannot be deep-copied; leave it first.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pruner: str | Pruner,
-        *,
-        retention_ratio: float = 0.5,
-        exact: bool = True,
-        positions: Positions | None = None,
-        chunk_frames: int | None = None,
-        siglip: SiglipSource | None = None,
-        weights: str | Path | None = None,
-        untrained: bool = False,
-        tower: Tower = run_tower,
-        around_stage: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        **options: Any,
-    ) -> None:
-        model = without_adapters(model)
-        self.adapter: Adapter = make_adapter(model)
-        self.model = model
-        self.name = pruner if isinstance(pruner, str) else None
-        self.options: Mapping[str, Any] = options
-        self._is_random = False
-        """Its pruner learns, and has learned nothing yet."""
-        if isinstance(pruner, str):
-            trained = load_named(pruner, model, self.adapter.host, options, weights)
-            self.pruner, self.options = trained.pruner, trained.options
-            self._is_random = trained.is_random and not untrained
-            positions = positions or trained.positions
-        else:
-            self.pruner = pruner
-        self.exact = exact
-        self.siglip = siglip
-        if siglip is not None:
-            siglip.check(self.adapter.host)
-        chosen = choose_positions(positions, self.pruner, self.adapter.host)
-        self._setup = Setup(self.adapter, split_sites(self.pruner, self.adapter), chosen, siglip, tower, around_stage)
-        self.chunk_frames = chunk_frames
-        self.retention_ratio = retention_ratio
-        self._max_tokens: int | None = None
-        self._runs_all = False
-        self._last: Report | None = None
-        self._listener: Callable[[Phase], None] = lambda phase: None
-        self._names: dict[int, Names] = {}
-        self._handles: list[Any] = []
-        self._stock_expand: Any = None
-        self._originals: list[str] = []
-        if self.module is not None:
-            self.module.to(run_device(model))
-        self._plan([self.adapter.grid(2)])  # an unreachable ratio fails here, not in the first forward pass
-
-    # --- settings ----------------------------------------------------------------------------------------------------
-
-    @property
-    def retention_ratio(self) -> float:
-        return self._ratio
-
-    @retention_ratio.setter
-    def retention_ratio(self, value: float) -> None:
-        check_ratio(value)
-        self._ratio = value
-
-    @property
-    def chunk_frames(self) -> int | None:
-        return self._chunk_frames
-
-    @chunk_frames.setter
-    def chunk_frames(self, value: int | None) -> None:
-        if value is not None:
-            if value < 1:
-                raise ValueError(f"chunk_frames={value} must be at least 1, or None for all frames at once")
-            for stage in self._setup.sites.vit:
-                pieces.check_in_pieces(stage)
-        self._chunk_frames = value
-
-    @property
-    def context(self) -> int:
-        """Positions that the LLM was made for."""
-        config: Any = self.adapter.language_model.config
-        return int(config.max_position_embeddings)
-
-    def llm_tokens(self, grid: Grid) -> int:
-        """Visual tokens of a video that the first layer of the LLM will see, as planned."""
-        pairs = zip(self._plan([grid]), self.pruner.stages, strict=True)
-        return min([grid.num_groups, *(row[0].num_kept for row, stage in pairs if stage.site.kind != "llm")])
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The learned part, or None for a training-free pruner."""
-        if isinstance(self.pruner, nn.Module):
-            return self.pruner
-        return next((stage for stage in self.pruner.stages if isinstance(stage, nn.Module)), None)
-
-    @property
-    def positions(self) -> Positions:
-        return self._setup.positions
-
-    @property
-    def last(self) -> Report | None:
-        """What the last forward pass with visual input did."""
-        return self._last
-
-    @contextmanager
-    def aside(self, retention_ratio: float) -> Iterator[None]:
-        """Passes inside run at this ratio and leave no trace: afterwards ratio and `last` are what they were."""
-        before = self.retention_ratio, self._last
-        self.retention_ratio, self._last = retention_ratio, None
-        try:
-            yield
-        finally:
-            self.retention_ratio, self._last = before
-
-    def limit_tokens(self, max_tokens: int | None) -> None:
-        """At most so many visual tokens of a video, meaned over the LLM's layers: a video that would have more gets a
-        lower ratio than `retention_ratio`, by its own length. None: no limit."""
-        self._max_tokens = max_tokens
-
-    def run_all_modules(self, on: bool = True) -> None:
-        """Run tower, connector and stages in every pass of evaluation too, as training does: also where the batch has
-        no video or nothing is to be dropped. Needed where parameters are sharded, because every rank takes part in
-        gathering them, and where rows must be packed into one."""
-        self._runs_all = on
-
-    def listen(self, listener: Callable[[Phase], None] | None) -> None:
-        """Tell `listener` where work for pruning alone begins and ends in a pass (`stts.models.pruning.phases`); None:
-        nobody."""
-        self._listener = listener or (lambda phase: None)
-
-    def describe(
-        self,
-        uids: Sequence[str],
-        timestamps_s: Sequence[Tensor | None] | None = None,
-        questions: Sequence[str] | None = None,
-    ) -> None:
-        """Tell about the videos of this thread's next forward pass, in batch order: names (they seed `random`), times
-        of frames in seconds (Tango), questions (AdaTP, with a text tower). ValueError unless each has one per video."""
-        self._names[threading.get_ident()] = Names.of(uids, timestamps_s, questions)
-
-    def check_trainable(self) -> None:
-        """ValueError when the model cannot be trained under this pruner."""
-        if self._setup.sites.llm:
-            name = self.name or type(self.pruner).__name__
-            raise ValueError(
-                f"pruner {name!r} drops tokens inside the LLM, which training does not support: its choice needs the "
-                "attention of a prompt without answers; train under a pruner at site vit or pre_llm"
-            )
-
-    def _check_trained(self) -> None:
-        if self._is_random:
-            raise ValueError(
-                f"pruner {self.name!r} learns, but {self.model.name_or_path!r} has no weights for it: its scores would "
-                "be random. Name a trained folder with weights=, train it (`stts fit`), or pass untrained=True"
-            )
 
     # --- on and off --------------------------------------------------------------------------------------------------
 
@@ -367,26 +202,6 @@ class Pruning:
         continuation = continuation_of(kwargs.get("past_key_values"))
         if continuation is not None:
             continuation.open = False
-
-    # --- what a pass is given ----------------------------------------------------------------------------------------
-
-    def _plan(self, grids: list[Grid]) -> list[list[Budget]]:
-        sites, layers = [stage.site for stage in self.pruner.stages], self.adapter.host.llm_layers
-        rows = [plan(sites, self._ratio_of(grid), [grid], layers, exact=self.exact) for grid in grids]
-        return [[row[number][0] for row in rows] for number in range(len(sites))]
-
-    def _ratio_of(self, grid: Grid) -> float:
-        if self._max_tokens is None or self._max_tokens >= grid.num_groups * self.retention_ratio:
-            return self.retention_ratio
-        return math.floor(1e12 * self._max_tokens / grid.num_groups) / 1e12  # down: the decimal must not keep one more
-
-    def _take_names(self, num_videos: int) -> Names:
-        names = self._names.pop(threading.get_ident(), None)
-        if names is None or num_videos == 0:
-            return Names([""] * num_videos, [None] * num_videos, None)
-        if num_videos != len(names.uids):
-            raise ValueError(f"describe() named {len(names.uids)} videos, the pass has {num_videos}")
-        return names
 
 
 _UNTESTED = "this transformers version is outside the tested range (>= 5.17, < 6)"

@@ -22,7 +22,7 @@ from tests.conftest import make_inputs
 from tests.families import FAMILIES, write_family
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-AT_ONCE = ("random-vit", "easy", "heuristic")
+AT_ONCE = ("random-vit", "easy", "heuristic", "tome", "earlytom")
 """They decide inside the tower, and say that they need everything."""
 
 
