@@ -85,7 +85,9 @@ def make_inputs(
     }
     inputs |= {name: value.to(device) for name, value in visual.pop("args").items()}
     after = QUESTION + (ANSWER if training else 0)
-    text = itertools.cycle(range(3, min([100, *filter(None, visual["ids"])])))
+    special = {value for name, value in config.to_dict().items() if name.endswith(("_id", "_index"))}
+    size = config.get_text_config().vocab_size
+    text = itertools.cycle(token for token in range(3, min(100, size)) if token not in special)
     ids = [next(text) if token is None else token for token in [*[None] * BEFORE, *visual["ids"], *[None] * after]]
     inputs["input_ids"] = torch.tensor([ids], device=device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -47,9 +47,10 @@ def packed_attention(
         raise ValueError(f"key_bias has shape {tuple(segments.key_bias.shape)}, expected ({q_SHE.shape[0]},)")
     if q_SHE.shape[0] == 0:
         return q_SHE
-    if torch.is_autocast_enabled(q_SHE.device.type):
+    kind = q_SHE.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # not on the meta device
         # rotary tables and residuals are fp32 there, so q and k come wider than v: no flash kernel would take them
-        dtype = torch.get_autocast_dtype(q_SHE.device.type)
+        dtype = torch.get_autocast_dtype(kind)
         q_SHE, k_SJE, v_SJE = (x.to(dtype) for x in (q_SHE, k_SJE, v_SJE))
     kernel = _kernel(q_SHE.device, q_SHE.dtype)
     if kernel is not None:

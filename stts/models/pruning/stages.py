@@ -139,7 +139,9 @@ def numerics(stage: Stage, x_ND: Tensor) -> Iterator[None]:
     A training-free stage has autocast off: it promises fp32, and `.float()` does not stop autocast from choosing
     another dtype. A learned one follows autocast; without it, its layers take the dtype of the features beside them."""
     dtype, kind = x_ND.dtype, x_ND.device.type
-    if not isinstance(stage, nn.Module):
+    if not torch.amp.is_autocast_available(kind):  # the meta device
+        yield
+    elif not isinstance(stage, nn.Module):
         with torch.autocast(kind, enabled=False):
             yield
     elif dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
