@@ -153,9 +153,9 @@ def test_export_turns_folders_into_each_other(live: Any, tmp_path: Path, capsys:
         ([alone, "new"], "add --merge"),
         ([whole, "new", "--merge"], "merge is for a scorer alone"),
         ([whole, "new", "--base_model", whole], "weights of its own"),
-        ([whole, "new", "--retention_ratio", "0.5"], "usage"),
-        ([whole], "usage"),
-        (["--from_reference", "file", "new"], "usage"),
+        ([whole, "new", "--retention_ratio", "0.5"], "for --from_reference"),
+        ([whole], "expected FOLDER and OUT"),
+        (["--from_reference", "file", "new"], "needs --base_model"),
     ):
         assert main(["export", *argv]) == 2
         assert message in capsys.readouterr().err
