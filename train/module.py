@@ -34,11 +34,11 @@ from .lengths import planned_tokens
 from .live_export import export_live
 from .lora import Lora, add_lora
 from .loss import answer_loss
-from .parts import PARTS, check_rates, cosine, is_unused, learning_parts, learns, parameter_groups
+from .parts import PARTS, check_rates, cosine, learning_parts, learns, parameter_groups
 from .precision import exact_conversions
 from .retention import Setting, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
-from .strategies import FSDP2, DeepSpeed, adamw, check_frozen, cut
+from .strategies import FSDP2, DeepSpeed, adamw, cut
 from .validation import Validation
 
 
@@ -264,8 +264,6 @@ class VideoFinetune(pl.LightningModule):
         """On for the whole run: activation checkpointing calls blocks again in the backward pass."""
         strategy = self.trainer.strategy
         check_trainer(self.trainer)
-        used = [(n, p) for n, p in self.named_parameters() if not is_unused(n, self.pruning.adapter)]
-        check_frozen(strategy, [name for name, parameter in used if not parameter.requires_grad])
         exact_conversions(strategy.precision_plugin)
         self._widen()
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})

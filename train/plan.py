@@ -168,12 +168,6 @@ def _states(run: Run, parameters: Parameters) -> tuple[dict[str, int], int]:
     return memory, host
 
 
-def is_refused(run: Run) -> bool:
-    """Whether `stts fit` refuses this run: DeepSpeed stage 3 on several GPUs with a part that does not learn."""
-    frozen = run.lora is not None or {"llm", "vit", "connector"} - set(run.rates)
-    return bool(run.strategy.deepspeed and run.strategy.cuts[0] and run.gpus > 1 and frozen)
-
-
 def advise(run: Run, room: int) -> list[tuple[str, int]]:
     """What brings a run that does not fit closer, one change at a time, with the bytes it leads to; cheapest first."""
     changes: list[tuple[str, Run]] = []
@@ -197,8 +191,6 @@ def advise(run: Run, room: int) -> list[tuple[str, int]]:
         changes.append(("model.retention_ratio: 0.3", _shorter(run, retention_ratio=0.3)))
     made = []
     for text, changed in changes:
-        if is_refused(changed):
-            continue
         try:
             made.append((text, make_plan(changed).total))
         except ValueError:
@@ -240,8 +232,6 @@ def describe(run: Run, made: Plan) -> str:
     if vlm_shape(run.config).vit.patches == 0:
         lines[-1] += f", files of {run.frame_size[0]} x {run.frame_size[1]} pixels"
     lines[-1] += " (options of this command); rows full to the budget"
-    if is_refused(run):
-        lines += ["", "stts fit refuses this: DeepSpeed stage 3 with parts that do not learn; use fsdp2 or stage 2"]
     if made.total <= room:
         return "\n".join([*lines, "", "it fits"])
     lines += ["", f"it does not fit: {(made.total - room) / GIB:.1f} GiB too much. One change at a time:"]

@@ -45,19 +45,6 @@ def cut(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, precisio
         register_fsdp_forward_method(root, name)
 
 
-def check_frozen(strategy: Strategy, frozen: Sequence[str]) -> None:
-    """ValueError for ZeRO-3 on several ranks where parameters named `frozen` do not learn.
-
-    It gathers parameters module by module, and every rank must ask for the same ones. With a frozen tower, ranks whose
-    batches differ in kind do not, and wait for one another for ever (seen in DeepSpeed 0.19.8)."""
-    if isinstance(strategy, DeepSpeed) and strategy.stage == 3 and strategy.world_size > 1 and frozen:
-        raise ValueError(
-            f"DeepSpeed stage 3 would hang on batches of different kinds where parts are frozen ({len(frozen)} "
-            f"parameters, the first is {frozen[0]}); use trainer.strategy=fsdp2 or deepspeed_stage_2, or let every "
-            "part learn"
-        )
-
-
 def is_cut(strategy: Strategy) -> bool:
     """Whether a rank holds only a part of each parameter."""
     return isinstance(strategy, FSDP2) or (isinstance(strategy, DeepSpeed) and strategy.zero_stage_3)

@@ -230,7 +230,7 @@ def test_advice_is_tried_and_fewer_frames_shrink_the_row() -> None:
     assert "model.gradient_checkpointing: true" not in changes, "it is on"
     assert "trainer.strategy: deepspeed_stage_3_offload" in changes
     adapters = dict(advise(replace(run, lora=Lora()), 0))
-    assert adapters and "trainer.strategy: deepspeed_stage_3_offload" not in adapters, "what fit refuses is no advice"
+    assert "trainer.strategy: deepspeed_stage_3_offload" in adapters
     # frames are halved once: 64 x 81 x 0.5 + 64 x 7 + 128 = 3168 tokens, then 32 x 81 x 0.5 + 32 x 7 + 128 = 1648
     assert whole.tokens["sample, with text"] == 3168
     assert make_plan(replace(run, num_frames=32)).tokens["sample, with text"] == 1648
