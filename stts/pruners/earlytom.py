@@ -36,7 +36,7 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyTom(PerVideo):
-    """Merge frames of a segment that look alike, then keep the most attended tokens of each frame that is left.
+    """Merge frames of a segment that look alike, then keep the most attended tokens of those left.
 
     A segment ends where the mean cosine with its first frame, smoothed over time, falls below tau, or after 5 frames.
     Its first and last frame stay; of those between, neighbours more alike than the first is to the last become one,

@@ -34,7 +34,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ToMe(PerVideo):
-    """Merge, in each frame, the groups of patches that look most alike: nothing is thrown away, neighbours become one.
+    """Merge, in each frame, the groups of patches that look most alike; nothing is thrown away.
 
     One step removes r of n tokens: even places (A) each name the most similar odd place (B) by the cosine of their
     attention keys, and the r most similar of them join it as a size-weighted mean. On the output of block
