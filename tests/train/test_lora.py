@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import stts_train.cli as cli
 from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.checkpoints.load import load_vlm
@@ -18,6 +19,7 @@ from stts.models.families.tiny import write_tiny
 from stts_train.lora import Lora, merge
 from stts_train.module import VideoFinetune
 from stts_train.parts import part_of
+from tests.train.launch import ROOT
 
 FAST = {"llm_lr": 1e-2, "vit_lr": 0, "connector_lr": 0, "scorer_lr": 1e-2, "warmup_steps": 0}
 FAMILIES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "Qwen/Qwen3-VL-8B-Instruct", "allenai/Molmo2-4B")
@@ -142,3 +144,12 @@ def test_an_unknown_target_is_named(tiny_folder: Path) -> None:
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match=r"'att_proj'.*q_proj"):
         VideoFinetune(str(tiny_folder), "stts", lora=Lora(targets=("att_proj",)), **FAST)
+
+
+def test_an_adapter_in_place_of_a_model_is_named_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    argv = [f"--config={ROOT / 'configs' / 'shapes_tiny.yaml'}", f"--model.model={tmp_path}"]
+    assert cli.fit([*argv, f"--out={tmp_path / 'out'}"]) == 2
+    assert "holds an adapter of peft for the base 'some/base', no model; merge" in capsys.readouterr().err

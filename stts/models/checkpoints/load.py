@@ -44,6 +44,13 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
 
     ValueError: the folder has no model, the family has no adapter, or the file lacks, adds or reshapes a tensor."""
     check_transformers()
+    if (adapter_file := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        base = json.loads(adapter_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{path} holds an adapter of peft for the base {base!r}, no model; merge the two first: "
+            "PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder), with the "
+            "processor of the base beside it"
+        )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         settings = pruner_settings(path)
         if settings is None:
