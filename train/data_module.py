@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -92,9 +92,9 @@ class VideoData(pl.LightningDataModule):
         self.batch_size, self.max_tokens, self.val_batch_size = batch_size, max_tokens, val_batch_size
         self.num_workers, self.seed, self.num_frames, self.max_fps = num_workers, seed, num_frames, max_fps
         self.on_error: OnError = on_error
+        reading: dict[str, Any] = {"sampler": sampler, "num_frames": num_frames, "max_fps": max_fps}
         self.frames = frames_of(
-            {"kind": kind, "num_frames": num_frames, "sampler": sampler, "max_fps": max_fps}
-            | {"shapes": vars(shapes), "phases": [vars(phase) for phase in phases or []]}
+            {"kind": kind, **reading, "shapes": vars(shapes), "phases": [vars(phase) for phase in phases or []]}
         )
         self.cache = FrameCache(int(cache_gib * 2**30)) if cache_gib else None
         self._told = 0, 0  # look-ups in the frame cache and hits, of the epochs that were reported
@@ -105,44 +105,51 @@ class VideoData(pl.LightningDataModule):
         self.val_data: Dataset[Any] | None = None
         self.shuffle = kind == "jsonl"  # drawn clips are independent already, and phases must keep their order
         if kind == "shapes":
-            parts = [
-                ShapesFrames(
-                    "train",
-                    phase.num_clips,
-                    seed + number,
-                    replace(shapes, families=tuple(phase.families or shapes.families)).sampled(
-                        phase.num_sampled or shapes.num_sampled
-                    ),
-                    weights=phase.weights,
-                    questions_per_item=phase.questions_per_clip,
-                )
-                for number, phase in enumerate(phases or [])
-            ]
-            self.train_data = ConcatDataset(parts)
-            if num_val_clips:  # whatever the training mixture, so that scores of two runs compare
-                self.val_data = ShapesFrames("val", num_val_clips, seed, shapes)
+            self._draw(shapes, phases or [], num_val_clips)
         else:
-            reading: dict[str, Any] = {"sampler": sampler, "num_frames": num_frames, "max_fps": max_fps}
-            reading |= {"on_error": on_error, "timeout_s": timeout_s, "follow_links": follow_links}
             assert train
-            self.sources = [Source(train)] if isinstance(train, str) else list(train)
-            weights = weights_of(self.sources)
-            self.files = [
-                VideoJsonl(
-                    source.path,
-                    root=root if source.root is None else source.root,
-                    limit=source.limit,
-                    limit_seed=seed,
-                    uid_prefix=f"{source.path}:" if len(self.sources) > 1 else "",  # other files have the same ids
-                    cache=self.cache,
-                    **reading,
-                )
-                for source in self.sources
-            ]
-            self.train_data = ConcatDataset(self.files)
-            self.mixture = Mixture(tuple(len(file) for file in self.files), weights)
-            if val is not None:
-                self.val_data = VideoJsonl(val, root=root, **reading)
+            reading |= {"on_error": on_error, "timeout_s": timeout_s, "follow_links": follow_links}
+            self._open([Source(train)] if isinstance(train, str) else list(train), val, root, reading)
+
+    def _draw(self, shapes: ShapesConfig, phases: Sequence[Phase], num_val_clips: int) -> None:
+        """ShapesQA: the phases of training one behind the other."""
+        parts = [
+            ShapesFrames(
+                "train",
+                phase.num_clips,
+                self.seed + number,
+                replace(shapes, families=tuple(phase.families or shapes.families)).sampled(
+                    phase.num_sampled or shapes.num_sampled
+                ),
+                weights=phase.weights,
+                questions_per_item=phase.questions_per_clip,
+            )
+            for number, phase in enumerate(phases)
+        ]
+        self.train_data = ConcatDataset(parts)
+        if num_val_clips:  # whatever the training mixture, so that scores of two runs compare
+            self.val_data = ShapesFrames("val", num_val_clips, self.seed, shapes)
+
+    def _open(self, sources: list[Source], val: str | None, root: str | None, reading: dict[str, Any]) -> None:
+        """Data files, and how they are mixed."""
+        self.sources = sources
+        weights = weights_of(sources)
+        self.files = [
+            VideoJsonl(
+                source.path,
+                root=root if source.root is None else source.root,
+                limit=source.limit,
+                limit_seed=self.seed,
+                uid_prefix=f"{source.path}:" if len(sources) > 1 else "",  # other files have the same ids
+                cache=self.cache,
+                **reading,
+            )
+            for source in sources
+        ]
+        self.train_data = ConcatDataset(self.files)
+        self.mixture = Mixture(tuple(len(file) for file in self.files), weights)
+        if val is not None:
+            self.val_data = VideoJsonl(val, root=root, **reading)
 
     def train_dataloader(self) -> ResumableLoader:
         collator = self._collator()
