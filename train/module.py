@@ -38,7 +38,7 @@ from .parts import PARTS, check_rates, cosine, learning_parts, learns, parameter
 from .precision import exact_conversions
 from .retention import Setting, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
-from .strategies import FSDP2, DeepSpeed, adamw, cut
+from .strategies import FSDP2, DeepSpeed, adamw, cut, widen
 from .validation import Validation
 
 
@@ -120,12 +120,7 @@ class VideoFinetune(pl.LightningModule):
         options = recorded_options(model, pruner, pruner_options)
         positions = as_recorded(model, positions=positions)["positions"]
         self.pruning = Pruning(
-            self.model,
-            pruner,
-            retention_ratio=self.retention.target,
-            positions=positions,
-            untrained=True,
-            **options,
+            self.model, pruner, retention_ratio=self.retention.target, positions=positions, untrained=True, **options
         )
         self.pruning.check_trainable()
         self.trained: dict[str, Any] = {"retention_trained": self.retention.record}
@@ -215,8 +210,7 @@ class VideoFinetune(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.parts(), self.learning_rates, self.weight_decay)
-        precision = str(self.trainer.precision)
-        optimizer = adamw(self.trainer.strategy, groups, precision, betas=self.betas, eps=self.eps)
+        optimizer = adamw(self.trainer, groups, betas=self.betas, eps=self.eps)
         total = total_steps(self.trainer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine(step, total, self.warmup_steps, self.min_lr_ratio)
@@ -265,7 +259,7 @@ class VideoFinetune(pl.LightningModule):
         strategy = self.trainer.strategy
         check_trainer(self.trainer)
         exact_conversions(strategy.precision_plugin)
-        self._widen()
+        widen(self, strategy, str(self.trainer.precision))
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
         self.pruning.run_all_modules(self.trainer.world_size > 1)
         if isinstance(strategy, DeepSpeed):
@@ -277,17 +271,6 @@ class VideoFinetune(pl.LightningModule):
             self.model.disable_input_require_grads()
         self.pruning.attach()
         self._attached = True
-
-    def _widen(self) -> None:
-        """Hold what learns in fp32, whatever the checkpoint's files hold: at usual rates AdamW's steps are smaller than
-        the last bit of a bf16 weight, and would be lost. DeepSpeed keeps fp32 copies of its own."""
-        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
-        if isinstance(strategy, DeepSpeed) or precision.endswith(("16-true", "64-true")):
-            return
-        everything = precision == "32-true" or isinstance(strategy, FSDP2)  # which cuts parameters of one dtype only
-        for parameter in self.parameters():
-            if parameter.requires_grad or everything:
-                parameter.data = parameter.data.float()
 
     def on_fit_start(self) -> None:
         self.model.train()  # `from_pretrained` hands out a model in eval mode, and Lightning keeps modes as they are

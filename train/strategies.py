@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
@@ -45,6 +46,17 @@ def cut(root: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, precisio
         register_fsdp_forward_method(root, name)
 
 
+def widen(module: nn.Module, strategy: Strategy, precision: str) -> None:
+    """Hold what learns in fp32, in place, whatever the checkpoint's files hold: at usual rates AdamW's steps are
+    smaller than the last bit of a bf16 weight, and would be lost. DeepSpeed keeps fp32 copies of its own."""
+    if isinstance(strategy, DeepSpeed) or precision.endswith(("16-true", "64-true")):
+        return
+    everything = precision == "32-true" or isinstance(strategy, FSDP2)  # which cuts parameters of one dtype only
+    for parameter in module.parameters():
+        if parameter.requires_grad or everything:
+            parameter.data = parameter.data.float()
+
+
 def is_cut(strategy: Strategy) -> bool:
     """Whether a rank holds only a part of each parameter."""
     return isinstance(strategy, FSDP2) or (isinstance(strategy, DeepSpeed) and strategy.zero_stage_3)
@@ -74,13 +86,14 @@ def _gathered(value: Tensor) -> AbstractContextManager[Any]:
     return gathered
 
 
-def adamw(strategy: Strategy, groups: list[dict[str, Any]], precision: str, **settings: Any) -> Optimizer:
+def adamw(trainer: pl.Trainer, groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
     """torch's fused AdamW; DeepSpeed's own where the states live in host memory.
 
     Not fused under 16-mixed: a fused step unscales gradients itself, behind the back of norms and clipping, which would
     see them 65536 times too large."""
+    strategy = trainer.strategy
     if not (isinstance(strategy, DeepSpeed) and strategy.offload_optimizer):
-        return AdamW(groups, fused=precision != "16-mixed", **settings)
+        return AdamW(groups, fused=str(trainer.precision) != "16-mixed", **settings)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     optimizer: Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
