@@ -1,8 +1,19 @@
 """What passes between rooms: one video's tokens at one site, the budget, and what survives.
 
-Shape suffixes:  N = units present (patches inside the ViT, tokens after it),  G = groups: what the LLM counts as one
-token (G == N outside the ViT),  W = units per group,  K = kept groups,  T = temporal cells,  D = width,  C = width of a
-frame feature,  L = prompt tokens after the video,  S = places of a frame.
+Shape suffixes, which mean the same in the whole library:
+
+    N  units in one list: patches in the ViT, tokens after it, of one video or of all one behind the other
+    G  groups of a video that are present: what the LLM counts as one token (outside the ViT G = N)
+    K  kept groups
+    T  temporal cells of a video, or the frames that were chosen of it
+    F  frames of a file, or of all videos of a batch
+    P  places of a frame: its groups
+    U  units of one frame: its patches
+    S  units of everything in one row: patches of all frames, tokens of a packed row
+    D  width of the features, E of an attention head, d of the LLM where D is the tower's
+
+Other letters are explained in the files that use them; here W = units per group, C = width of a frame feature, L =
+prompt tokens after the video.
 """
 
 from __future__ import annotations
@@ -70,7 +81,7 @@ class Words:
 class SinkPenalty:
     """How strongly each place acts as an attention sink (SToP, arXiv:2604.20937); read only inside `pruners/ops.py`."""
 
-    penalty_S: Tensor
+    penalty_P: Tensor
     """(S,) fp32 in [0, 1], per place of a frame and equal in all frames; 0 = no sink."""
     salience: float = 0.0
     """Taken off the salience (mu_s), times the penalty."""

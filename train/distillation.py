@@ -1,6 +1,6 @@
 """Distillation: the pruned model learns to answer as the same model does when it sees every token.
 
-Shape suffixes:  B = rows,  A = places where some row has an answer,  N = answer tokens,  V = vocabulary"""
+Shape suffixes beside those of `stts.tokens`: B = rows, A = places where some row has an answer, V = vocabulary."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Plain cross-entropy holds for every answer token and word an fp32 copy of the logit and its log-softmax until the
 backward pass, and makes fp32 gradients of both there: 14 to 18 bytes where this takes 4 (bf16).
 
-Shape suffixes:  B = rows,  A = places where some row has an answer,  N = answer tokens,  V = vocabulary"""
+Shape suffixes beside those of `stts.tokens`: B = rows, A = places where some row has an answer, V = vocabulary."""
 
 from __future__ import annotations
 

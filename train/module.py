@@ -3,7 +3,8 @@
 It names no method: what a pruner adds to the loss arrives by name and is weighted in `loss_weights`; losses computed
 from the batch and the forward pass are listed in `step_losses`.
 
-Shape suffixes:  B = rows,  L = text length,  A = places where some row has an answer,  V = vocabulary"""
+Shape suffixes beside those of `stts.tokens`: B = rows, L = text length, A = places where some row has an answer, V =
+vocabulary."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A loss is one of three kinds. The answer loss is always there. A pruner's stages
 `Kept.losses`. A `StepLoss` is computed from the batch and the forward pass: `model.step_losses` in a config lists them,
 and docs/add_a_loss.md shows how to write one.
 
-Shape suffixes:  B = rows,  A = places where some row has an answer,  V = vocabulary"""
+Shape suffixes beside those of `stts.tokens`: B = rows, A = places where some row has an answer, V = vocabulary."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Answers counted while validating: how many are right as a whole, by question family, and the mean loss per token.
 
-Shape suffixes:  B = rows,  A = places where some row has an answer,  V = vocabulary"""
+Shape suffixes beside those of `stts.tokens`: B = rows, A = places where some row has an answer, V = vocabulary."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks of `benchmarks/gpu.py`: correctness of the kernel, host syncs, and what choosing costs.
 
-Shape suffixes: S = tokens of the row, H = query heads, J = key/value heads, E = head width.
+Shape suffixes beside those of `stts.tokens`: H = query heads, J = key/value heads.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ behind the drop first-fit rows of N slots, laid out in a Python loop that asks t
 alone in its row taking its dropped patches back; a dense mask (R, 1, N, N); after each block the row scattered into a
 zero tensor of all patches; the connector on all windows, chosen from afterwards. In the LLM both are the same.
 
-Shape suffixes: F = frames, N = patches of a frame, S = F * N, D = width, R = rows.
+Shape suffixes beside those of `stts.tokens`: R = rows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Each conversation is written exactly as `generate` would meet it: the template u
 answer, then what the template puts after an answer. (Some templates write a finished assistant turn a little
 differently from the prompt that asks for one; a model trained on that form is evaluated on another.)
 
-Shape suffixes:  B = rows,  L = text length,  V = videos,  T = frames,  C = 3 colour channels,  H, W = pixels"""
+Shape suffixes beside those of `stts.tokens`: B = rows, L = text length, V = videos, C = 3 colour channels, H, W =
+pixels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A data set of decoded examples: the rows of a data file with their frames and pictures, before any processor.
 
-Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Memory holds only where each row lies, 16 bytes a row. The first bytes of a file decide its format, not its name.
 
-Shape suffixes:  N = rows of the file,  R = row groups of a Parquet file"""
+Shape suffixes beside those of `stts.tokens`: R = row groups of a Parquet file, B = rows of the file."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ class JsonRows:
         with path.open("rb") as file:
             self._stamp = _stamp(file)
             spans = _element_spans(file, path) if array else _line_spans(file)
-            self._span_N2 = np.fromiter(spans, np.dtype((np.int64, 2)))
+            self._span_B2 = np.fromiter(spans, np.dtype((np.int64, 2)))
 
     def __len__(self) -> int:
-        return len(self._span_N2)
+        return len(self._span_B2)
 
     def read(self, numbers: Iterable[int]) -> Iterator[Any]:
         with self.path.open("rb") as file:
             if _stamp(file) != self._stamp:
                 raise ValueError("the file was changed after it was indexed; start again")
             for number in numbers:
-                start, end = self._span_N2[number].tolist()
+                start, end = self._span_B2[number].tolist()
                 file.seek(start)
                 try:
                     row = json.loads(file.read(end - start).decode("utf-8-sig"))
@@ -84,7 +84,7 @@ class JsonRows:
         if not self.strict_ids:
             return f"{self.path}, row {number + 1}"
         with self.path.open("rb") as file:  # blank lines count here: rows are found in an editor
-            line = file.read(int(self._span_N2[number, 0])).count(b"\n") + 1
+            line = file.read(int(self._span_B2[number, 0])).count(b"\n") + 1
         return f"{self.path}, line {line}"
 
 

@@ -3,7 +3,7 @@
 flash-attn varlen where installed, else torch's own varlen kernel (both CUDA, fp16/bf16), else SDPA: sequences of equal
 length as a plain batch, others one by one, or padded where they are so small that the calls would cost more.
 
-Shape suffixes: S = tokens of the row, H = query heads, J = key/value heads, E = head width, B = sequences, M = longest.
+Shape suffixes beside those of `stts.tokens`: H = query heads, J = key/value heads, B = sequences, M = longest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     out[i] = sum_j softmax_j(scale * <q[i], k[j]> + bias[j]) v[j],   j in the sequence of i (and j <= i when causal)
 
-Shape suffixes: S = tokens of the row, H = query heads, J = key/value heads, E = head width, L = tokens of one sequence.
+Shape suffixes beside those of `stts.tokens`: H = query heads, J = key/value heads, L = tokens of one sequence.
 """
 
 from __future__ import annotations

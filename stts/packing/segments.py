@@ -1,6 +1,6 @@
 """Boundaries of sequences that lie one behind the other in a packed row.
 
-Shape suffixes: S = tokens of the row, B = sequences.
+Shape suffixes beside those of `stts.tokens`: B = sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AdaTP, our reconstruction: cut by attention in many LLM layers, against its preference for some frames and places.
 
-Shape suffixes: G = groups present, T = frames, C = width of a frame feature, J = segments (T at most: unused ones stay
-empty), P = G places of an order.
+Shape suffixes beside those of `stts.tokens`: C = width of a frame feature, J = segments (T at most: unused ones stay
+empty), R = groups in a certain order.
 """
 
 from __future__ import annotations
@@ -106,22 +106,22 @@ class Cut(PerVideo):
         segment_T = F.pad((frame_TC[1:] * frame_TC[:-1]).sum(-1) < self.method.tau_s, (1, 0)).cumsum(0)
         segment_G = segment_T[video.cell_G // per_frame]
 
-        order_P = torch.sort(attention_G, descending=True, stable=True).indices
-        slot_P = (segment_G * per_frame + video.cell_G % per_frame)[order_P]
-        round_P = (_number_among_equal(slot_P) - self.method.max_copies + 1).clamp_min(0)
-        order_P = order_P[torch.sort(round_P, stable=True).indices]
-        order_P = order_P[torch.sort(segment_G[order_P], stable=True).indices]
-        segment_P = segment_G[order_P]
-        number_P = _number_among_equal(segment_P)
+        order_R = torch.sort(attention_G, descending=True, stable=True).indices
+        slot_R = (segment_G * per_frame + video.cell_G % per_frame)[order_R]
+        round_R = (_number_among_equal(slot_R) - self.method.max_copies + 1).clamp_min(0)
+        order_R = order_R[torch.sort(round_R, stable=True).indices]
+        order_R = order_R[torch.sort(segment_G[order_R], stable=True).indices]
+        segment_R = segment_G[order_R]
+        number_R = _number_among_equal(segment_R)
 
         size_J = _counts(segment_G, video.grid.t)
         relevant_J = self._relevant(video, frame_TC, segment_T)
         share_J = self._shares(size_J, relevant_J, budget.num_kept)
-        due_P = share_J[segment_P] - _TOKEN * number_P
+        due_R = share_J[segment_R] - _TOKEN * number_R
         one_each = budget.num_kept >= (size_J > 0).sum()
-        due_P = torch.where(one_each & (number_P == 0), due_P + _TOKEN * video.num_groups, due_P)
-        index_K = order_P[ops.top(due_P, budget.num_kept)].sort().values
-        return Kept(index_K=index_K, scores_G=torch.empty_like(due_P).scatter_(0, order_P, due_P).float() / _TOKEN)
+        due_R = torch.where(one_each & (number_R == 0), due_R + _TOKEN * video.num_groups, due_R)
+        index_K = order_R[ops.top(due_R, budget.num_kept)].sort().values
+        return Kept(index_K=index_K, scores_G=torch.empty_like(due_R).scatter_(0, order_R, due_R).float() / _TOKEN)
 
     def _relevant(self, video: VideoTokens, frame_TC: Tensor, segment_T: Tensor) -> Tensor:
         """bool (J,) segments that resemble the question."""
@@ -162,11 +162,11 @@ def _counts(number_N: Tensor, size: int) -> Tensor:
     )
 
 
-def _number_among_equal(value_P: Tensor) -> Tensor:
+def _number_among_equal(value_R: Tensor) -> Tensor:
     """int64 (P,) how many equal values stand in front of each."""
-    order_P = torch.sort(value_P, stable=True).indices
-    sorted_P = value_P[order_P]
-    place_P = torch.arange(len(value_P), device=value_P.device)
-    starts_P = F.pad(sorted_P[1:] != sorted_P[:-1], (1, 0), value=True)
-    number_P = place_P - torch.where(starts_P, place_P, 0).cummax(0).values
-    return torch.empty_like(place_P).scatter_(0, order_P, number_P)
+    order_R = torch.sort(value_R, stable=True).indices
+    sorted_R = value_R[order_R]
+    place_R = torch.arange(len(value_R), device=value_R.device)
+    starts_R = F.pad(sorted_R[1:] != sorted_R[:-1], (1, 0), value=True)
+    number_R = place_R - torch.where(starts_R, place_R, 0).cummax(0).values
+    return torch.empty_like(place_R).scatter_(0, order_R, number_R)

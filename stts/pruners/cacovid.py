@@ -1,7 +1,6 @@
 """CaCoVID: a policy of one transformer layer before the LLM, taught by the reward of answers (arXiv 2602.01649).
 
-Shape suffixes: N = tokens of a video, T = frames, P = places of a frame, D = LLM width, V = videos, L = words and
-tokens of a prompt, H = heads, E = head width, S = samples, F = frame samples.
+Shape suffixes beside those of `stts.tokens`: V = videos, L = words and tokens of a prompt, H = heads, Q = samples.
 """
 
 from __future__ import annotations
@@ -262,14 +261,14 @@ def _head(dim: int) -> nn.Sequential:
 # --- its loss ------------------------------------------------------------------------------------------------------
 
 
-def advantages(reward_S: Tensor) -> Tensor:
+def advantages(reward_Q: Tensor) -> Tensor:
     """(S,) reward over its mean and spread: (R - mean) / (std + 1e-4), std unbiased; token and frame samples apart."""
-    return (reward_S - reward_S.mean()) / (reward_S.std() + 1e-4)
+    return (reward_Q - reward_Q.mean()) / (reward_Q.std() + 1e-4)
 
 
 def policy_loss(
-    token_N2: Tensor, frame_T2: Tensor, old_token_N2: Tensor, old_frame_T2: Tensor, sampled_SN: Tensor,
-    frames_FT: Tensor, advantage_S: Tensor, advantage_F: Tensor, *, low: float = 0.2, high: float = 0.28,
+    token_N2: Tensor, frame_T2: Tensor, old_token_N2: Tensor, old_frame_T2: Tensor, sampled_QN: Tensor,
+    frames_FT: Tensor, advantage_Q: Tensor, advantage_F: Tensor, *, low: float = 0.2, high: float = 0.28,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The losses of tokens and of frames, which are added: a clipped policy gradient.
 
@@ -277,19 +276,19 @@ def policy_loss(
         tokens: mean over samples of sum(w l) / (sum w + 1e-7),   w = 1 - mu where kept, mu elsewhere, mu = share kept
         frames: the plain mean of l
 
-    token_N2, frame_T2: logits now; old_*: log probabilities at the first step on this video; sampled_SN, frames_FT:
+    token_N2, frame_T2: logits now; old_*: log probabilities at the first step on this video; sampled_QN, frames_FT:
     bool, what each sample kept; all samples of this video so far take part. arXiv 2602.01649, `compute_loss` of
     `CPOTrainer`; no penalty on the distance from the old policy, as released."""
 
-    def per_choice(logit_M2: Tensor, old_M2: Tensor, kept_SM: Tensor, advantage_S: Tensor) -> Tensor:
+    def per_choice(logit_M2: Tensor, old_M2: Tensor, kept_QM: Tensor, advantage_Q: Tensor) -> Tensor:
         now_M2 = logit_M2.log_softmax(-1)
         change_M2 = now_M2 - old_M2
-        ratio_SM = torch.where(kept_SM, change_M2[:, KEEP], change_M2[:, 1 - KEEP]).exp()
-        clipped_SM = ratio_SM.clamp(1 - low, 1 + high)
-        return -torch.minimum(ratio_SM * advantage_S[:, None], clipped_SM * advantage_S[:, None])
+        ratio_QM = torch.where(kept_QM, change_M2[:, KEEP], change_M2[:, 1 - KEEP]).exp()
+        clipped_QM = ratio_QM.clamp(1 - low, 1 + high)
+        return -torch.minimum(ratio_QM * advantage_Q[:, None], clipped_QM * advantage_Q[:, None])
 
-    loss_SN = per_choice(token_N2, old_token_N2, sampled_SN, advantage_S)
-    share_S1 = sampled_SN.float().mean(1, keepdim=True)
-    weight_SN = torch.where(sampled_SN, 1 - share_S1, share_S1)
-    token_loss = ((weight_SN * loss_SN).sum(1) / (weight_SN.sum(1) + 1e-7)).mean()
+    loss_QN = per_choice(token_N2, old_token_N2, sampled_QN, advantage_Q)
+    share_Q1 = sampled_QN.float().mean(1, keepdim=True)
+    weight_QN = torch.where(sampled_QN, 1 - share_Q1, share_Q1)
+    token_loss = ((weight_QN * loss_QN).sum(1) / (weight_QN.sum(1) + 1e-7)).mean()
     return token_loss, per_choice(frame_T2, old_frame_T2, frames_FT, advantage_F).mean()

@@ -1,6 +1,6 @@
 """CDPruner: diverse tokens that answer the question, by a determinantal point process.
 
-Shape suffixes: N = tokens of a video, C = width of the space shared with the text, D = width, K = tokens chosen.
+Shape suffixes beside those of `stts.tokens`: C = width of the space shared with the text.
 """
 
 from __future__ import annotations

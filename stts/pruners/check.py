@@ -1,7 +1,6 @@
 """The promises of a pruner, tried on small videos: `stts pruners --check NAME` for yours, a test for all of ours.
 
-Shape suffixes: G = groups present, D = width, T = frames, S = places of a frame, K = kept groups, W = patches of
-a group.
+Shape suffixes beside those of `stts.tokens`: W = patches of a group.
 """
 
 from __future__ import annotations
@@ -128,12 +127,12 @@ def example_video(
     cut_T = torch.rand(num_frames, generator=draw) < 0.15
     cut_T[0], cut_T[num_frames // 2] = False, num_frames > 1
     scene_T = cut_T.cumsum(0) if scene == "cuts" else torch.zeros(num_frames, dtype=torch.long)
-    motion_S = torch.where(torch.rand(num_places, generator=draw) < 0.6, 0.02, 1.0) * (scene == "cuts")
+    motion_P = torch.where(torch.rand(num_places, generator=draw) < 0.6, 0.02, 1.0) * (scene == "cuts")
 
     def tokens(features: int) -> Tensor:  # (G, D): a still picture per scene, and motion over it
-        picture_TSD = randn(num_frames, num_places, features)[scene_T]
-        picture_TSD += motion_S[:, None] * randn(num_frames, num_places, features)
-        return (torch.ones_like(picture_TSD) if scene == "flat" else picture_TSD).flatten(0, 1).to(dtype)
+        picture_TPD = randn(num_frames, num_places, features)[scene_T]
+        picture_TPD += motion_P[:, None] * randn(num_frames, num_places, features)
+        return (torch.ones_like(picture_TPD) if scene == "flat" else picture_TPD).flatten(0, 1).to(dtype)
 
     cell_G = torch.arange(grid.num_groups)
     group_GW, row_N = None, cell_G
@@ -145,12 +144,12 @@ def example_video(
         present_G = torch.rand(grid.num_groups, generator=draw) < 0.7
         present_G[-1] = True
         row_N = cell_G = cell_G[present_G]
-    frame_TC = (randn(num_frames, frame_width)[scene_T] + motion_S.max() * 0.05 * randn(num_frames, frame_width)).to(
+    frame_TC = (randn(num_frames, frame_width)[scene_T] + motion_P.max() * 0.05 * randn(num_frames, frame_width)).to(
         dtype
     )
     # Groups outside are tokens of the prompt that are not video, so a last row does not add up to 1 over the video.
-    logit_TS = randn(num_frames, num_places) if scene == "cuts" else randn(num_places).expand(num_frames, -1)
-    logit_G = torch.zeros(grid.num_groups) if scene == "flat" else 2 * logit_TS.flatten()
+    logit_TP = randn(num_frames, num_places) if scene == "cuts" else randn(num_places).expand(num_frames, -1)
+    logit_G = torch.zeros(grid.num_groups) if scene == "flat" else 2 * logit_TP.flatten()
     wants = stage.signals
     return VideoTokens(
         x_ND=tokens(width)[row_N],

@@ -1,6 +1,6 @@
 """`dart`: keep what a few pivots do not already say.
 
-Shape suffixes: G = groups present, L = prompt tokens after the video, P = pivots, K = kept groups, D = width.
+Shape suffixes beside those of `stts.tokens`: L = prompt tokens after the video, Q = pivots.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ class DART(PerVideo):
         if not 1 <= num_kept <= num_groups:
             raise ValueError(f"num_kept={num_kept} is outside [1, {num_groups}]; see budget.plan")
         most = max(1, num_kept // 3) if budget.exact else num_groups
-        image_P = _largest(keys_GD, min(self.num_image_pivots, most))
-        text_P = _largest(prompt.keys_LD, min(self.num_text_pivots, most))
-        num_image, num_text = len(image_P), len(text_P)
+        image_Q = _largest(keys_GD, min(self.num_image_pivots, most))
+        text_Q = _largest(prompt.keys_LD, min(self.num_text_pivots, most))
+        num_image, num_text = len(image_Q), len(text_Q)
 
         norm_D = prompt.norm_D.detach().float()
         g_GD = video.x_ND.detach().float() * norm_D
-        text_PD = prompt.x_LD[text_P].detach().float() * norm_D
-        pivot_PD = torch.cat([g_GD[image_P], text_PD])[self._order(num_image, num_text)]
+        text_QD = prompt.x_LD[text_Q].detach().float() * norm_D
+        pivot_QD = torch.cat([g_GD[image_Q], text_QD])[self._order(num_image, num_text)]
         # Cosines times the length of the pivot, which does not change the ranking within a row.
-        cosine_PG = pivot_PD @ g_GD.T / g_GD.norm(dim=-1).clamp_min(1e-12)
+        cosine_QG = pivot_QD @ g_GD.T / g_GD.norm(dim=-1).clamp_min(1e-12)
         if budget.exact:
-            share, more = divmod(num_kept - num_image, len(pivot_PD))
+            share, more = divmod(num_kept - num_image, len(pivot_QD))
         else:
-            share, more = int(num_groups * check_ratio(budget.retention_ratio)) // len(pivot_PD), 0
-        picks = [share + (number < more) for number in range(len(pivot_PD))]
-        return Kept(index_K=_pick(cosine_PG, image_P, picks).sort().values)
+            share, more = int(num_groups * check_ratio(budget.retention_ratio)) // len(pivot_QD), 0
+        picks = [share + (number < more) for number in range(len(pivot_QD))]
+        return Kept(index_K=_pick(cosine_QG, image_Q, picks).sort().values)
 
     def _order(self, num_image: int, num_text: int) -> list[int]:
         """Rows of the pivots there are, in the order in which they pick."""
@@ -109,11 +109,11 @@ def _largest(keys_ND: Tensor, number: int) -> Tensor:
     return ops.top(keys_ND.detach().float().abs().sum(-1), number)
 
 
-def _pick(cosine_PG: Tensor, image_P: Tensor, picks: Sequence[int]) -> Tensor:
+def _pick(cosine_QG: Tensor, image_Q: Tensor, picks: Sequence[int]) -> Tensor:
     """The image pivots, then for each pivot in turn its `picks` least similar groups of those still there."""
-    taken_G = torch.zeros_like(cosine_PG[0]).index_fill_(0, image_P, torch.inf)
-    kept, left = [image_P], cosine_PG.shape[1] - len(image_P)
-    for cosine_G, wanted in zip(cosine_PG, picks, strict=True):
+    taken_G = torch.zeros_like(cosine_QG[0]).index_fill_(0, image_Q, torch.inf)
+    kept, left = [image_Q], cosine_QG.shape[1] - len(image_Q)
+    for cosine_G, wanted in zip(cosine_QG, picks, strict=True):
         picked = ops.top(-(cosine_G + taken_G), min(wanted, left))
         taken_G[picked] = torch.inf
         kept.append(picked)

@@ -1,6 +1,6 @@
 """DivPrune: the tokens that are farthest from one another.
 
-Shape suffixes: B = pools of tokens, N = tokens of a pool, D = width, K = tokens chosen of each pool.
+Shape suffixes beside those of `stts.tokens`: B = pools of tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """DyCoke: in groups of four frames the first stays whole, of the others what differs most from an earlier one.
 
-Shape suffixes: N = tokens, T = frames, S = places of a frame, D = width, H = heads, M = keys in the cache, V = keys of
-the video among them.
+Shape suffixes beside those of `stts.tokens`: H = heads, M = keys in the cache, V = keys of the video among them.
 """
 
 from __future__ import annotations
@@ -68,30 +67,30 @@ class DyCoke(PerVideo):
         whole = [t % group == 0 for t in range(grid.t)]
         if self.compat == "official":
             whole = [full or (t % 4 == 2 and t - 2 >= grid.t - 4) for t, full in enumerate(whole)]
-        similarity_TS = self.similarity(video, [t & (t - 1) for t in range(grid.t)])  # the lowest bit of t cleared
+        similarity_TP = self.similarity(video, [t & (t - 1) for t in range(grid.t)])  # the lowest bit of t cleared
         whole_T = torch.tensor(whole, device=device)
         count_T = whole_T * grid.per_frame
         if budget.exact:
-            count_T = count_T + self._shares(similarity_TS, whole_T, budget.num_kept - sum(whole) * grid.per_frame)
+            count_T = count_T + self._shares(similarity_TP, whole_T, budget.num_kept - sum(whole) * grid.per_frame)
         else:
             count_T = count_T + ~whole_T * self._natural(grid.per_frame, budget.retention_ratio)
             if self.compat == "official" and grid.t % 2:
                 count_T[-1] = 0
         # In a whole frame all tokens are kept, so that any order of them is that of the video.
-        score_TS = torch.where(whole_T[:, None], 0.0, -similarity_TS)
+        score_TP = torch.where(whole_T[:, None], 0.0, -similarity_TP)
         if self.compat != "official":
-            return Kept(index_K=ops.top_per_frame(score_TS, count_T), scores_G=score_TS.flatten())
-        order_TS = ops.top(score_TS, grid.per_frame)
-        place_S = torch.arange(grid.per_frame, device=device)
-        cell_TS = order_TS + grid.per_frame * torch.arange(grid.t, device=device)[:, None]
-        index_K = cell_TS[place_S < count_T[:, None]]
-        return Kept(index_K=index_K.sort().values if budget.exact else index_K, scores_G=score_TS.flatten())
+            return Kept(index_K=ops.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
+        order_TP = ops.top(score_TP, grid.per_frame)
+        place_P = torch.arange(grid.per_frame, device=device)
+        cell_TP = order_TP + grid.per_frame * torch.arange(grid.t, device=device)[:, None]
+        index_K = cell_TP[place_P < count_T[:, None]]
+        return Kept(index_K=index_K.sort().values if budget.exact else index_K, scores_G=score_TP.flatten())
 
     def similarity(self, video: VideoTokens, reference: list[int]) -> Tensor:
         """(T, S) fp32 cosine of each token with the same place of the reference of its frame."""
-        unit_TSD = F.normalize(video.x_ND.detach().float(), dim=-1).view(video.grid.t, video.grid.per_frame, -1)
-        similarity_TS: Tensor = torch.linalg.vecdot(unit_TSD, unit_TSD[torch.tensor(reference, device=unit_TSD.device)])
-        return similarity_TS
+        unit_TPD = F.normalize(video.x_ND.detach().float(), dim=-1).view(video.grid.t, video.grid.per_frame, -1)
+        similarity_TP: Tensor = torch.linalg.vecdot(unit_TPD, unit_TPD[torch.tensor(reference, device=unit_TPD.device)])
+        return similarity_TP
 
     def _natural(self, per_frame: int, retention_ratio: float) -> int:
         """n of the release; 1 - K is taken in binary there, here as a decimal."""
@@ -101,10 +100,10 @@ class DyCoke(PerVideo):
         keep = max(Decimal(0), keep)
         return int((1 - float(1 - keep)) * per_frame) if self.compat == "official" else int(keep * per_frame)
 
-    def _shares(self, similarity_TS: Tensor, whole_T: Tensor, left: int) -> Tensor:
+    def _shares(self, similarity_TP: Tensor, whole_T: Tensor, left: int) -> Tensor:
         """(T,) tokens of each pruned frame; they sum to `left`. No host synchronisation beyond the budget's own."""
         num_pruned = (~whole_T).sum()
-        rank_T = similarity_TS.mean(1).masked_fill(whole_T, torch.inf).argsort(stable=True).argsort()
+        rank_T = similarity_TP.mean(1).masked_fill(whole_T, torch.inf).argsort(stable=True).argsort()
         share = left // num_pruned.clamp_min(1)
         return ~whole_T * (share + (rank_T < left - share * num_pruned))
 

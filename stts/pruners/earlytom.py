@@ -1,7 +1,6 @@
 """EarlyTom: frames that repeat are merged inside the ViT, and tokens selected in those that are left.
 
-Shape suffixes: T = frames, M = frames after merging, S = patches of a frame, P = groups of a frame, D = width, G =
-groups of the video, W = windows of a frame.
+Shape suffixes beside those of `stts.tokens`: M = frames after merging, W = windows of a frame.
 """
 
 from __future__ import annotations
@@ -87,30 +86,30 @@ class EarlyTom(PerVideo):
         grid = video.grid
         if video.group_GW is None or len(video.group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
             raise ValueError(f"EarlyTom needs group_GW with {grid.num_groups} rows; use it at a vit site, alone")
-        x_TSD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
+        x_TUD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
-        mix = self.merge(x_TSD.detach())
-        merged_MSD = (mix.weight_MT @ x_TSD.flatten(1)).view(-1, *x_TSD.shape[1:])
+        mix = self.merge(x_TUD.detach())
+        merged_MUD = (mix.weight_MT @ x_TUD.flatten(1)).view(-1, *x_TUD.shape[1:])
         attention_MP = mix.weight_MT @ attention_TP
-        groups = self.segments(frame_cosines(merged_MSD.detach()))
+        groups = self.segments(frame_cosines(merged_MUD.detach()))
         keep_MP, static_MP = select(attention_MP, groups, grid.t, budget.retention_ratio)
         index_K = (mix.place_M[:, None] * grid.per_frame + torch.arange(grid.per_frame, device=keep_MP.device))[keep_MP]
-        x_TSD = x_TSD.index_copy(0, mix.place_M, merged_MSD)
-        kept = Kept(index_K=index_K, x_ND=x_TSD.flatten(0, 1).to(video.x_ND.dtype))
+        x_TUD = x_TUD.index_copy(0, mix.place_M, merged_MUD)
+        kept = Kept(index_K=index_K, x_ND=x_TUD.flatten(0, 1).to(video.x_ND.dtype))
         if not budget.exact:
             return kept
         rank_TP = torch.full_like(attention_TP, -1.0)  # frames that were merged away come last
         rank_TP[mix.place_M] = attention_MP.masked_fill(static_MP, torch.inf)
         return ops.fit_count(video, kept, budget.num_kept, rank_TP.flatten())
 
-    def merge(self, x_TSD: Tensor) -> Mix:
+    def merge(self, x_TUD: Tensor) -> Mix:
         """What frames become; one host synchronisation."""
-        cosine = frame_cosines(x_TSD)
+        cosine = frame_cosines(x_TUD)
         rows = [row for span in self.segments(cosine) for row in self._rows(span, cosine)]
-        weights = [[row.get(frame, 0.0) for frame in range(len(x_TSD))] for row in rows]
-        weight_MT = torch.tensor(weights, device=x_TSD.device)
+        weights = [[row.get(frame, 0.0) for frame in range(len(x_TUD))] for row in rows]
+        weight_MT = torch.tensor(weights, device=x_TUD.device)
         place = [max(row, key=lambda frame: row[frame]) for row in rows]
-        return Mix(weight_MT, torch.tensor(place, device=x_TSD.device))
+        return Mix(weight_MT, torch.tensor(place, device=x_TUD.device))
 
     def segments(self, cosine: Sequence[Sequence[float]]) -> list[Span]:
         """Spans of frames; cosine: of every pair of them."""
@@ -151,10 +150,10 @@ class EarlyTom(PerVideo):
         return (2 + 4 * grid.t) * grid.num_groups * width
 
 
-def frame_cosines(x_TSD: Tensor) -> list[list[float]]:
+def frame_cosines(x_TUD: Tensor) -> list[list[float]]:
     """[a][b] mean over places of cos(x[a, p], x[b, p]); one host synchronisation."""
-    unit_TN = F.normalize(x_TSD.float(), dim=-1).flatten(1)
-    rows: list[list[float]] = (unit_TN @ unit_TN.T / x_TSD.shape[1]).tolist()
+    unit_TN = F.normalize(x_TUD.float(), dim=-1).flatten(1)
+    rows: list[list[float]] = (unit_TN @ unit_TN.T / x_TUD.shape[1]).tolist()
     return rows
 
 

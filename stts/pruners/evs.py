@@ -1,7 +1,4 @@
-"""EVS: the first frame, then what changed since the frame before. What vLLM and SGLang serve.
-
-Shape suffixes: N = tokens, T = frames, S = places of a frame, D = width.
-"""
+"""EVS: the first frame, then what changed since the frame before. What vLLM and SGLang serve."""
 
 from __future__ import annotations
 
@@ -69,8 +66,8 @@ class EVS(PerVideo):
         """(N,) fp32; the first frame has 255."""
         x_ND, per_frame = video.x_ND.detach(), video.grid.per_frame
         if self.compat == "official":  # in the precision of the features
-            x_TSD = x_ND.view(video.grid.t, per_frame, -1)
-            score_N = 1 - F.cosine_similarity(x_TSD[1:], x_TSD[:-1], dim=-1).flatten().float()
+            x_TPD = x_ND.view(video.grid.t, per_frame, -1)
+            score_N = 1 - F.cosine_similarity(x_TPD[1:], x_TPD[:-1], dim=-1).flatten().float()
         else:
             score_N = 1 - ops.neighbour_similarity(x_ND, video.grid)[per_frame:]
         return torch.cat([score_N.new_full((per_frame,), FIRST_FRAME), score_N])

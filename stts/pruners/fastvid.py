@@ -1,8 +1,7 @@
 """FastVID: dense segments of a video keep salient tokens, and density peaks that absorb the rest.
 
-Shape suffixes: N = all tokens, T = frames, S = tokens of a frame, D = width, C = width of a frame feature, K = kept
-tokens, B = anchor frames whose segments are equally long, P = tokens of such a segment, M = anchors of an anchor frame,
-padded to the most of any.
+Shape suffixes beside those of `stts.tokens`: C = width of a frame feature, B = anchor frames whose segments are
+equally long, M = anchors of an anchor frame, padded to the most of any, Q = tokens of such a segment.
 """
 
 from __future__ import annotations
@@ -98,21 +97,21 @@ class FastVID(PerVideo):
         num_salient, num_anchors = self.counts(segments, places, budget.retention_ratio)
 
         salience_N = ops.rank_salience(video).detach()
-        place_TS = ops.top(salience_N.view(-1, places), places)
-        first_TS = torch.arange(places, device=device) < torch.tensor(num_salient, device=device)[:, None]
-        salient_TS = torch.zeros_like(first_TS).scatter_(1, place_TS, first_TS)
+        place_TP = ops.top(salience_N.view(-1, places), places)
+        first_TP = torch.arange(places, device=device) < torch.tensor(num_salient, device=device)[:, None]
+        salient_TP = torch.zeros_like(first_TP).scatter_(1, place_TP, first_TP)
 
         groups: dict[int, list[tuple[int, int, int]]] = {}  # segments of equal length are merged in one batch
         for segment, _ in segments:
             anchors = [(segment.start, t, num_anchors[t]) for t in segment if num_anchors[t]]
             groups.setdefault(len(segment), []).extend(anchors)
         order = [t for group in groups.values() for _, t, _ in group]
-        scores = torch.split(self._densities(video, salient_TS, order), [len(group) for group in groups.values()])
-        salient_K = salient_TS.flatten().nonzero().squeeze(1)
+        scores = torch.split(self._densities(video, salient_TP, order), [len(group) for group in groups.values()])
+        salient_K = salient_TP.flatten().nonzero().squeeze(1)
         parts = [(salient_K, video.x_ND[salient_K], salience_N.new_full(salient_K.shape, torch.inf))]
         parts += [
-            self._anchors(video, salient_TS, length, group, score_BS)
-            for (length, group), score_BS in zip(groups.items(), scores, strict=True)
+            self._anchors(video, salient_TP, length, group, score_BP)
+            for (length, group), score_BP in zip(groups.items(), scores, strict=True)
             if group
         ]
         index_K, x_KD, score_K = map(torch.cat, zip(*parts, strict=True))
@@ -176,53 +175,53 @@ class FastVID(PerVideo):
         return share_out(per_frame * length - context, num_frames), share_out(context, num_anchor_frames)
 
     @torch.no_grad()
-    def _densities(self, video: VideoTokens, salient_TS: Tensor, frames: list[int]) -> Tensor:
+    def _densities(self, video: VideoTokens, salient_TP: Tensor, frames: list[int]) -> Tensor:
         """(B, S) scores of all anchor frames, in one call however many lengths segments have."""
         frame_B = torch.tensor(frames, dtype=torch.long, device=video.x_ND.device)
-        x_TSD = video.x_ND.view(*salient_TS.shape, -1)
-        return density_scores(video, x_TSD[frame_B], ~salient_TS[frame_B], self.num_neighbours)
+        x_TPD = video.x_ND.view(*salient_TP.shape, -1)
+        return density_scores(video, x_TPD[frame_B], ~salient_TP[frame_B], self.num_neighbours)
 
     def _anchors(
         self,
         video: VideoTokens,
-        salient_TS: Tensor,
+        salient_TP: Tensor,
         length: int,
         chosen: list[tuple[int, int, int]],
-        score_BS: Tensor,
+        score_BP: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cells of the anchors, (K,), their merged features, (K, D), and density scores, (K,).
 
         chosen: for each anchor frame the first frame of its segment, itself, and its number of anchors."""
         places, device = video.grid.per_frame, video.x_ND.device
         start_B, frame_B, num_B = torch.tensor(chosen, device=device).unbind(1)
-        x_TSD = video.x_ND.view(*salient_TS.shape, -1)
+        x_TPD = video.x_ND.view(*salient_TP.shape, -1)
         if length > 1:  # once more, as the release of SToP does; nothing changes without a sink penalty
-            score_BS = ops.rank_density(video, score_BS, torch.arange(places, device=device))
+            score_BP = ops.rank_density(video, score_BP, torch.arange(places, device=device))
         most = max(count for _, _, count in chosen)
-        place_BM = ops.top(score_BS, most)
+        place_BM = ops.top(score_BP, most)
         valid_BM = torch.arange(most, device=device) < num_B[:, None]
         place_BM = torch.where(valid_BM, place_BM, place_BM[:, :1])  # padding repeats the first anchor
         cell_BM = frame_B[:, None] * places + place_BM
 
         frame_BT = start_B[:, None] + torch.arange(length, device=device)
-        x_BPD = x_TSD.index_select(0, frame_BT.flatten()).view(len(chosen), length * places, -1)
-        pool_BP = ~salient_TS[frame_BT].flatten(1)
+        x_BQD = x_TPD.index_select(0, frame_BT.flatten()).view(len(chosen), length * places, -1)
+        pool_BQ = ~salient_TP[frame_BT].flatten(1)
         if self.variant != "ov":
-            pool_BP.scatter_(1, cell_BM - start_B[:, None] * places, value=False)
-        merged_BMD = self._merge(x_BPD.float(), pool_BP, video.x_ND[cell_BM].float(), valid_BM)
-        return cell_BM[valid_BM], merged_BMD[valid_BM].to(x_TSD.dtype), score_BS.gather(1, place_BM)[valid_BM]
+            pool_BQ.scatter_(1, cell_BM - start_B[:, None] * places, value=False)
+        merged_BMD = self._merge(x_BQD.float(), pool_BQ, video.x_ND[cell_BM].float(), valid_BM)
+        return cell_BM[valid_BM], merged_BMD[valid_BM].to(x_TPD.dtype), score_BP.gather(1, place_BM)[valid_BM]
 
-    def _merge(self, x_BPD: Tensor, pool_BP: Tensor, centre_BMD: Tensor, valid_BM: Tensor) -> Tensor:
+    def _merge(self, x_BQD: Tensor, pool_BQ: Tensor, centre_BMD: Tensor, valid_BM: Tensor) -> Tensor:
         """Each pool token joins the centre with the highest cosine, the first on ties. Returns (B, M, D)."""
         with torch.no_grad():
             # A token's own length does not change which centre is nearest, so only centres are normalised.
-            similarity_BPM = x_BPD @ F.normalize(centre_BMD, dim=-1).transpose(1, 2)
-            nearest_BP = similarity_BPM.masked_fill(~valid_BM[:, None, :], -torch.inf).argmax(-1)
-            number_M1 = torch.arange(valid_BM.shape[1], device=x_BPD.device)[:, None]
-            member_BMP = (nearest_BP[:, None, :] == number_M1) & pool_BP[:, None, :]
-            count_BM1 = member_BMP.sum(-1, keepdim=True)
+            similarity_BQM = x_BQD @ F.normalize(centre_BMD, dim=-1).transpose(1, 2)
+            nearest_BQ = similarity_BQM.masked_fill(~valid_BM[:, None, :], -torch.inf).argmax(-1)
+            number_M1 = torch.arange(valid_BM.shape[1], device=x_BQD.device)[:, None]
+            member_BMQ = (nearest_BQ[:, None, :] == number_M1) & pool_BQ[:, None, :]
+            count_BM1 = member_BMQ.sum(-1, keepdim=True)
         # Not ops.cluster_mean: in one call for all frames its membership matrix on CUDA would be B times as large.
-        mean_BMD = member_BMP.float() @ x_BPD / count_BM1.clamp_min(1)
+        mean_BMD = member_BMQ.float() @ x_BQD / count_BM1.clamp_min(1)
         weight_BM1 = (1 / (count_BM1 + 1)).clamp_min(self.beta)
         return weight_BM1 * centre_BMD + (1 - weight_BM1) * mean_BMD
 
@@ -233,11 +232,11 @@ def frame_similarity(video: VideoTokens) -> Tensor:
     return (frame_TC[:-1] * frame_TC[1:]).sum(-1)
 
 
-def density_scores(video: VideoTokens, x_BSD: Tensor, free_BS: Tensor, num_neighbours: int) -> Tensor:
+def density_scores(video: VideoTokens, x_BPD: Tensor, free_BP: Tensor, num_neighbours: int) -> Tensor:
     """(B, S) density peak scores of each frame's free tokens among themselves, -inf at the others."""
-    distance_BSS = ops.distances(x_BSD) / math.sqrt(x_BSD.shape[-1])
-    score_BS = ops.density_peaks(distance_BSS, num_neighbours, count_self=True, valid_BN=free_BS)
-    return ops.rank_density(video, score_BS, torch.arange(x_BSD.shape[1], device=x_BSD.device))
+    distance_BPP = ops.distances(x_BPD) / math.sqrt(x_BPD.shape[-1])
+    score_BP = ops.density_peaks(distance_BPP, num_neighbours, count_self=True, valid_BN=free_BP)
+    return ops.rank_density(video, score_BP, torch.arange(x_BPD.shape[1], device=x_BPD.device))
 
 
 def share_out(total: int, num_parts: int) -> list[int]:

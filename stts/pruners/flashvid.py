@@ -1,7 +1,6 @@
 """FlashVID: attended tokens that differ from one another, and trees of repeated tokens; a cut inside the LLM.
 
-Shape suffixes: N = tokens, T = frames, S = places of a frame, D = width, W = segments, K = kept tokens, A = tokens
-selected in each frame.
+Shape suffixes beside those of `stts.tokens`: W = segments, A = tokens selected in each frame.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ Selection = Literal["attn_div_v2", "attn_div", "attn", "div"]
 class Trees(NamedTuple):
     """Tokens of a segment that repeat one another, merged into the first of them."""
 
-    root_TS: Tensor
+    root_TP: Tensor
     """bool: tokens that stay, selected ones apart."""
-    x_TSD: Tensor
+    x_TPD: Tensor
     """fp32 features of the roots."""
 
 
@@ -89,29 +88,29 @@ class FlashVID(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)
         grid = video.grid
-        x_TSD = video.x_ND.float().view(grid.t, grid.per_frame, -1)
-        attention_TS = ops.rank_salience(video).detach().view(grid.t, -1)
-        segment_T, length_T = self.segments(x_TSD.detach())
+        x_TPD = video.x_ND.float().view(grid.t, grid.per_frame, -1)
+        attention_TP = ops.rank_salience(video).detach().view(grid.t, -1)
+        segment_T, length_T = self.segments(x_TPD.detach())
         num_selected, num_merged = self.counts(budget, grid)
-        place_TA = self.select(x_TSD.detach(), attention_TS, segment_T, num_selected)
-        selected_TS = torch.zeros_like(attention_TS, dtype=torch.bool).scatter_(1, place_TA, True)
-        trees = self.merge_trees(x_TSD, selected_TS, segment_T, length_T, num_selected + num_merged)
-        centre_TS, merged_TSD, score_TS = self.merge_roots(trees, segment_T, length_T, num_merged)
-        centre_TS &= ~selected_TS  # official: a place that was selected and merged
-        kept_TS = selected_TS | centre_TS
-        x_KD = torch.where(selected_TS[..., None], x_TSD, merged_TSD)[kept_TS].to(video.x_ND.dtype)
-        kept = Kept(index_K=kept_TS.flatten().nonzero()[:, 0], x_KD=x_KD)
+        place_TA = self.select(x_TPD.detach(), attention_TP, segment_T, num_selected)
+        selected_TP = torch.zeros_like(attention_TP, dtype=torch.bool).scatter_(1, place_TA, True)
+        trees = self.merge_trees(x_TPD, selected_TP, segment_T, length_T, num_selected + num_merged)
+        centre_TP, merged_TPD, score_TP = self.merge_roots(trees, segment_T, length_T, num_merged)
+        centre_TP &= ~selected_TP  # official: a place that was selected and merged
+        kept_TP = selected_TP | centre_TP
+        x_KD = torch.where(selected_TP[..., None], x_TPD, merged_TPD)[kept_TP].to(video.x_ND.dtype)
+        kept = Kept(index_K=kept_TP.flatten().nonzero()[:, 0], x_KD=x_KD)
         if not budget.exact:
             return kept
-        score_K = score_TS.masked_fill(selected_TS, torch.inf)[kept_TS]
-        return ops.fit_count(video, kept, budget.num_kept, attention_TS.flatten(), score_K)
+        score_K = score_TP.masked_fill(selected_TP, torch.inf)[kept_TP]
+        return ops.fit_count(video, kept, budget.num_kept, attention_TP.flatten(), score_K)
 
-    def segments(self, x_TSD: Tensor) -> tuple[Tensor, Tensor]:
+    def segments(self, x_TPD: Tensor) -> tuple[Tensor, Tensor]:
         """(T,) int64 segment of each frame, and how many frames it has."""
-        unit_TD = F.normalize(x_TSD.mean(1), dim=-1)
+        unit_TD = F.normalize(x_TPD.mean(1), dim=-1)
         similarity_T = torch.linalg.vecdot(unit_TD[:-1], unit_TD[1:])
         cut_T = similarity_T < self.segment_tau
-        cut_T[ops.top(-similarity_T, min(self.min_segments, len(x_TSD)) - 1)] = True
+        cut_T[ops.top(-similarity_T, min(self.min_segments, len(x_TPD)) - 1)] = True
         segment_T = F.pad(cut_T.long().cumsum(0), (1, 0))
         return segment_T, (segment_T[:, None] == segment_T).sum(1)
 
@@ -124,55 +123,55 @@ class FlashVID(PerVideo):
         selected = _ceil(total * Decimal(str(self.selected_share)))
         return max(1, selected), total - max(1, selected)
 
-    def select(self, x_TSD: Tensor, attention_TS: Tensor, segment_T: Tensor, number: int) -> Tensor:
+    def select(self, x_TPD: Tensor, attention_TP: Tensor, segment_T: Tensor, number: int) -> Tensor:
         """(T, A) places of the selected tokens of each frame, increasing."""
         if self.selection == "attn":
-            return ops.top(attention_TS, number).sort(-1).values
-        weight_TS = torch.ones_like(attention_TS) if self.selection == "div" else attention_TS
+            return ops.top(attention_TP, number).sort(-1).values
+        weight_TP = torch.ones_like(attention_TP) if self.selection == "div" else attention_TP
         if self.selection == "attn_div_v2":
             same_TT = (segment_T[:, None] == segment_T).float()
-            event_TD = same_TT @ x_TSD.mean(1) / same_TT.sum(1, keepdim=True)
-            weight_TS = weight_TS * torch.linalg.vecdot(x_TSD, event_TD[:, None])
-        return ops.farthest_first(x_TSD, number, weight_TS).sort(-1).values
+            event_TD = same_TT @ x_TPD.mean(1) / same_TT.sum(1, keepdim=True)
+            weight_TP = weight_TP * torch.linalg.vecdot(x_TPD, event_TD[:, None])
+        return ops.farthest_first(x_TPD, number, weight_TP).sort(-1).values
 
     def merge_trees(
-        self, x_TSD: Tensor, selected_TS: Tensor, segment_T: Tensor, length_T: Tensor, budget: int
+        self, x_TPD: Tensor, selected_TP: Tensor, segment_T: Tensor, length_T: Tensor, budget: int
     ) -> Trees:
         """Every token that is not selected joins the most similar one of the frame before, where it may."""
-        num_frames, num_places, _ = x_TSD.shape
-        device, first_T = x_TSD.device, F.pad(segment_T.diff() != 0, (1, 0), value=True)
+        num_frames, num_places, _ = x_TPD.shape
+        device, first_T = x_TPD.device, F.pad(segment_T.diff() != 0, (1, 0), value=True)
         with torch.no_grad():
-            unit_TSD = F.normalize(x_TSD, dim=-1)
-            free_TSS = ~selected_TS[1:, :, None] & ~selected_TS[:-1, None, :]
-            match_TS, parent_TS = (unit_TSD[1:] @ unit_TSD[:-1].transpose(1, 2)).masked_fill_(~free_TSS, -1).max(-1)
-            match_TS = F.pad(match_TS, (0, 0, 1, 0), value=-1).masked_fill_(first_T[:, None], -1)
-            joins_TS = match_TS > self._limits(match_TS, segment_T, length_T, budget)[:, None]
-            cell_TS = torch.arange(num_frames * num_places, device=device).view(num_frames, num_places)
-            parent_TS = F.pad(parent_TS, (0, 0, 1, 0)) + cell_TS[:, :1] - num_places
-            parent_N = torch.where(joins_TS, parent_TS, cell_TS).flatten()
+            unit_TPD = F.normalize(x_TPD, dim=-1)
+            free_TPP = ~selected_TP[1:, :, None] & ~selected_TP[:-1, None, :]
+            match_TP, parent_TP = (unit_TPD[1:] @ unit_TPD[:-1].transpose(1, 2)).masked_fill_(~free_TPP, -1).max(-1)
+            match_TP = F.pad(match_TP, (0, 0, 1, 0), value=-1).masked_fill_(first_T[:, None], -1)
+            joins_TP = match_TP > self._limits(match_TP, segment_T, length_T, budget)[:, None]
+            cell_TP = torch.arange(num_frames * num_places, device=device).view(num_frames, num_places)
+            parent_TP = F.pad(parent_TP, (0, 0, 1, 0)) + cell_TP[:, :1] - num_places
+            parent_N = torch.where(joins_TP, parent_TP, cell_TP).flatten()
             root_N = parent_N
             for _ in range(math.ceil(math.log2(max(2, num_frames)))):  # each step doubles the way to the root
                 root_N = root_N[root_N]
-        mean_ND, size_N = ops.cluster_mean(x_TSD.flatten(0, 1), root_N, len(root_N))
+        mean_ND, size_N = ops.cluster_mean(x_TPD.flatten(0, 1), root_N, len(root_N))
         if self.compat == "official":
-            children_N = torch.bincount(parent_N[joins_TS.flatten()], minlength=len(parent_N))
+            children_N = torch.bincount(parent_N[joins_TP.flatten()], minlength=len(parent_N))
             mean_ND = mean_ND * (size_N / (1 + children_N))[:, None]
-        root_TS = ~joins_TS & ~selected_TS
+        root_TP = ~joins_TP & ~selected_TP
         if self.compat == "official":
-            root_TS |= (length_T == 1)[:, None]
-        return Trees(root_TS, mean_ND.view_as(x_TSD))
+            root_TP |= (length_T == 1)[:, None]
+        return Trees(root_TP, mean_ND.view_as(x_TPD))
 
-    def _limits(self, match_TS: Tensor, segment_T: Tensor, length_T: Tensor, budget: int) -> Tensor:
+    def _limits(self, match_TP: Tensor, segment_T: Tensor, length_T: Tensor, budget: int) -> Tensor:
         """(T,) what a match must exceed: tau, or more where too few tokens of the segment would be left."""
-        num_places = match_TS.shape[1]
-        too_few_T = ops.cluster_mean((match_TS <= self.tau).float().sum(1, keepdim=True), segment_T, len(segment_T))[0]
+        num_places = match_TP.shape[1]
+        too_few_T = ops.cluster_mean((match_TP <= self.tau).float().sum(1, keepdim=True), segment_T, len(segment_T))[0]
         too_few_T = too_few_T[segment_T, 0] < budget  # mean over the frames of the segment
-        falling_N = torch.sort(match_TS.flatten(), descending=True).indices
-        segment_N = segment_T.repeat_interleave(num_places, output_size=match_TS.numel())
+        falling_N = torch.sort(match_TP.flatten(), descending=True).indices
+        segment_N = segment_T.repeat_interleave(num_places, output_size=match_TP.numel())
         by_segment_N = falling_N[torch.sort(segment_N[falling_N], stable=True).indices]
         before_T = (segment_T[:, None] > segment_T).sum(1)  # frames of earlier segments
         place_T = before_T * num_places + length_T * (num_places - budget) - 1
-        limit_T = match_TS.flatten()[by_segment_N[place_T.clamp_min(0)]].clamp_min(-1 + 1e-6)
+        limit_T = match_TP.flatten()[by_segment_N[place_T.clamp_min(0)]].clamp_min(-1 + 1e-6)
         limit_T = limit_T.masked_fill(torch.tensor(num_places <= budget, device=limit_T.device), torch.inf)
         return torch.where(too_few_T, limit_T, self.tau)
 
@@ -180,26 +179,26 @@ class FlashVID(PerVideo):
         self, trees: Trees, segment_T: Tensor, length_T: Tensor, num_merged: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Roots that stay, bool (T, S); what they become, (T, S, D); their density scores, (T, S)."""
-        root_TS, x_TSD = trees
-        num_frames, num_places, width = x_TSD.shape
+        root_TP, x_TPD = trees
+        num_frames, num_places, width = x_TPD.shape
         with torch.no_grad():
-            root_T = root_TS.sum(1)
+            root_T = root_TP.sum(1)
             roots_T = ((segment_T[:, None] == segment_T) * root_T).sum(1)  # of the whole segment
             share_T = num_merged * length_T.double() / roots_T.clamp_min(1)
             count_T = torch.where(share_T < 1, (root_T * share_T).ceil(), root_T).long()
-            distance_TSS = ops.distances(x_TSD) / math.sqrt(width)
-            score_TS = ops.density_peaks(
-                distance_TSS, self.num_neighbours, count_self=True, valid_BN=root_TS, fewer_B=count_T.clamp_min(1)
+            distance_TPP = ops.distances(x_TPD) / math.sqrt(width)
+            score_TP = ops.density_peaks(
+                distance_TPP, self.num_neighbours, count_self=True, valid_BN=root_TP, fewer_B=count_T.clamp_min(1)
             )
-            first_TS = torch.arange(num_places, device=x_TSD.device) < count_T[:, None]
-            centre_TS = torch.zeros_like(root_TS).scatter_(1, ops.top(score_TS, num_places), first_TS)
-            nearest_TS = distance_TSS.masked_fill_(~centre_TS[:, None, :], torch.inf).argmin(-1)
-            place_S = torch.arange(num_places, device=x_TSD.device)
-            nearest_TS = torch.where(centre_TS, place_S, nearest_TS)
-            cluster_TS = nearest_TS + num_places * torch.arange(num_frames, device=x_TSD.device)[:, None]
-            cluster_TS = torch.where(root_TS & (count_T > 0)[:, None], cluster_TS, -1)
-        mean_ND, _ = ops.cluster_mean(x_TSD.flatten(0, 1), cluster_TS.flatten(), num_frames * num_places)
-        return centre_TS, mean_ND.view_as(x_TSD), score_TS
+            first_TP = torch.arange(num_places, device=x_TPD.device) < count_T[:, None]
+            centre_TP = torch.zeros_like(root_TP).scatter_(1, ops.top(score_TP, num_places), first_TP)
+            nearest_TP = distance_TPP.masked_fill_(~centre_TP[:, None, :], torch.inf).argmin(-1)
+            place_P = torch.arange(num_places, device=x_TPD.device)
+            nearest_TP = torch.where(centre_TP, place_P, nearest_TP)
+            cluster_TP = nearest_TP + num_places * torch.arange(num_frames, device=x_TPD.device)[:, None]
+            cluster_TP = torch.where(root_TP & (count_T > 0)[:, None], cluster_TP, -1)
+        mean_ND, _ = ops.cluster_mean(x_TPD.flatten(0, 1), cluster_TP.flatten(), num_frames * num_places)
+        return centre_TP, mean_ND.view_as(x_TPD), score_TP
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Cosines of neighbouring frames, distances inside frames (twice), means."""

@@ -1,7 +1,4 @@
-"""FrameFusion: a token joins the one before it at its place where they are alike.
-
-Shape suffixes: N = tokens in the order of the video, D = width, K = kept tokens.
-"""
+"""FrameFusion: a token joins the one before it at its place where they are alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """HoliTom: merge what stands still, rank what moves by attention; and its second stage inside the LLM.
 
-Shape suffixes: G = groups present, T = frames, S = places of a frame, W = windows, P = static places of a window,
-C = cluster centres, K = kept groups, M = groups that move, R = groups that are dropped, D = width.
+Shape suffixes beside those of `stts.tokens`: W = windows, C = cluster centres, M = groups that move, R = groups that
+are dropped, Q = static places of a window.
 """
 
 from __future__ import annotations
@@ -73,23 +73,23 @@ class HoliTom(PerVideo):
         salience_G = ops.rank_salience(video)
         tau = published_tau(budget.retention_ratio) if self.tau is None else self.tau
         with torch.no_grad():
-            similarity_TS = ops.neighbour_similarity(video.x_ND, video.grid).view(-1, num_places)[1:]
-        windows, gain = ops.temporal_windows(similarity_TS > tau, self.max_window)
+            similarity_TP = ops.neighbour_similarity(video.x_ND, video.grid).view(-1, num_places)[1:]
+        windows, gain = ops.temporal_windows(similarity_TP > tau, self.max_window)
         ratio = min(budget.retention_ratio / ((num_groups - gain) / num_groups), 1.0)
-        stays_TS = ops.is_static(video, similarity_TS, tau if self.static_tau is None else self.static_tau)
-        static_WS = torch.stack([stays_TS[start : end - 1].all(0) & (end - start > 1) for start, end in windows])
-        num_static_W = static_WS.sum(1).tolist()
+        stays_TP = ops.is_static(video, similarity_TP, tau if self.static_tau is None else self.static_tau)
+        static_WP = torch.stack([stays_TP[start : end - 1].all(0) & (end - start > 1) for start, end in windows])
+        num_static_W = static_WP.sum(1).tolist()
 
         size_W = torch.tensor([end - start for start, end in windows])
         num_moving_W = torch.tensor([math.ceil((num_places - n) * ratio) for n in num_static_W])
         window_T = torch.arange(len(windows)).repeat_interleave(size_W).to(salience_G.device)
         num_moving_T = num_moving_W.to(salience_G.device)[window_T]
-        index_M = _most_attended(salience_G.view(-1, num_places), static_WS[window_T], num_moving_T)
+        index_M = _most_attended(salience_G.view(-1, num_places), static_WP[window_T], num_moving_T)
 
-        place_WS = ops.top(static_WS.to(torch.uint8), num_places)  # static places first, ascending
+        place_WP = ops.top(static_WP.to(torch.uint8), num_places)  # static places first, ascending
         merged = [
-            self._merge_static(video, start, end, place_S[:num_static], round(num_static * ratio))
-            for (start, end), place_S, num_static in zip(windows, place_WS, num_static_W, strict=True)
+            self._merge_static(video, start, end, place_P[:num_static], round(num_static * ratio))
+            for (start, end), place_P, num_static in zip(windows, place_WP, num_static_W, strict=True)
             if round(num_static * ratio)
         ]
         index_K = torch.cat([index_M, *(index_C for index_C, _, _ in merged)])
@@ -106,22 +106,22 @@ class HoliTom(PerVideo):
         return kept
 
     def _merge_static(
-        self, video: VideoTokens, start: int, end: int, place_P: Tensor, num_centres: int
+        self, video: VideoTokens, start: int, end: int, place_Q: Tensor, num_centres: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Groups of the centres, their tokens, and the density scores they were chosen by."""
-        x_TSD = video.x_ND.reshape(video.grid.t, video.grid.per_frame, -1)[start:end]
-        y_PD = x_TSD.mean(0, dtype=torch.float32)[place_P]
+        x_TPD = video.x_ND.reshape(video.grid.t, video.grid.per_frame, -1)[start:end]
+        y_QD = x_TPD.mean(0, dtype=torch.float32)[place_Q]
         with torch.no_grad():
-            distance_PP = ops.distances(y_PD[None])[0] / math.sqrt(y_PD.shape[1])
-            score_P = ops.density_peaks(distance_PP[None], min(self.num_neighbours, num_centres), count_self=True)[0]
-            score_P = ops.rank_density(video, score_P, place_P)
-            centre_C = ops.top(score_P, num_centres).sort().values
-            cluster_P = distance_PP[:, centre_C].argmin(1)
-            cluster_P[centre_C] = -1  # the mean is that of the other members
-        mean_CD, count_C = ops.cluster_mean(y_PD, cluster_P, num_centres)
-        centre_CD = y_PD[centre_C]
+            distance_QQ = ops.distances(y_QD[None])[0] / math.sqrt(y_QD.shape[1])
+            score_Q = ops.density_peaks(distance_QQ[None], min(self.num_neighbours, num_centres), count_self=True)[0]
+            score_Q = ops.rank_density(video, score_Q, place_Q)
+            centre_C = ops.top(score_Q, num_centres).sort().values
+            cluster_Q = distance_QQ[:, centre_C].argmin(1)
+            cluster_Q[centre_C] = -1  # the mean is that of the other members
+        mean_CD, count_C = ops.cluster_mean(y_QD, cluster_Q, num_centres)
+        centre_CD = y_QD[centre_C]
         x_CD = torch.where(count_C[:, None] > 0, self.beta * centre_CD + (1 - self.beta) * mean_CD, centre_CD)
-        return start * video.grid.per_frame + place_P[centre_C], x_CD.to(video.x_ND.dtype), score_P[centre_C]
+        return start * video.grid.per_frame + place_Q[centre_C], x_CD.to(video.x_ND.dtype), score_Q[centre_C]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """At most: windows of two frames in which nothing moves cost the most."""
@@ -129,11 +129,11 @@ class HoliTom(PerVideo):
         return 8 * grid.num_groups * width + 2 * static * grid.per_frame * width  # norms, cosines, two means; distances
 
 
-def _most_attended(salience_TS: Tensor, static_TS: Tensor, num_moving_T: Tensor) -> Tensor:
+def _most_attended(salience_TP: Tensor, static_TP: Tensor, num_moving_T: Tensor) -> Tensor:
     """(M,) groups, increasing: in each frame the given number of places that move, by attention."""
-    ranked_TS = ops.top(salience_TS.masked_fill(static_TS, -torch.inf), salience_TS.shape[1])
-    first_TS = torch.arange(salience_TS.shape[1], device=salience_TS.device) < num_moving_T[:, None]
-    return torch.zeros_like(static_TS).scatter(1, ranked_TS, first_TS).flatten().nonzero()[:, 0]
+    ranked_TP = ops.top(salience_TP.masked_fill(static_TP, -torch.inf), salience_TP.shape[1])
+    first_TP = torch.arange(salience_TP.shape[1], device=salience_TP.device) < num_moving_T[:, None]
+    return torch.zeros_like(static_TP).scatter(1, ranked_TP, first_TP).flatten().nonzero()[:, 0]
 
 
 def published_tau(retention_ratio: float) -> float:

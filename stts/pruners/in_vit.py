@@ -1,6 +1,6 @@
 """STTS without learning: `random-vit`, `easy` and `heuristic` decide on patch embeddings, before the first block.
 
-Shape suffixes: N = patches, G = groups, W = patches per group, T = frames, P = groups per frame, E = W * D, Q = tries.
+Shape suffixes beside those of `stts.tokens`: W = patches per group, Q = tries.
 """
 
 from __future__ import annotations

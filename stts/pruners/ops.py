@@ -1,7 +1,7 @@
 """Arithmetic that several methods share, each with its formula.
 
-Shape suffixes: N = tokens or points, G = groups present, D = width, T = frames, S = places (tokens) of a frame,
-B = batches of points, K = kept tokens, C = clusters, L = tokens that are left of a frame, R = run length.
+Shape suffixes beside those of `stts.tokens`: B = batches of points, C = clusters, L = tokens that are left of a
+frame, R = run length.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
     ranking is decided by ties."""
     if x_ND.shape[0] != grid.num_groups:
         raise ValueError(f"got {x_ND.shape[0]} tokens for {grid} = {grid.num_groups}; this needs the full grid")
-    x_TSD = x_ND.float().view(grid.t, grid.per_frame, -1)
-    norm_TS = torch.linalg.vector_norm(x_TSD, dim=-1).clamp_min(1e-12)
-    s_TS = x_TSD.new_zeros(x_TSD.shape[:2])
-    s_TS[1:] = torch.linalg.vecdot(x_TSD[1:], x_TSD[:-1]) / (norm_TS[1:] * norm_TS[:-1])
-    return s_TS.flatten()
+    x_TPD = x_ND.float().view(grid.t, grid.per_frame, -1)
+    norm_TP = torch.linalg.vector_norm(x_TPD, dim=-1).clamp_min(1e-12)
+    s_TP = x_TPD.new_zeros(x_TPD.shape[:2])
+    s_TP[1:] = torch.linalg.vecdot(x_TPD[1:], x_TPD[:-1]) / (norm_TP[1:] * norm_TP[:-1])
+    return s_TP.flatten()
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
@@ -70,11 +70,11 @@ def top(scores_BN: Tensor, num_kept: int) -> Tensor:
     return torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices[..., :num_kept]
 
 
-def top_per_frame(score_TS: Tensor, count_T: Tensor) -> Tensor:
+def top_per_frame(score_TP: Tensor, count_T: Tensor) -> Tensor:
     """(K,) int64 cells t S + p, increasing: of each frame the `count_T` best places, ties to the earlier place."""
-    order_TS = top(score_TS, score_TS.shape[1])
-    first_TS = torch.arange(score_TS.shape[1], device=score_TS.device) < count_T[:, None]
-    return torch.zeros_like(first_TS).scatter_(1, order_TS, first_TS).flatten().nonzero()[:, 0]
+    order_TP = top(score_TP, score_TP.shape[1])
+    first_TP = torch.arange(score_TP.shape[1], device=score_TP.device) < count_T[:, None]
+    return torch.zeros_like(first_TP).scatter_(1, order_TP, first_TP).flatten().nonzero()[:, 0]
 
 
 def farthest_first(x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ def rank_salience(video: VideoTokens) -> Tensor:
     salience_G = need(video.salience_G, "attn", video).float()
     if video.sink is None:
         return salience_G
-    return salience_G - video.sink.salience * video.sink.penalty_S[video.cell_G % video.grid.per_frame]
+    return salience_G - video.sink.salience * video.sink.penalty_P[video.cell_G % video.grid.per_frame]
 
 
 def rank_density(video: VideoTokens, score_BN: Tensor, place_BN: Tensor) -> Tensor:
@@ -130,16 +130,16 @@ def rank_density(video: VideoTokens, score_BN: Tensor, place_BN: Tensor) -> Tens
     place_BN: int64 place in [0, S) of each score, broadcastable to it. Unchanged without a sink penalty."""
     if video.sink is None:
         return score_BN
-    return score_BN - video.sink.density * video.sink.penalty_S[place_BN]
+    return score_BN - video.sink.density * video.sink.penalty_P[place_BN]
 
 
-def is_static(video: VideoTokens, similarity_TS: Tensor, threshold: float) -> Tensor:
+def is_static(video: VideoTokens, similarity_TP: Tensor, threshold: float) -> Tensor:
     """bool (T - 1, S): the place hardly changes from frame t to t + 1.
 
     cos[t, p] + mu_t s_p > tau           (SToP; plain cos > tau without a sink penalty)"""
     if video.sink is None:
-        return similarity_TS > threshold
-    return similarity_TS + video.sink.temporal * video.sink.penalty_S > threshold
+        return similarity_TP > threshold
+    return similarity_TP + video.sink.temporal * video.sink.penalty_P > threshold
 
 
 def free_slots(video: VideoTokens, slot_C: Tensor, rest_TL: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def free_slots(video: VideoTokens, slot_C: Tensor, rest_TL: Tensor) -> Tensor:
     num_frames, length = rest_TL.shape
     if video.sink is None or not video.sink.num_slots:
         return slot_C.expand(num_frames, -1)
-    penalty_S = video.sink.penalty_S
-    bad_S = torch.zeros_like(penalty_S, dtype=torch.bool)
-    bad_S[top(penalty_S, min(video.sink.num_slots, len(penalty_S)))] = True
+    penalty_P = video.sink.penalty_P
+    bad_P = torch.zeros_like(penalty_P, dtype=torch.bool)
+    bad_P[top(penalty_P, min(video.sink.num_slots, len(penalty_P)))] = True
     number_L = torch.arange(length, device=rest_TL.device)
-    bad_TL = (bad_S[:length].expand(num_frames, -1)) if video.sink.official else bad_S[rest_TL]
+    bad_TL = (bad_P[:length].expand(num_frames, -1)) if video.sink.official else bad_P[rest_TL]
     free_TL = torch.where(bad_TL, length - 1, number_L)
     next_TL = free_TL.flip(1).cummin(1).values.flip(1)  # the first free number at or behind each one
     return next_TL[:, slot_C]
@@ -164,22 +164,22 @@ def free_slots(video: VideoTokens, slot_C: Tensor, rest_TL: Tensor) -> Tensor:
 # --- segments ------------------------------------------------------------------------------------------------------
 
 
-def temporal_windows(static_TS: Tensor, max_window: int = 1024) -> tuple[list[tuple[int, int]], int]:
+def temporal_windows(static_TP: Tensor, max_window: int = 1024) -> tuple[list[tuple[int, int]], int]:
     """Cut a video into windows of frames so that the most tokens repeat (HoliTom, arXiv:2505.21334; Tango).
 
         n(s, e) = places static in all of s..e-1,   gain(s, e) = n(s, e) (e - s),   the sum of gains is maximal
 
-    static_TS: bool (T - 1, S). Returns windows as (first frame, frame behind the last), and the whole gain: tokens
+    static_TP: bool (T - 1, S). Returns windows as (first frame, frame behind the last), and the whole gain: tokens
     saved by merging static places over time. Ties go to the shorter last window. Counts are exact integers; one host
     synchronisation."""
-    num_frames = static_TS.shape[0] + 1
+    num_frames = static_TP.shape[0] + 1
     if num_frames == 1:
         return [(0, 1)], 0
-    frame_T = torch.arange(num_frames - 1, device=static_TS.device)
-    broken_TS = torch.where(static_TS, -1, frame_T[:, None])
-    run_TS = frame_T[:, None] - broken_TS.cummax(0).values
-    histogram_TR = torch.zeros(num_frames - 1, num_frames, dtype=torch.long, device=static_TS.device)
-    histogram_TR.scatter_add_(1, run_TS, torch.ones_like(run_TS))
+    frame_T = torch.arange(num_frames - 1, device=static_TP.device)
+    broken_TP = torch.where(static_TP, -1, frame_T[:, None])
+    run_TP = frame_T[:, None] - broken_TP.cummax(0).values
+    histogram_TR = torch.zeros(num_frames - 1, num_frames, dtype=torch.long, device=static_TP.device)
+    histogram_TR.scatter_add_(1, run_TP, torch.ones_like(run_TP))
     longer_TR = histogram_TR.flip(1).cumsum(1).flip(1)  # [t, r]: places whose run that ends at t has at least r steps
     counts = longer_TR.tolist()
     best, start_of = [0], []  # best[i] = gain of the first i frames

@@ -1,7 +1,7 @@
 """PruneVid: what stands still in a scene becomes one token, and what moves is clustered frame by frame.
 
-Shape suffixes: N = tokens, T = frames, S = places of a frame, D = width, W = segments, B = sets of tokens (one of the
-static places of each segment, one of the moving places of each frame), K = kept tokens.
+Shape suffixes beside those of `stts.tokens`: W = segments, B = sets of tokens (one of the static places of each
+segment, one of the moving places of each frame).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from stts.tokens import Budget, Grid, Kept, VideoTokens
 class Sets(NamedTuple):
     """Static places of every segment, then moving places of every frame."""
 
-    x_BSD: Tensor
+    x_BPD: Tensor
     """fp32; static places hold means over the frames of the segment."""
-    member_BS: Tensor
+    member_BP: Tensor
     """bool: places that belong to the set."""
     frame_B: Tensor
     """int64 frame in which tokens of the set are placed: the first of a segment, or the frame itself."""
@@ -83,33 +83,33 @@ class PruneVid(PerVideo):
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)
-        x_TSD = video.x_ND.float().view(video.grid.t, video.grid.per_frame, -1)
-        segments = refine(self.frame_clusters(x_TSD))
-        segment_T = torch.tensor(segments, device=x_TSD.device)
-        similarity_WS = pair_similarity(x_TSD.detach(), segment_T, segments[-1] + 1)
+        x_TPD = video.x_ND.float().view(video.grid.t, video.grid.per_frame, -1)
+        segments = refine(self.frame_clusters(x_TPD))
+        segment_T = torch.tensor(segments, device=x_TPD.device)
+        similarity_WP = pair_similarity(x_TPD.detach(), segment_T, segments[-1] + 1)
         tau, share = self.tau, self.cluster_share
         if budget.exact:
-            tau, share = self._settle(similarity_WS, segment_T, budget.num_kept)
-        sets = static_and_moving(x_TSD, segment_T, similarity_WS > tau)
-        centre_BS, merged_BSD, score_BS = self.merge(sets, share)
-        kept = self._in_order(video, sets, centre_BS, merged_BSD, score_BS)
+            tau, share = self._settle(similarity_WP, segment_T, budget.num_kept)
+        sets = static_and_moving(x_TPD, segment_T, similarity_WP > tau)
+        centre_BP, merged_BPD, score_BP = self.merge(sets, share)
+        kept = self._in_order(video, sets, centre_BP, merged_BPD, score_BP)
         if not budget.exact:
             return kept
-        big_B1 = sets.member_BS.sum(1, keepdim=True) > self.smallest
-        cell_BS = sets.frame_B[:, None] * video.grid.per_frame + torch.arange(x_TSD.shape[1], device=x_TSD.device)
+        big_B1 = sets.member_BP.sum(1, keepdim=True) > self.smallest
+        cell_BP = sets.frame_B[:, None] * video.grid.per_frame + torch.arange(x_TPD.shape[1], device=x_TPD.device)
         rank_N, merged_N = (
-            torch.full((video.num_groups,), torch.inf, device=x_TSD.device).scatter_(
-                0, cell_BS[centre_BS], value_BS[centre_BS]
+            torch.full((video.num_groups,), torch.inf, device=x_TPD.device).scatter_(
+                0, cell_BP[centre_BP], value_BP[centre_BP]
             )
-            for value_BS in (score_BS, score_BS.masked_fill(~big_B1, torch.inf))
+            for value_BP in (score_BP, score_BP.masked_fill(~big_B1, torch.inf))
         )
         return ops.fit_count(video, kept, budget.num_kept, rank_N, merged_N[kept.index_K])
 
-    def frame_clusters(self, x_TSD: Tensor) -> list[int]:
+    def frame_clusters(self, x_TPD: Tensor) -> list[int]:
         """Cluster of every frame, numbered by the rank of its centre; one host synchronisation."""
-        frame_1TD = x_TSD.detach().mean(1)[None]
-        distance_1TT = ops.distances(frame_1TD) / math.sqrt(x_TSD.shape[-1])
-        num_centres = max(1, int(len(x_TSD) * self.segment_share))
+        frame_1TD = x_TPD.detach().mean(1)[None]
+        distance_1TT = ops.distances(frame_1TD) / math.sqrt(x_TPD.shape[-1])
+        num_centres = max(1, int(len(x_TPD) * self.segment_share))
         score_1T = ops.density_peaks(distance_1TT, self.num_neighbours, count_self=True)
         centre_C = ops.top(score_1T, num_centres)[0]
         cluster_T = distance_1TT[0][:, centre_C].argmin(1)
@@ -117,13 +117,13 @@ class PruneVid(PerVideo):
         clusters: list[int] = cluster_T.tolist()
         return clusters
 
-    def _settle(self, similarity_WS: Tensor, segment_T: Tensor, num_kept: int) -> tuple[float, float]:
+    def _settle(self, similarity_WP: Tensor, segment_T: Tensor, num_kept: int) -> tuple[float, float]:
         """tau and beta that give at least `num_kept` tokens, and as few more as may be; one host synchronisation."""
         steps = [round(self.tau + 0.05 * n, 6) for n in range(-40, 41)]
         taus = sorted((tau for tau in steps if -1 <= tau <= 1), key=lambda tau: abs(tau - self.tau))
         taus.append(math.inf)  # nothing is static
-        static_CW = torch.stack([(similarity_WS > tau).sum(1) for tau in taus])
-        moving_CT = similarity_WS.shape[1] - static_CW[:, segment_T]
+        static_CW = torch.stack([(similarity_WP > tau).sum(1) for tau in taus])
+        moving_CT = similarity_WP.shape[1] - static_CW[:, segment_T]
         sizes_of = zip(taus, torch.cat([static_CW, moving_CT], 1).tolist(), strict=True)
         fits = [(tau, sizes) for tau, sizes in sizes_of if self._count(sizes, 0) <= num_kept <= sum(sizes)]
         if not fits:  # even the fewest clusters are too many
@@ -141,40 +141,40 @@ class PruneVid(PerVideo):
 
     def merge(self, sets: Sets, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Centres of every set, bool (B, S); means of their clusters, (B, S, D); density scores, (B, S)."""
-        num_sets, num_places, width = sets.x_BSD.shape
+        num_sets, num_places, width = sets.x_BPD.shape
         with torch.no_grad():
-            distance_BSS = ops.distances(sets.x_BSD) / math.sqrt(width)
-            score_BS = ops.density_peaks(distance_BSS, self.num_neighbours, count_self=True, valid_BN=sets.member_BS)
-            size_B = sets.member_BS.sum(1)
+            distance_BPP = ops.distances(sets.x_BPD) / math.sqrt(width)
+            score_BP = ops.density_peaks(distance_BPP, self.num_neighbours, count_self=True, valid_BN=sets.member_BP)
+            size_B = sets.member_BP.sum(1)
             count_B = torch.where(size_B > self.smallest, (size_B.double() * share).long().clamp_min(1), size_B)
-            order_BS = ops.top(score_BS, num_places)
-            first_BS = torch.arange(num_places, device=order_BS.device) < count_B[:, None]
-            centre_BS = torch.zeros_like(first_BS).scatter_(1, order_BS, first_BS)
-            nearest_BS = distance_BSS.masked_fill(~centre_BS[:, None, :], torch.inf).argmin(-1)
-            place_S = torch.arange(num_places, device=order_BS.device)
-            nearest_BS = torch.where(centre_BS, place_S, nearest_BS)
-            cluster_BS = nearest_BS + num_places * torch.arange(num_sets, device=order_BS.device)[:, None]
-            cluster_BS = torch.where(sets.member_BS, cluster_BS, -1)
-        mean_ND, _ = ops.cluster_mean(sets.x_BSD.flatten(0, 1), cluster_BS.flatten(), num_sets * num_places)
-        return centre_BS, mean_ND.view(num_sets, num_places, width), score_BS
+            order_BP = ops.top(score_BP, num_places)
+            first_BP = torch.arange(num_places, device=order_BP.device) < count_B[:, None]
+            centre_BP = torch.zeros_like(first_BP).scatter_(1, order_BP, first_BP)
+            nearest_BP = distance_BPP.masked_fill(~centre_BP[:, None, :], torch.inf).argmin(-1)
+            place_P = torch.arange(num_places, device=order_BP.device)
+            nearest_BP = torch.where(centre_BP, place_P, nearest_BP)
+            cluster_BP = nearest_BP + num_places * torch.arange(num_sets, device=order_BP.device)[:, None]
+            cluster_BP = torch.where(sets.member_BP, cluster_BP, -1)
+        mean_ND, _ = ops.cluster_mean(sets.x_BPD.flatten(0, 1), cluster_BP.flatten(), num_sets * num_places)
+        return centre_BP, mean_ND.view(num_sets, num_places, width), score_BP
 
     def _in_order(
-        self, video: VideoTokens, sets: Sets, centre_BS: Tensor, merged_BSD: Tensor, score_BS: Tensor
+        self, video: VideoTokens, sets: Sets, centre_BP: Tensor, merged_BPD: Tensor, score_BP: Tensor
     ) -> Kept:
         """In video order, or as released: static tokens before the moving ones of the segment, each set by its rank."""
-        per_frame, device = video.grid.per_frame, centre_BS.device
-        set_K, place_K = centre_BS.nonzero(as_tuple=True)
+        per_frame, device = video.grid.per_frame, centre_BP.device
+        set_K, place_K = centre_BP.nonzero(as_tuple=True)
         index_K = sets.frame_B[set_K] * per_frame + place_K
-        x_KD = merged_BSD[set_K, place_K].to(video.x_ND.dtype)
+        x_KD = merged_BPD[set_K, place_K].to(video.x_ND.dtype)
         order_K = index_K.argsort()
         if self.compat == "official":
-            rank_BS = torch.empty_like(score_BS, dtype=torch.long)
-            number_BS = torch.arange(per_frame, device=device).expand_as(rank_BS)
-            rank_BS.scatter_(1, ops.top(score_BS, per_frame), number_BS)
-            rank_BS = torch.where(sets.member_BS.sum(1, keepdim=True) > self.smallest, rank_BS, number_BS)
+            rank_BP = torch.empty_like(score_BP, dtype=torch.long)
+            number_BP = torch.arange(per_frame, device=device).expand_as(rank_BP)
+            rank_BP.scatter_(1, ops.top(score_BP, per_frame), number_BP)
+            rank_BP = torch.where(sets.member_BP.sum(1, keepdim=True) > self.smallest, rank_BP, number_BP)
             moving_B = torch.arange(len(sets.frame_B), device=device) >= len(sets.frame_B) - video.grid.t
             key_B = 2 * sets.frame_B + moving_B
-            order_K = (key_B[set_K] * per_frame + rank_BS[set_K, place_K]).argsort()
+            order_K = (key_B[set_K] * per_frame + rank_BP[set_K, place_K]).argsort()
         return Kept(index_K=index_K[order_K], x_KD=x_KD[order_K])
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
@@ -209,24 +209,24 @@ def _run(labels: Sequence[int | None]) -> int:
     return next((n for n, label in enumerate(labels) if label != labels[0]), len(labels))
 
 
-def pair_similarity(x_TSD: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
+def pair_similarity(x_TPD: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
     """(W, S) fp32 mean cosine of each place over all pairs of different frames of a segment; -inf for one frame."""
-    unit_TN = F.normalize(x_TSD, dim=-1).flatten(1)
+    unit_TN = F.normalize(x_TPD, dim=-1).flatten(1)
     member_WT = (segment_T == torch.arange(num_segments, device=segment_T.device)[:, None]).float()
-    sum_WSD = (member_WT @ unit_TN).view(len(member_WT), *x_TSD.shape[1:])
+    sum_WPD = (member_WT @ unit_TN).view(len(member_WT), *x_TPD.shape[1:])
     length_W1 = member_WT.sum(1, keepdim=True)
-    similarity_WS: Tensor = (sum_WSD.square().sum(-1) - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
-    return similarity_WS.masked_fill(length_W1 == 1, -torch.inf)
+    similarity_WP: Tensor = (sum_WPD.square().sum(-1) - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
+    return similarity_WP.masked_fill(length_W1 == 1, -torch.inf)
 
 
-def static_and_moving(x_TSD: Tensor, segment_T: Tensor, static_WS: Tensor) -> Sets:
+def static_and_moving(x_TPD: Tensor, segment_T: Tensor, static_WP: Tensor) -> Sets:
     """The sets that are merged, each on its own."""
-    member_WT = (segment_T == torch.arange(len(static_WS), device=x_TSD.device)[:, None]).float()
-    mean_WSD = (member_WT @ x_TSD.flatten(1) / member_WT.sum(1, keepdim=True)).view(-1, *x_TSD.shape[1:])
-    frame_T = torch.arange(len(x_TSD), device=x_TSD.device)
+    member_WT = (segment_T == torch.arange(len(static_WP), device=x_TPD.device)[:, None]).float()
+    mean_WPD = (member_WT @ x_TPD.flatten(1) / member_WT.sum(1, keepdim=True)).view(-1, *x_TPD.shape[1:])
+    frame_T = torch.arange(len(x_TPD), device=x_TPD.device)
     return Sets(
-        torch.cat([mean_WSD, x_TSD]),
-        torch.cat([static_WS, ~static_WS[segment_T]]),
+        torch.cat([mean_WPD, x_TPD]),
+        torch.cat([static_WP, ~static_WP[segment_T]]),
         torch.cat([member_WT.argmax(1), frame_T]),
     )
 

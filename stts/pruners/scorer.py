@@ -1,6 +1,6 @@
 """The learned part of STTS (arXiv 2603.18004): one score per group of patches from this and the previous frame.
 
-Shape suffixes: N = patches, D = width, G = groups, W = patches per window, H = heads, E = D / H, M = hidden width.
+Shape suffixes beside those of `stts.tokens`: W = patches per window, H = heads, M = hidden width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """ST-RoPE: features that know their second, row and column, and what Tango chooses by their distances. Pure functions.
 
-Shape suffixes: G = groups (T frames of H rows and W columns), D = width, N = points, B = batches of them, P = places of
-a frame, C = centres, K = kept tokens.
+Shape suffixes beside those of `stts.tokens`: B = batches of them, C = centres.
 """
 
 from __future__ import annotations

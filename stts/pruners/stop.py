@@ -1,6 +1,6 @@
 """SToP: a pruner by attention stops keeping sink tokens, which are attended whatever the video shows.
 
-Shape suffixes: G = groups, S = P = places of a frame, B = batch of attention maps.
+Shape suffixes beside those of `stts.tokens`: B = batch of attention maps.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class SToP:
             salience *= float(salience_G.mean()) * SIGLIP_PATCHES
             num_slots = round(num_slots * num_places / SIGLIP_PLACES)
         return SinkPenalty(
-            penalty_S=sink_score(salience_G.view(-1, num_places).mean(0), self.power),
+            penalty_P=sink_score(salience_G.view(-1, num_places).mean(0), self.power),
             salience=salience,
             temporal=self.temporal,
             density=self.density,

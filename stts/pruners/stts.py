@@ -1,7 +1,6 @@
 """STTS: a scorer inside the ViT learns which groups of patches a video can lose (arXiv 2603.18004).
 
-Shape suffixes: N = patches, D = width, G = groups of all videos of the batch, one behind the other, W = patches per
-group, K = kept groups of one video. A frame's groups are neighbours (frame-major).
+Shape suffixes beside those of `stts.tokens`: W = patches per group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Tango: salient and merged tokens per window of frames, chosen by features that know place and second.
 
-Shape suffixes: G = groups present, T = frames, S = places of a frame, D = width, K = kept tokens, W = windows; of parts
-of windows: B = parts, F = frames, P = places, Q = B * F, N = rows to choose from, M = what stays, L = what the salient
-ones leave, C = centres.
+Shape suffixes beside those of `stts.tokens`: W = windows, B = parts of windows, A = places of a part, Q = frames of all
+parts, M = what stays of a part, L = what the salient ones leave, C = centres.
 """
 
 from __future__ import annotations
@@ -108,21 +107,21 @@ class Tango(PerVideo):
         second_T = torch.arange(grid.t) if video.timestamps_T is None else video.timestamps_T
         z_GD = st_rope(x_GD, grid, second_T.to(device), self.section, self.base_time, self.base_space)
         tokens = Tokens(video.x_ND, z_GD, self.salience(video))
-        cell_TS = torch.arange(grid.num_groups, device=device).view(grid.t, -1)
-        similarity_TS = ops.neighbour_similarity(x_GD, grid).view(grid.t, -1)[1:]  # [t]: frames t and t + 1
+        cell_TP = torch.arange(grid.num_groups, device=device).view(grid.t, -1)
+        similarity_TP = ops.neighbour_similarity(x_GD, grid).view(grid.t, -1)[1:]  # [t]: frames t and t + 1
         tau = self.tau if self.tau is not None else 0.65 if ratio < 0.125 else 0.8
-        windows, _ = ops.temporal_windows(similarity_TS > tau)
+        windows, _ = ops.temporal_windows(similarity_TP > tau)
 
         pieces = []
         alone = [start for start, end in windows if end - start == 1]
         if alone:
-            pieces.append(self._keep_of_part(tokens, cell_TS[alone, None], ratio))
+            pieces.append(self._keep_of_part(tokens, cell_TP[alone, None], ratio))
         long = [window for window in windows if window[1] - window[0] > 1]
         if long:
-            static_WS = torch.stack([(similarity_TS[a : b - 1] > self.static_tau).all(0) for a, b in long])
-            order_WS = torch.sort(~static_WS, dim=1, stable=True).indices  # static places first
-            for (start, end), order_S, num_static in zip(long, order_WS, static_WS.sum(1).tolist(), strict=True):
-                pieces += self._keep_of_window(tokens, cell_TS[start:end, order_S], num_static, ratio)
+            static_WP = torch.stack([(similarity_TP[a : b - 1] > self.static_tau).all(0) for a, b in long])
+            order_WP = torch.sort(~static_WP, dim=1, stable=True).indices  # static places first
+            for (start, end), order_P, num_static in zip(long, order_WP, static_WP.sum(1).tolist(), strict=True):
+                pieces += self._keep_of_window(tokens, cell_TP[start:end, order_P], num_static, ratio)
         index_M, x_MD, score_M = (torch.cat(column) for column in zip(*pieces, strict=True))
         index_K, order_K = index_M.sort()
         kept = Kept(index_K=index_K, x_KD=x_MD[order_K].to(video.x_ND.dtype))
@@ -143,40 +142,40 @@ class Tango(PerVideo):
         sink_I = torch.tensor(self.sinks, device=salience_G.device)
         return salience_G.view(video.grid.t, -1).index_fill(1, sink_I, 0.0).flatten()
 
-    def _keep_of_window(self, tokens: Tokens, cell_FS: Tensor, num_static: int, ratio: float) -> list[Piece]:
+    def _keep_of_window(self, tokens: Tokens, cell_FP: Tensor, num_static: int, ratio: float) -> list[Piece]:
         """What stays of frames whose first `num_static` columns are static."""
-        num_frames, num_places = cell_FS.shape
-        size = cell_FS.numel()
+        num_frames, num_places = cell_FP.shape
+        size = cell_FP.numel()
         ratio = min(1.0, ratio * size / (size - (num_frames - 1) * num_static))
         pieces = []
         if num_static:
-            cell_FP = cell_FS[:, :num_static]
+            cell_FA = cell_FP[:, :num_static]
             still = Tokens(
-                tokens.x_ND[cell_FP].float().mean(0), tokens.z_ND[cell_FP[0]], tokens.salience_N[cell_FP].mean(0)
+                tokens.x_ND[cell_FA].float().mean(0), tokens.z_ND[cell_FA[0]], tokens.salience_N[cell_FA].mean(0)
             )
-            row_P = torch.arange(num_static, device=cell_FS.device)
-            piece = self._keep_of_part(still, row_P[None, None], ratio)
-            pieces.append(piece._replace(index_M=cell_FP[0, piece.index_M]))
+            row_A = torch.arange(num_static, device=cell_FP.device)
+            piece = self._keep_of_part(still, row_A[None, None], ratio)
+            pieces.append(piece._replace(index_M=cell_FA[0, piece.index_M]))
         if num_static < num_places:
-            pieces.append(self._keep_of_part(tokens, cell_FS[None, :, num_static:], ratio))
+            pieces.append(self._keep_of_part(tokens, cell_FP[None, :, num_static:], ratio))
         return pieces
 
-    def _keep_of_part(self, tokens: Tokens, row_BFP: Tensor, ratio: float) -> Piece:
-        """What stays of B parts of F frames with P places each; `row_BFP` are rows of `tokens`."""
-        batch, num_frames, num_places = row_BFP.shape
+    def _keep_of_part(self, tokens: Tokens, row_BFA: Tensor, ratio: float) -> Piece:
+        """What stays of B parts of F frames with P places each; `row_BFA` are rows of `tokens`."""
+        batch, num_frames, num_places = row_BFA.shape
         num_kept = math.ceil(num_places * ratio)
         num_salient = math.floor(num_kept * (1 - self.context_share))
         num_context = num_frames * (num_kept - num_salient)
 
-        row_QP = row_BFP.flatten(0, 1)
+        row_QA = row_BFA.flatten(0, 1)
         place_QK = select_salient(
-            tokens.z_ND, tokens.salience_N, row_QP, num_salient, self.expansion, self.num_neighbours
+            tokens.z_ND, tokens.salience_N, row_QA, num_salient, self.expansion, self.num_neighbours
         )
-        taken_QP = torch.zeros_like(row_QP, dtype=torch.bool).scatter(1, place_QK, True)
-        salient_M = row_QP.gather(1, place_QK).flatten()
+        taken_QA = torch.zeros_like(row_QA, dtype=torch.bool).scatter(1, place_QK, True)
+        salient_M = row_QA.gather(1, place_QK).flatten()
         num_left = num_frames * (num_places - place_QK.shape[1]) if num_context else 0
-        left_BL = torch.sort(taken_QP.view(batch, -1), dim=1, stable=True).indices[:, :num_left]
-        left_BL = row_BFP.flatten(1).gather(1, left_BL)
+        left_BL = torch.sort(taken_QA.view(batch, -1), dim=1, stable=True).indices[:, :num_left]
+        left_BL = row_BFA.flatten(1).gather(1, left_BL)
         x_LD = tokens.x_ND[left_BL.flatten()]
         score_L = torch.full((len(x_LD),), torch.inf, device=x_LD.device)
         if num_left > num_context:

@@ -1,7 +1,4 @@
-"""A gradient teacher: on a dense step, the gradient of the answer says which groups a scorer should have kept.
-
-Shape suffixes: G = groups of one video, d = LLM width.
-"""
+"""A gradient teacher: on a dense step, the gradient of the answer says which groups a scorer should have kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What STTS and its training-free relatives share: window features, the key bias, the temporal loss. Pure functions.
 
-Shape suffixes: N = patches, D = width, G = groups (one window of patches, one LLM token), W = patches per window,
-E = W * D, R = ranges over which scores are rescaled.
+Shape suffixes beside those of `stts.tokens`: W = patches per window, R = ranges over which scores are rescaled.
 """
 
 from __future__ import annotations

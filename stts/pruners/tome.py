@@ -1,8 +1,7 @@
 """ToMe: groups of patches that look alike are merged inside the ViT (arXiv 2210.09461).
 
-Shape suffixes: B = sequences (frames) side by side, N = tokens of a sequence, or patches of a video, C = width of the
-metric, D = width, T = frames, P = groups per frame, G = groups, W = patches per group, R = sources of a merge, U =
-unmerged tokens.
+Shape suffixes beside those of `stts.tokens`: B = sequences (frames) side by side, C = width of the metric, W =
+patches per group, R = sources of a merge, X = tokens that are not merged.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 class Match(NamedTuple):
     """What one step of bipartite matching does; places in the sequence before it, int64."""
 
-    unmerged_BU: Tensor
+    unmerged_BX: Tensor
     """Tokens of set A that stay, as released: by falling similarity, with a class token in their own order."""
     source_BR: Tensor
     """Tokens of set A that leave, most similar first."""
@@ -109,10 +108,10 @@ def match(metric_BNC: Tensor, number: int, *, class_token: bool = False) -> Matc
         score_BAB[:, 0] = -torch.inf
     best_BA, partner_BA = score_BAB.max(-1)
     order_BA = ops.top(best_BA, best_BA.shape[1])
-    source_BR, unmerged_BU = order_BA[:, :number], order_BA[:, number:]
+    source_BR, unmerged_BX = order_BA[:, :number], order_BA[:, number:]
     if class_token:
-        unmerged_BU = unmerged_BU.sort(-1).values
-    return Match(2 * unmerged_BU, 2 * source_BR, 2 * partner_BA.gather(1, source_BR) + 1)
+        unmerged_BX = unmerged_BX.sort(-1).values
+    return Match(2 * unmerged_BX, 2 * source_BR, 2 * partner_BA.gather(1, source_BR) + 1)
 
 
 def merge(x_BND: Tensor, size_BN: Tensor, step: Match) -> tuple[Tensor, Tensor]:
@@ -123,7 +122,7 @@ def merge(x_BND: Tensor, size_BN: Tensor, step: Match) -> tuple[Tensor, Tensor]:
     sum_BND = joins_BNN @ (x_BND * size_BN[..., None])
     total_BN = (joins_BNN @ size_BN[..., None])[..., 0]
     odd_B = torch.arange(1, num_tokens, 2, device=device).expand(num_rows, -1)
-    order_BM = torch.cat([step.unmerged_BU, odd_B], 1)
+    order_BM = torch.cat([step.unmerged_BX, odd_B], 1)
     size_BM = total_BN.gather(1, order_BM)
     x_BMD = sum_BND.gather(1, order_BM[..., None].expand(-1, -1, x_BND.shape[-1]))
     return x_BMD / size_BM[..., None], size_BM
@@ -179,7 +178,7 @@ def merge_down(metric_TPC: Tensor, target_T: Sequence[int]) -> Tensor:
             break
         metric_TNC, size_TN = merge(metric_TNC, size_TN, step)
         stays_TN = torch.ones_like(left_TN, dtype=torch.bool).scatter_(1, step.source_BR, False)
-        order_TN = torch.cat([step.unmerged_BU, torch.arange(1, num_left, 2, device=device).expand(num_frames, -1)], 1)
+        order_TN = torch.cat([step.unmerged_BX, torch.arange(1, num_left, 2, device=device).expand(num_frames, -1)], 1)
         order_TN = order_TN.argsort(1)  # back to the order of the frame
         metric_TNC = metric_TNC.gather(1, order_TN[..., None].expand_as(metric_TNC))
         size_TN = size_TN.gather(1, order_TN)

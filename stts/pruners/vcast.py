@@ -1,7 +1,4 @@
-"""V-CAST: frames where the path of frame means turns keep more; in a frame, what is far from its mean and large.
-
-Shape suffixes: T = frames, S = places of a frame, D = width.
-"""
+"""V-CAST: frames where the path of frame means turns keep more; in a frame, what is far from its mean and large."""
 
 from __future__ import annotations
 
@@ -58,35 +55,35 @@ class VCAST(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)
         num_frames, per_frame = video.grid.t, video.grid.per_frame
-        x_TSD = video.x_ND.detach().float().view(num_frames, per_frame, -1)
-        frame_TD = frame_means(x_TSD)
+        x_TPD = video.x_ND.detach().float().view(num_frames, per_frame, -1)
+        frame_TD = frame_means(x_TPD)
         weights = self.weights(curvature(frame_TD)).tolist()  # the one host synchronisation
         num_kept = budget.num_kept
         if self.compat == "official" and not budget.exact:
             num_kept = max(num_kept, num_frames) if num_frames > 1 else per_frame
         counts = share_out(weights, num_kept, per_frame, one_frame=self.compat == "official")
-        score_TS = self.scores(x_TSD, frame_TD)
-        index_K = ops.top_per_frame(score_TS, torch.tensor(counts, device=score_TS.device))
-        return Kept(index_K=index_K, scores_G=score_TS.flatten())
+        score_TP = self.scores(x_TPD, frame_TD)
+        index_K = ops.top_per_frame(score_TP, torch.tensor(counts, device=score_TP.device))
+        return Kept(index_K=index_K, scores_G=score_TP.flatten())
 
     def weights(self, curvature_T: Tensor) -> Tensor:
         """(T,) share of each frame; they sum to 1."""
         return (curvature_T / self.temperature).softmax(0)
 
-    def scores(self, x_TSD: Tensor, frame_TD: Tensor) -> Tensor:
+    def scores(self, x_TPD: Tensor, frame_TD: Tensor) -> Tensor:
         """(T, S) fp32, to be compared inside a frame only."""
-        norm_TS: Tensor = torch.linalg.vector_norm(x_TSD, dim=-1)
-        cosine_TS: Tensor = torch.linalg.vecdot(x_TSD, frame_TD[:, None]) / norm_TS.clamp_min(1e-6)
-        low_T1, high_T1 = norm_TS.amin(1, keepdim=True), norm_TS.amax(1, keepdim=True)
-        return 1 - cosine_TS + self.norm_weight * (norm_TS - low_T1) / (high_T1 - low_T1 + 1e-6)
+        norm_TP: Tensor = torch.linalg.vector_norm(x_TPD, dim=-1)
+        cosine_TP: Tensor = torch.linalg.vecdot(x_TPD, frame_TD[:, None]) / norm_TP.clamp_min(1e-6)
+        low_T1, high_T1 = norm_TP.amin(1, keepdim=True), norm_TP.amax(1, keepdim=True)
+        return 1 - cosine_TP + self.norm_weight * (norm_TP - low_T1) / (high_T1 - low_T1 + 1e-6)
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 6 * grid.num_groups * width  # means, norms and dot products
 
 
-def frame_means(x_TSD: Tensor) -> Tensor:
+def frame_means(x_TPD: Tensor) -> Tensor:
     """(T, D) unit mean of each frame."""
-    mean_TD = x_TSD.mean(1)
+    mean_TD = x_TPD.mean(1)
     norm_T1: Tensor = torch.linalg.vector_norm(mean_TD, dim=-1, keepdim=True)
     return mean_TD / norm_T1.clamp_min(1e-6)
 

@@ -1,6 +1,6 @@
 """`vidcom2`: keep what is unusual in the video and in its frame, more of it in unusual frames.
 
-Shape suffixes: N = tokens, T = frames, S = tokens of a frame, D = width, C = channels kept.
+Shape suffixes beside those of `stts.tokens`: C = channels kept.
 """
 
 from __future__ import annotations
@@ -71,38 +71,38 @@ class VidCom2(PerVideo):
         num_frames, per_frame = video.grid.t, video.grid.per_frame
         if not 1 <= budget.num_kept <= video.num_groups:
             raise ValueError(f"num_kept={budget.num_kept} is outside [1, {video.num_groups}]; see budget.plan")
-        x_TSD = video.x_ND.detach().float().view(num_frames, per_frame, -1)
-        v_TS, w_TS = self.redundancy(x_TSD)
-        size_T = self.frame_scales(v_TS, budget.retention_ratio) * per_frame
+        x_TPD = video.x_ND.detach().float().view(num_frames, per_frame, -1)
+        v_TP, w_TP = self.redundancy(x_TPD)
+        size_T = self.frame_scales(v_TP, budget.retention_ratio) * per_frame
         if budget.exact:
             count_T = torch.tensor(ops.share_out(size_T.tolist(), budget.num_kept, per_frame), device=size_T.device)
         else:
             count_T = size_T.round().clamp_min(1)  # halves to even
-        score_TS = -(v_TS + w_TS)
-        return Kept(index_K=ops.top_per_frame(score_TS, count_T), scores_G=score_TS.flatten())
+        score_TP = -(v_TP + w_TP)
+        return Kept(index_K=ops.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
 
-    def redundancy(self, x_TSD: Tensor) -> tuple[Tensor, Tensor]:
+    def redundancy(self, x_TPD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S) closeness of each token to the mean of the video, and to the mean of its frame."""
-        x_ND = x_TSD.flatten(0, 1)
+        x_ND = x_TPD.flatten(0, 1)
         x_NC = x_ND.index_select(1, self.quiet_channels(x_ND))
         x_NC /= x_NC.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        x_TSC = x_NC.view(*x_TSD.shape[:2], -1)
-        frame_T1C = x_TSC.mean(1, keepdim=True)
+        x_TPC = x_NC.view(*x_TPD.shape[:2], -1)
+        frame_T1C = x_TPC.mean(1, keepdim=True)
         centre_T2C = torch.cat([frame_T1C.mean(0, keepdim=True).expand_as(frame_T1C), frame_T1C], 1)
         # By differences, not by a matrix product: equal tokens get equal distances.
-        distance_TS2 = torch.cdist(x_TSC, centre_T2C, compute_mode="donot_use_mm_for_euclid_dist")
-        kernels = [torch.exp(-distance_TS2.square() / (2 * a)) for a in self.bandwidths]
-        v_TS, w_TS = torch.stack(kernels).sum(0).unbind(-1)
-        return v_TS, w_TS
+        distance_TP2 = torch.cdist(x_TPC, centre_T2C, compute_mode="donot_use_mm_for_euclid_dist")
+        kernels = [torch.exp(-distance_TP2.square() / (2 * a)) for a in self.bandwidths]
+        v_TP, w_TP = torch.stack(kernels).sum(0).unbind(-1)
+        return v_TP, w_TP
 
     def quiet_channels(self, x_ND: Tensor) -> Tensor:
         """Channels of lowest variance, rising; one at least."""
         variance_D = (x_ND - x_ND.mean(0)).square_().mean(0)  # torch.var takes twice as long
         return ops.top(-variance_D, max(1, int(len(variance_D) * self.channel_share)))
 
-    def frame_scales(self, v_TS: Tensor, retention_ratio: float) -> Tensor:
+    def frame_scales(self, v_TP: Tensor, retention_ratio: float) -> Tensor:
         """(T,) fraction of its tokens that each frame may keep."""
-        p_T = (-v_TS.mean(1) / self.temperature).softmax(0)
+        p_T = (-v_TP.mean(1) / self.temperature).softmax(0)
         return (retention_ratio * (1 + p_T - p_T.mean())).clamp_max(1)
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:

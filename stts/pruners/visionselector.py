@@ -1,7 +1,6 @@
 """VisionSelector: a learned score per token behind the connector, trained through a soft top-k (arXiv 2510.16598).
 
-Shape suffixes: N = tokens of all videos, one behind the other, D = width, E = width of query and key, V = videos,
-L = tokens of the longest video, K = kept tokens.
+Shape suffixes beside those of `stts.tokens`: V = videos, L = tokens of the longest video.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """VisionZip: the most attended tokens of every frame, and a few that sum up the rest.
 
-Shape suffixes: G = groups, D = width, H = key width, T = frames, S = places of a frame, K = dominant tokens of a frame
-(kept tokens in all for `Kept`), L = the rest of a frame, C = contextual tokens of a frame.
+Shape suffixes beside those of `stts.tokens`: H = key width, L = the rest of a frame, C = contextual tokens of a
+frame.
 """
 
 from __future__ import annotations
@@ -87,19 +87,19 @@ class VisionZip(PerVideo):
         num_frames, num_places = video.grid.t, video.grid.per_frame
         num_dominant, num_contextual = self._counts(num_places, budget.retention_ratio)
         salience_G = ops.rank_salience(video).detach()
-        ranked_TS = ops.top(salience_G.view(num_frames, num_places), num_places)
-        dominant_TK = ranked_TS[:, :num_dominant].sort(-1).values
-        rest_TL = ranked_TS[:, num_dominant:].sort(-1).values
+        ranked_TP = ops.top(salience_G.view(num_frames, num_places), num_places)
+        dominant_TK = ranked_TP[:, :num_dominant].sort(-1).values
+        rest_TL = ranked_TP[:, num_dominant:].sort(-1).values
         place_TC, target_TC = self._targets(video, rest_TL, num_contextual)
-        x_TSD = video.x_ND.view(num_frames, num_places, -1)
-        key_TSH = F.normalize(ops.need(video.keys_GD, "keys", video).float(), dim=-1).view(num_frames, num_places, -1)
-        context_TCD, members_TC = _merge(x_TSD, key_TSH, dominant_TK, target_TC)
+        x_TPD = video.x_ND.view(num_frames, num_places, -1)
+        key_TPH = F.normalize(ops.need(video.keys_GD, "keys", video).float(), dim=-1).view(num_frames, num_places, -1)
+        context_TCD, members_TC = _merge(x_TPD, key_TPH, dominant_TK, target_TC)
 
         misplaced = self.compat == "official" and self.newline_per_row
-        place_TP = torch.cat([ranked_TS[:, :num_dominant] if misplaced else dominant_TK, place_TC], 1)
+        place_TP = torch.cat([ranked_TP[:, :num_dominant] if misplaced else dominant_TK, place_TC], 1)
         first_T1 = torch.arange(num_frames, device=place_TP.device)[:, None] * num_places
         index_K = (first_T1 + place_TP).flatten()
-        x_KD = torch.cat([_rows(x_TSD, dominant_TK), context_TCD], 1).flatten(0, 1)
+        x_KD = torch.cat([_rows(x_TPD, dominant_TK), context_TCD], 1).flatten(0, 1)
         merged_score_TP = torch.cat([torch.full_like(dominant_TK, torch.inf, dtype=torch.float32), members_TC], 1)
         merged_score_K = merged_score_TP.flatten()
         if self.compat is None or self.newline_per_row:
@@ -139,18 +139,18 @@ class VisionZip(PerVideo):
         return place_TC, rest_TL.gather(1, slot_TC) if self.compat else place_TC
 
 
-def _merge(x_TSD: Tensor, key_TSH: Tensor, dominant_TK: Tensor, target_TC: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(x_TPD: Tensor, key_TPH: Tensor, dominant_TK: Tensor, target_TC: Tensor) -> tuple[Tensor, Tensor]:
     """(T, C, D) target + mean of its members, in the dtype of x, and (T, C) fp32 how many members it has."""
-    cosine_TSC = key_TSH @ _rows(key_TSH, target_TC).transpose(1, 2)
-    member_TS = torch.ones_like(x_TSD[..., 0], dtype=torch.float32)
-    member_TS = member_TS.scatter(1, torch.cat([dominant_TK, target_TC], 1), 0)
-    member_TSC = F.one_hot(cosine_TSC.argmax(-1), target_TC.shape[1]) * member_TS[..., None]
-    members_TC = member_TSC.sum(1)
-    sum_TCD = member_TSC.transpose(1, 2) @ x_TSD.float()
-    context_TCD = _rows(x_TSD, target_TC) + sum_TCD / members_TC.clamp_min(1)[..., None]
-    return context_TCD.to(x_TSD.dtype), members_TC
+    cosine_TPC = key_TPH @ _rows(key_TPH, target_TC).transpose(1, 2)
+    member_TP = torch.ones_like(x_TPD[..., 0], dtype=torch.float32)
+    member_TP = member_TP.scatter(1, torch.cat([dominant_TK, target_TC], 1), 0)
+    member_TPC = F.one_hot(cosine_TPC.argmax(-1), target_TC.shape[1]) * member_TP[..., None]
+    members_TC = member_TPC.sum(1)
+    sum_TCD = member_TPC.transpose(1, 2) @ x_TPD.float()
+    context_TCD = _rows(x_TPD, target_TC) + sum_TCD / members_TC.clamp_min(1)[..., None]
+    return context_TCD.to(x_TPD.dtype), members_TC
 
 
-def _rows(x_TSD: Tensor, place_TC: Tensor) -> Tensor:
+def _rows(x_TPD: Tensor, place_TC: Tensor) -> Tensor:
     """(T, C, D) the rows of each frame at `place_TC`."""
-    return x_TSD[torch.arange(len(x_TSD), device=x_TSD.device)[:, None], place_TC]
+    return x_TPD[torch.arange(len(x_TPD), device=x_TPD.device)[:, None], place_TC]

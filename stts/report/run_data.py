@@ -6,7 +6,7 @@
     sample  uid, task, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times,
             frames, missing (why there are no frames), kept {cell: {mask, scores}}
 
-Shape suffixes:  G = cells of the grid,  T = temporal cells,  H, W = pixels,  C = 3 colour channels (RGB)
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB).
 """
 
 from __future__ import annotations

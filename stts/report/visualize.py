@@ -4,7 +4,7 @@
 .mp4   the same frame by frame, with the number of tokens kept
 .html  the page of `stts report`, with scrubber and score heat map
 
-Shape suffixes:  T = temporal cells,  H, W = pixels,  C = 3 colour channels (RGB)
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB).
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ class FeatureNormSToP(PerVideo):
         num_frames, num_places = video.grid.t, video.grid.per_frame
         x_TSD = video.x_ND.float().view(num_frames, num_places, -1)
         with torch.no_grad():
-            penalty_S = sink_score(feature_importance(x_TSD).mean(0), self.power)
+            penalty_P = sink_score(feature_importance(x_TSD).mean(0), self.power)
             similarity_TS = ops.neighbour_similarity(video.x_ND, video.grid).view(num_frames, num_places)[1:]
             windows, _ = ops.temporal_windows(similarity_TS > self.tau)
-            static_TS = similarity_TS + self.temporal * penalty_S > self.tau
+            static_TS = similarity_TS + self.temporal * penalty_P > self.tau
         static = [static_TS[start : end - 1].all(0) & (end - start > 1) for start, end in windows]
         removed = sum(
             int(mask_S.sum()) * (end - start - 1) for mask_S, (start, end) in zip(static, windows, strict=True)

@@ -67,9 +67,9 @@ def test_every_step_is_that_of_the_release(case: Case, run: str) -> None:
     for compat, values in ((None, "tstm_values_tree_mean"), ("official", "tstm_values_official")):
         stage, _ = stage_of(case, run, compat)  # type: ignore[arg-type]
         trees = stage.merge_trees(x_TSD, selected_TS, segment_T, length_T, num_selected + num_merged)
-        root_TS = trees.root_TS & (length_T > 1)[:, None]
+        root_TS = trees.root_TP & (length_T > 1)[:, None]
         assert torch.equal(root_TS.flatten().nonzero()[:, 0], expected["tstm_roots"])
-        close(trees.x_TSD[root_TS], expected[values])
+        close(trees.x_TPD[root_TS], expected[values])
 
 
 @each_run

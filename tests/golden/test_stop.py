@@ -108,7 +108,7 @@ def test_features_and_signals_are_pooled_alike(case):
 @pytest.mark.parametrize("case", [*VISIONZIP, *FASTVID, *HOLITOM], ids=str)
 def test_sink_score_is_the_authors(case):
     seen = seen_by_base(case)
-    close(seen.sink.penalty_S[None], case["mid.sink_score"], 1e-5)
+    close(seen.sink.penalty_P[None], case["mid.sink_score"], 1e-5)
     if "mid.attn_adjusted" in case:
         close(ops.rank_salience(seen).view_as(case["mid.attn_adjusted"]), case["mid.attn_adjusted"], 1e-6)
 
@@ -131,7 +131,7 @@ def test_official_visionzip_gives_the_sequence_of_the_release(case):
         filled[with_newlines(kept.index_K, seen.grid, "none")] = kept.x_KD
         close(filled[with_newlines(kept.index_K, seen.grid, "every_row")], tokens)
     assert torch.equal(case["mid.topk_order"].sort().values, case["mid.dominant_pos"])
-    assert torch.equal(ops.top(seen.sink.penalty_S, 20).sort().values, case["mid.sink_top20"].sort().values)
+    assert torch.equal(ops.top(seen.sink.penalty_P, 20).sort().values, case["mid.sink_top20"].sort().values)
 
 
 @pytest.mark.parametrize("case", VISIONZIP, ids=str)
@@ -302,12 +302,12 @@ def test_what_leads_to_the_choice_by_feature_norm_is_the_authors(case):
     video, tau = video_of(case), float(case.meta["tau"])
     importance_TS = feature_importance(case["in.feat"])
     close(importance_TS, case["mid.importance"], 1e-5)
-    penalty_S = sink_score(importance_TS.mean(0), float(case.meta["gamma"]))
-    close(penalty_S[None], case["mid.sink_score"], 1e-5)
+    penalty_P = sink_score(importance_TS.mean(0), float(case.meta["gamma"]))
+    close(penalty_P[None], case["mid.sink_score"], 1e-5)
     similarity_TS = ops.neighbour_similarity(video.x_ND, video.grid).view_as(importance_TS)[1:]
     windows, _ = ops.temporal_windows(similarity_TS > tau)
     assert [[start, end - 1] for start, end in windows] == case["mid.segments"].tolist()
-    static_TS = similarity_TS + float(case.meta["mu_t"]) * penalty_S > tau
+    static_TS = similarity_TS + float(case.meta["mu_t"]) * penalty_P > tau
     removed = sum(int(static_TS[s : e - 1].all(0).sum()) * (e - 1 - s) for s, e in windows if e - s > 1)
     assert removed == case["mid.total_reduced"].item()
     left = (video.num_groups - removed) / video.num_groups

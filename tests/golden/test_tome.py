@@ -39,7 +39,7 @@ def step_of(case: Case) -> tuple[Match, Tensor]:
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_one_step_is_that_of_the_release(case: Case) -> None:
     step, size_BN = step_of(case)
-    assert torch.equal(step.unmerged_BU, case["unmerged_pos"])
+    assert torch.equal(step.unmerged_BX, case["unmerged_pos"])
     assert torch.equal(step.source_BR, case["merged_pos"]) and torch.equal(step.target_BR, case["target_pos"])
     out_BMD, size_BM = merge(case["x"], size_BN, step)
     torch.testing.assert_close(out_BMD, case["out"], atol=1e-5, rtol=0)

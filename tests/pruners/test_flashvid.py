@@ -19,7 +19,7 @@ def trees(compat: str | None = None, budget: int = 1) -> tuple[list[list[bool]],
     nothing_TS, segment_T = torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
     stage = FlashVID(compat=compat)  # type: ignore[arg-type]
     found = stage.merge_trees(x_TSD, nothing_TS, segment_T, torch.full((3,), 3), budget)
-    return found.root_TS.tolist(), found.x_TSD[found.root_TS].tolist()
+    return found.root_TP.tolist(), found.x_TPD[found.root_TP].tolist()
 
 
 def test_a_tree_is_the_mean_of_its_tokens() -> None:

@@ -113,10 +113,10 @@ def test_static_tau_decides_what_is_merged_but_not_the_windows():
 
 def test_a_sink_penalty_reaches_attention_static_places_and_centres_but_not_the_windows():
     video, budget = still_and_moving(), Budget(2, 0.25)
-    penalty_S = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    penalty_P = torch.tensor([1.0, 0.0, 0.0, 1.0])
 
     def index(**options: Any) -> list[int]:
-        sink = SinkPenalty(penalty_S, **options)
+        sink = SinkPenalty(penalty_P, **options)
         return HoliTom(tau=0.8).prune(dataclasses.replace(video, sink=sink), budget).index_K.tolist()
 
     assert index() == [0, 3, 6]

@@ -53,9 +53,9 @@ def run(stage: SToP | VisionZip | FeatureNormSToP, video: VideoTokens, ratio: fl
 def test_sink_score_by_hand():
     # Means over two frames 0.1, 0.2, 0.2, 0.1, 0.1, 0.3; to the power 2: 0.01, 0.04, 0.09, less 0.01, over 0.08.
     penalty = SToP(base=VisionZip(), power=2.0).penalty(VIDEO)
-    assert_close(penalty.penalty_S, torch.tensor([0.0, 0.375, 0.375, 0.0, 0.0, 1.0]))
+    assert_close(penalty.penalty_P, torch.tensor([0.0, 0.375, 0.375, 0.0, 0.0, 1.0]))
     assert_close(
-        SToP(base=VisionZip()).penalty(VIDEO).penalty_S[1], torch.tensor((0.2**1.1 - 0.1**1.1) / (0.3**1.1 - 0.1**1.1))
+        SToP(base=VisionZip()).penalty(VIDEO).penalty_P[1], torch.tensor((0.2**1.1 - 0.1**1.1) / (0.3**1.1 - 0.1**1.1))
     )
 
 
@@ -87,7 +87,7 @@ def test_the_base_does_all_the_choosing():
     seen = replace(VIDEO, sink=stage.penalty(VIDEO))
     ours, theirs = run(stage, VIDEO, 0.5), run(stage.base, seen, 0.5)
     assert torch.equal(ours.index_K, theirs.index_K) and VIDEO.sink is None
-    assert seen.sink == replace(SinkPenalty(seen.sink.penalty_S), salience=0.1, temporal=0.5, density=0.3)
+    assert seen.sink == replace(SinkPenalty(seen.sink.penalty_P), salience=0.1, temporal=0.5, density=0.3)
 
 
 def test_merge_slots_leave_the_worst_places_in_either_index_space():

@@ -176,9 +176,9 @@ def test_half_precision_comes_back_in_kind():
 
 def test_targets_that_move_to_one_place_stay_two_tokens():
     # Dominant 1, rest 0 2 3 4 5: targets 0 (place 0) and 2 (place 3). Places 0, 2, 3 are sinks: both move to place 4.
-    penalty_S = torch.tensor([0.9, 0.0, 0.8, 0.7, 0.2, 0.1])
+    penalty_P = torch.tensor([0.9, 0.0, 0.8, 0.7, 0.2, 0.1])
     video = replace(
-        one_frame(ALIKE, attention=[0.1, 0.9, 0.2, 0.05, 0.3, 0.0]), sink=SinkPenalty(penalty_S, num_slots=3)
+        one_frame(ALIKE, attention=[0.1, 0.9, 0.2, 0.05, 0.3, 0.0]), sink=SinkPenalty(penalty_P, num_slots=3)
     )
     kept = run(VisionZip(num_dominant=1, num_contextual=2), video, 0.5)
     assert kept.index_K.tolist() == [1, 4, 5]

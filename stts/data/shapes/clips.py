@@ -14,7 +14,7 @@ scene is built around it, so guessing without the video stays at chance:
 
 `ShapesConfig` makes clips harder: smaller things, bright things at rest, most frames near duplicates, brief evidence.
 
-Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Drawing for ShapesQA: things with soft edges, a textured still background, and cheap frame noise.
 
-Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ which fills it, and 1.7 ms in the second.
 One anonymous shared mapping, made before workers are forked: every worker sees what the others decoded, also the fresh
 workers of the next epoch, and the kernel frees it with the last process, however that one ends.
 
-Shape suffixes:  E = entries,  T = frames,  H, W = pixels"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels."""
 
 from __future__ import annotations
 

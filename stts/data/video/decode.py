@@ -3,7 +3,7 @@
 Damage is an error, never a grey picture: a packet that the decoder refuses, or a frame that it marks as patched up,
 spoils everything until the next keyframe. (What no decoder can see: flipped bits that still form a legal stream.)
 
-Shape suffixes:  N = frames in the file,  T = frames returned,  H, W = pixels after rotation"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels after rotation."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class FrameIndex:
     """All frames of a file, in the order in which they are shown."""
 
     timeline: Timeline
-    pts_N: npt.NDArray[np.int64] | None = None
+    pts_F: npt.NDArray[np.int64] | None = None
     """Presentation times in stream units; None: frames are known by counting only."""
-    size_N: npt.NDArray[np.int64] | None = None
+    size_F: npt.NDArray[np.int64] | None = None
     """Bytes of each packet, to recognise it after a jump."""
     keyframes: tuple[tuple[int, int], ...] = ()
     """(presentation time, place in the file counted in packets), by time."""
@@ -110,21 +110,21 @@ class Reader:
                 raise DamagedError(f"the file is cut off inside frame {len(pts) - 1}")
             if name in JOINABLE and keyframes:
                 pts, sizes, keyframes = _from_first_keyframe(pts, sizes, keyframes)
-            order_N = np.argsort(np.array(pts, np.int64), kind="stable")
-            pts_N, size_N = np.array(pts, np.int64)[order_N], np.array(sizes, np.int64)[order_N]
-            if (np.diff(pts_N) == 0).any():
+            order_F = np.argsort(np.array(pts, np.int64), kind="stable")
+            pts_F, size_F = np.array(pts, np.int64)[order_F], np.array(sizes, np.int64)[order_F]
+            if (np.diff(pts_F) == 0).any():
                 raise NotShownError("several packets claim one time")
-            times_N = (pts_N - pts_N[0]) * tick_s
+            times_F = (pts_F - pts_F[0]) * tick_s
             if name in _GUESSES_TIMES:
-                times_N = _even(times_N, float(stream.average_rate or stream.guessed_rate or 0))
-            timeline = _timeline(times_N, float(end - pts_N[0]) * tick_s, stream)
-            self._refuse_cut_off(container, stream, max(end * tick_s, pts_N[0] * tick_s + timeline.duration_s))
-            return FrameIndex(timeline, pts_N, size_N, tuple(sorted(keyframes)), name not in _GUESSES_TIMES)
+                times_F = _even(times_F, float(stream.average_rate or stream.guessed_rate or 0))
+            timeline = _timeline(times_F, float(end - pts_F[0]) * tick_s, stream)
+            self._refuse_cut_off(container, stream, max(end * tick_s, pts_F[0] * tick_s + timeline.duration_s))
+            return FrameIndex(timeline, pts_F, size_F, tuple(sorted(keyframes)), name not in _GUESSES_TIMES)
 
     def index_by_decoding(self) -> FrameIndex:
         """List all frames by decoding the whole file and keeping nothing."""
         pts: list[int | None] = []
-        chunks_N = self._avi_chunks()
+        chunks_F = self._avi_chunks()
         with self._open() as (container, stream):
             for frame in self._frames(container, stream):
                 if isinstance(frame, _Damage):
@@ -133,22 +133,22 @@ class Reader:
             if not pts:
                 raise UnusableFileError("no frame could be decoded")
             rate, tick_s = float(stream.average_rate or stream.guessed_rate or 0), float(stream.time_base or 1)
-            shown_N = np.array([math.nan if value is None else value for value in pts]) * tick_s
-            if container.format.name in JOINABLE and not np.isnan(shown_N).any():
-                times_N = _joined(shown_N)
-            elif chunks_N is not None and len(chunks_N) == len(pts):
+            shown_F = np.array([math.nan if value is None else value for value in pts]) * tick_s
+            if container.format.name in JOINABLE and not np.isnan(shown_F).any():
+                times_F = _joined(shown_F)
+            elif chunks_F is not None and len(chunks_F) == len(pts):
                 # One chunk a frame: the places of chunks, null ones counted, are the times.
-                times_N = (chunks_N - chunks_N[0]) * tick_s
-            elif container.format.name != "avi" and not np.isnan(shown_N).any() and (np.diff(shown_N) > 0).all():
-                times_N = shown_N - shown_N[0]
+                times_F = (chunks_F - chunks_F[0]) * tick_s
+            elif container.format.name != "avi" and not np.isnan(shown_F).any() and (np.diff(shown_F) > 0).all():
+                times_F = shown_F - shown_F[0]
             elif rate > 0:
-                times_N = np.arange(len(pts)) / rate
+                times_F = np.arange(len(pts)) / rate
             else:
                 raise UnusableFileError("the file states neither frame times nor a frame rate")
-            if chunks_N is None:
-                first_s = 0.0 if np.isnan(shown_N[0]) else float(shown_N[0])
+            if chunks_F is None:
+                first_s = 0.0 if np.isnan(shown_F[0]) else float(shown_F[0])
                 self._refuse_cut_off(container, stream, first_s + len(pts) / rate if rate > 0 else math.inf)
-            return FrameIndex(_timeline(times_N, 0.0, stream))
+            return FrameIndex(_timeline(times_F, 0.0, stream))
 
     def _avi_chunks(self) -> npt.NDArray[np.int64] | None:
         """Places of an AVI's chunks that hold a frame, in increasing order; None for other containers.
@@ -205,18 +205,18 @@ class Reader:
     ) -> Iterator[VideoFrame]:
         """The frames with these increasing numbers. Shortcuts: jump to keyframes, and never decode an H.264 frame that
         is neither chosen nor a reference of others (half of an ordinary file)."""
-        if index.pts_N is None:
+        if index.pts_F is None:
             yield from _counted(self._frames(container, stream), numbers)
             return
-        key_pts = [pts for pts, _ in index.keyframes] or [int(index.pts_N[0])]
+        key_pts = [pts for pts, _ in index.keyframes] or [int(index.pts_F[0])]
         # Only H.264 says so strictly: in HEVC a picture of a higher layer may refer to such a frame.
         sparse = shortcuts and stream.codec_context.name == "h264"
-        wanted = frozenset(index.pts_N[numbers].tolist()) if sparse else None
+        wanted = frozenset(index.pts_F[numbers].tolist()) if sparse else None
         position = 0  # frames shown, or jumped over
         frames = self._frames(container, stream, wanted)
         damage: list[int] = []
         for number in numbers:
-            pts = int(index.pts_N[number])
+            pts = int(index.pts_F[number])
             group = int(np.searchsorted(key_pts, pts, side="right")) - 1
             start = index.keyframes[group][1] if group >= 0 and index.keyframes else 0
             if shortcuts and start - position >= _MIN_JUMP:
@@ -310,19 +310,19 @@ def _is_join(last_dts: int | None, dts: int, tick_s: float) -> bool:
     return last_dts is not None and not 0 <= (dts - last_dts) * tick_s <= _LARGEST_GAP_S
 
 
-def _even(times_N: npt.NDArray[np.float64], rate: float) -> npt.NDArray[np.float64]:
+def _even(times_F: npt.NDArray[np.float64], rate: float) -> npt.NDArray[np.float64]:
     """Guessed times put back on the even grid of the stated rate, where none is more than a frame and a half off."""
-    even_N = np.arange(len(times_N)) / (rate or 1.0)
-    return even_N if rate > 0 and np.abs(times_N - even_N).max() * rate <= 1.5 else times_N
+    even_F = np.arange(len(times_F)) / (rate or 1.0)
+    return even_F if rate > 0 and np.abs(times_F - even_F).max() * rate <= 1.5 else times_F
 
 
-def _joined(shown_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _joined(shown_F: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Times in seconds from 0 where the clock was set anew at joins: each join is as long as the median frame."""
-    gap_N = np.diff(shown_N)
-    is_join_N = (gap_N < 0) | (gap_N > _LARGEST_GAP_S)
-    plain_N = gap_N[~is_join_N & (gap_N > 0)]
-    gap_N[is_join_N] = np.median(plain_N) if len(plain_N) else 0.0
-    return np.append(0.0, np.cumsum(gap_N))
+    gap_F = np.diff(shown_F)
+    is_join_F = (gap_F < 0) | (gap_F > _LARGEST_GAP_S)
+    plain_F = gap_F[~is_join_F & (gap_F > 0)]
+    gap_F[is_join_F] = np.median(plain_F) if len(plain_F) else 0.0
+    return np.append(0.0, np.cumsum(gap_F))
 
 
 def _from_first_keyframe(
@@ -343,9 +343,9 @@ def _from_first_keyframe(
 
 
 def _is_listed(packet: Packet[VideoStream], index: FrameIndex) -> bool:
-    assert index.pts_N is not None and index.size_N is not None
-    place = int(np.searchsorted(index.pts_N, packet.pts)) if packet.pts is not None else len(index.pts_N)
-    return place < len(index.pts_N) and index.pts_N[place] == packet.pts and index.size_N[place] == packet.size
+    assert index.pts_F is not None and index.size_F is not None
+    place = int(np.searchsorted(index.pts_F, packet.pts)) if packet.pts is not None else len(index.pts_F)
+    return place < len(index.pts_F) and index.pts_F[place] == packet.pts and index.size_F[place] == packet.size
 
 
 def _counted(frames: Iterator[VideoFrame | _Damage], numbers: Indices) -> Iterator[VideoFrame]:
@@ -363,12 +363,12 @@ def _counted(frames: Iterator[VideoFrame | _Damage], numbers: Indices) -> Iterat
             number = next(rest, None)
 
 
-def _timeline(times_N: npt.NDArray[np.float64], end_s: float, stream: VideoStream) -> Timeline:
+def _timeline(times_F: npt.NDArray[np.float64], end_s: float, stream: VideoStream) -> Timeline:
     """Times with the mean rate. The container's rate wins where the times agree with it: it is exact (30000/1001)."""
     stated = float(stream.average_rate or stream.guessed_rate or 0)
-    num_gaps = len(times_N) - 1
-    measured = num_gaps / float(times_N[-1]) if num_gaps else stated or 1.0
+    num_gaps = len(times_F) - 1
+    measured = num_gaps / float(times_F[-1]) if num_gaps else stated or 1.0
     # Half a frame over the whole file; times in milliseconds alone move the measured rate by less.
     rate = stated if stated > 0 and abs(stated / measured - 1) * num_gaps < 0.5 else measured
     # A last frame without a stated length is shown for one mean interval.
-    return Timeline(times_N, rate, end_s if end_s > times_N[-1] else float(times_N[-1]) + 1 / rate)
+    return Timeline(times_F, rate, end_s if end_s > times_F[-1] else float(times_F[-1]) + 1 / rate)

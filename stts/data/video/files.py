@@ -1,6 +1,6 @@
 """The files that a row names: a video, a folder or list of frames, a picture; and a limit on the time to read them.
 
-Shape suffixes:  T = frames,  H, W = pixels,  C = 3 colour channels (RGB)"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_video(
         raise VideoError(f"{name}: frames of several sizes {sorted(shapes)}, expected one; is this one video?")
     source = VideoSource(name, folder_fps, timeline.duration_s, sampler, len(pictures))
     return VideoClip(
-        np.stack([images[number] for number in chosen_T.tolist()]), timeline.timestamps_N[chosen_T], source
+        np.stack([images[number] for number in chosen_T.tolist()]), timeline.timestamps_F[chosen_T], source
     )
 
 

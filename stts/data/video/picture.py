@@ -1,6 +1,6 @@
 """Decoded frames as RGB pictures: right colours, square pixels, upright, all of one size.
 
-Shape suffixes:  H, W = pixels of the finished picture"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels of the finished picture."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ decoding, so times are exact at a variable frame rate too. The second decodes up
 keyframe where that saves work, and converts only the chosen frames: memory holds the result and the decoder's few
 frames.
 
-Shape suffixes:  T = frames returned,  H, W = pixels after rotation"""
+Shape suffixes beside those of `stts.tokens`: H, W = pixels after rotation."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def sample_frames(
             frames = reader.collect(index, chosen_T)
     timeline = index.timeline
     source = VideoSource(name, timeline.native_fps, timeline.duration_s, sampler, timeline.num_frames)
-    return VideoClip(frames, timeline.timestamps_N[chosen_T], source)
+    return VideoClip(frames, timeline.timestamps_F[chosen_T], source)
 
 
 class FrameStream:
@@ -119,7 +119,7 @@ class FrameStream:
             self._index = self._reader.index()
             timeline = self._index.timeline
             self._chosen_T = choose_frames(timeline, sampler, num_frames, clip, max_fps)
-        self.timestamps_s: npt.NDArray[np.float64] = timeline.timestamps_N[self._chosen_T]
+        self.timestamps_s: npt.NDArray[np.float64] = timeline.timestamps_F[self._chosen_T]
         self.source = VideoSource(self._name, timeline.native_fps, timeline.duration_s, sampler, timeline.num_frames)
         _, height, width, channels = self.read(0, 1).shape
         self._picture_shape = height, width, channels

@@ -1,9 +1,7 @@
 """Which frames of a video to look at: every sampler that a published result was made with, by name.
 
 Changing the sampler alone moves benchmark scores, so each rule is kept to the index, truncation included. Rules that
-count frames work on frame numbers. Rules that speak of seconds work on the true presentation times of the file.
-
-Shape suffixes:  N = frames in the file (or in the clip),  T = frames chosen (repeats allowed, never decreasing)"""
+count frames work on frame numbers. Rules that speak of seconds work on the true presentation times of the file."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 class Timeline:
     """When the frames of a file (or of a clip of it) are shown."""
 
-    timestamps_N: npt.NDArray[np.float64]
+    timestamps_F: npt.NDArray[np.float64]
     """Seconds from the start of the file or clip, increasing, at least one."""
     native_fps: float
     """Mean frames per second of the file."""
@@ -31,9 +29,9 @@ class Timeline:
     """Length of the file or clip, the last frame's own display time included."""
 
     def __post_init__(self) -> None:
-        if self.timestamps_N.ndim != 1 or not len(self.timestamps_N) or not self.native_fps > 0:
+        if self.timestamps_F.ndim != 1 or not len(self.timestamps_F) or not self.native_fps > 0:
             raise ValueError(
-                f"a timeline needs frames and a frame rate: got timestamps of shape {self.timestamps_N.shape} "
+                f"a timeline needs frames and a frame rate: got timestamps of shape {self.timestamps_F.shape} "
                 f"and native_fps={self.native_fps}; check that the file has video frames"
             )
 
@@ -44,11 +42,11 @@ class Timeline:
 
     @property
     def num_frames(self) -> int:
-        return len(self.timestamps_N)
+        return len(self.timestamps_F)
 
     def shown_at(self, times_s: npt.ArrayLike) -> Indices:
         """Number of the last frame at or before each time; frame 0 before the first."""
-        numbers = np.searchsorted(self.timestamps_N, np.asarray(times_s, np.float64) + _TIME_SLACK_S, side="right") - 1
+        numbers = np.searchsorted(self.timestamps_F, np.asarray(times_s, np.float64) + _TIME_SLACK_S, side="right") - 1
         return np.maximum(numbers, 0).astype(np.int64)
 
     @property
@@ -57,8 +55,8 @@ class Timeline:
 
         Half a frame, because containers that store milliseconds (Matroska) round their times, and that must not
         change which frame is chosen."""
-        even_N = self.timestamps_N[0] + np.arange(self.num_frames) / self.native_fps
-        return bool(np.abs(self.timestamps_N - even_N).max() * self.native_fps <= 0.5)
+        even_F = self.timestamps_F[0] + np.arange(self.num_frames) / self.native_fps
+        return bool(np.abs(self.timestamps_F - even_F).max() * self.native_fps <= 0.5)
 
     def at_nominal(self, number: npt.ArrayLike) -> Indices:
         """Frame `i` of a constant-rate file, or the frame shown at `i / native_fps` when the rate varies."""
@@ -140,7 +138,7 @@ def choose_frames(
     rule = SAMPLERS[sampler]
     count = most_frames(part.duration_s, num_frames, max_fps)
     chosen_T = rule(part, count)
-    while max_fps is not None and count > 1 and _mean_fps(part.timestamps_N[chosen_T]) > max_fps + _TIME_SLACK_S:
+    while max_fps is not None and count > 1 and _mean_fps(part.timestamps_F[chosen_T]) > max_fps + _TIME_SLACK_S:
         count -= 1
         chosen_T = rule(part, count)
     return chosen_T + first
@@ -169,10 +167,10 @@ def _cut(timeline: Timeline, clip: tuple[float, float]) -> tuple[int, Timeline]:
             f"clip=({start_s}, {end_s}) starts outside the video, which runs from 0 to {timeline.duration_s:.3f} s; "
             "check the row's times (seconds, from the first frame) and that it names the right file"
         )
-    times_N = timeline.timestamps_N
-    first, stop = np.searchsorted(times_N, [start_s - _TIME_SLACK_S, end_s + _TIME_SLACK_S])
+    times_F = timeline.timestamps_F
+    first, stop = np.searchsorted(times_F, [start_s - _TIME_SLACK_S, end_s + _TIME_SLACK_S])
     if first == stop:
         first = int(timeline.shown_at(start_s))
         stop = first + 1
-    inside_N = np.maximum(times_N[first:stop] - start_s, 0.0)
-    return int(first), Timeline(inside_N, timeline.native_fps, min(end_s, timeline.duration_s) - start_s)
+    inside_F = np.maximum(times_F[first:stop] - start_s, 0.0)
+    return int(first), Timeline(inside_F, timeline.native_fps, min(end_s, timeline.duration_s) - start_s)

@@ -3,7 +3,7 @@
 `Collator` puts `StreamedPixels` where a model's inputs have `pixel_values_videos`; `stts.Pruning(chunk_frames=...)`
 loads a piece, runs the tower on it and lets go. `stts.data.processors` says which processors treat frames one by one.
 
-Shape suffixes:  T = frames,  C = 3 colour channels,  H, W = pixels"""
+Shape suffixes beside those of `stts.tokens`: C = 3 colour channels, H, W = pixels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What is asked: the questions of one or more tasks in order, decoded when asked for.
-
-Shape suffixes:  T = frames"""
+"""What is asked: the questions of one or more tasks in order, decoded when asked for."""
 
 from __future__ import annotations
 

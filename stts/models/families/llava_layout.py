@@ -6,7 +6,7 @@ with a newline: 182 tokens a frame. Stock classes know the first layout only. A 
 config, `config.stts_video_layout = {"pool": "average", "newline": "grid", "time_instruction": true}`, which
 `save_pretrained` keeps; such a model runs inside `stts.pruning` only, also dense (pruner `none`).
 
-Shape suffixes: F = frames, P = placeholders of a video, K = kept cells, G = cells, H, W = sides, d = LLM width.
+Shape suffixes beside those of `stts.tokens`: H, W = sides.
 """
 
 from __future__ import annotations

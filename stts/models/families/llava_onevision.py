@@ -6,9 +6,7 @@ patches per cell and direction; for odd n neighbouring cells in the middle share
 cells 6 and 7), so groups overlap and a patch lives as long as any kept cell needs it. Averaged groups are disjoint, and
 for odd n the last row and column of patches belong to none: they serve the others as context until a stage drops.
 
-Shape suffixes: F = tiles and frames, N = patches of a frame, P = cells of a frame (in `merge`: placeholders of a
-video), W = 4 patches per cell, S = patches left in all frames, D = tower width, d = LLM width, K = kept cells of a
-video.
+Shape suffixes beside those of `stts.tokens`: W = 4 patches per cell.
 """
 
 from __future__ import annotations

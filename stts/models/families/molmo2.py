@@ -4,9 +4,8 @@ Groups are the windows of `video_token_pooling`, 3 x 3 patches side by side (-1 
 a flat list of patches, so survivors only need new numbers. Images (2 x 2 windows, several crops) are never pruned. All
 frame and image tokens of a row, markers included, see each other in both directions inside the LLM.
 
-Shape suffixes: F = crops or frames, N = patches of one of them, C = values of a patch, S = patches left in all of them,
-D = tower width, G = windows of a video, K = windows pooled, W = patches per window, B = rows, L = prompt length,
-d = LLM width.
+Shape suffixes beside those of `stts.tokens`: C = values of a patch, W = patches per window, B = rows, L = prompt
+length.
 """
 
 from __future__ import annotations
@@ -215,29 +214,29 @@ class Molmo2(Molmo2Facts):
         names = ("image_token_pooling", "image_grids") if kinds == ["pixel_values"] else self.visual_args[5:]
         if missing := [name for name in names if given[name] is None]:
             raise ValueError(f"{kinds[0]} came without {missing}; pass everything the processor returned")
-        pixels_FNC: Tensor = given[kinds[0]].flatten(0, -3)
-        windows, grids = (given[name].to(pixels_FNC.device) for name in names)
+        pixels_FUC: Tensor = given[kinds[0]].flatten(0, -3)
+        windows, grids = (given[name].to(pixels_FUC.device) for name in names)
         if kinds == ["pixel_values"]:  # rows and columns of the small view, then of the crops
             tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
-            return self._visual(pixels_FNC, windows, tokens, windows[:0], ())
+            return self._visual(pixels_FUC, windows, tokens, windows[:0], ())
         videos = tuple(Grid(*grid) for grid in grids.tolist())
         frames, groups = sum(grid.t for grid in videos), sum(grid.num_groups for grid in videos)
-        if (frames, groups) != (len(pixels_FNC), len(windows)):
+        if (frames, groups) != (len(pixels_FUC), len(windows)):
             raise ValueError(
                 f"video_grids tell of {frames} frames and {groups} windows, but pixel_values_videos has "
-                f"{len(pixels_FNC)} frames and video_token_pooling {len(windows)} rows; all must come from one "
+                f"{len(pixels_FUC)} frames and video_token_pooling {len(windows)} rows; all must come from one "
                 "processor call"
             )
-        return self._visual(pixels_FNC, windows[:0], [], windows, videos)
+        return self._visual(pixels_FUC, windows[:0], [], windows, videos)
 
     def _visual(
-        self, pixels_FNC: Tensor, image_KW: Tensor, tokens: list[int], video_GW: Tensor, grids: tuple[Grid, ...]
+        self, pixels_FUC: Tensor, image_KW: Tensor, tokens: list[int], video_GW: Tensor, grids: tuple[Grid, ...]
     ) -> Visual:
         """image_KW: windows of all images, counted from their first patch, video_GW: of all videos, from theirs;
         tokens: windows of each image."""
-        frames = (pixels_FNC.shape[1],) * len(pixels_FNC)
+        frames = (pixels_FUC.shape[1],) * len(pixels_FUC)
         layout = {"image_windows": image_KW.long(), "image_tokens": tokens, "video_windows": video_GW.long()}
-        return Visual(pixels_FNC, frames, len(frames) - sum(grid.t for grid in grids), grids, layout)
+        return Visual(pixels_FUC, frames, len(frames) - sum(grid.t for grid in grids), grids, layout)
 
     def with_blank(self, visual: Visual | None) -> Visual:
         vision = self.config.vision_config
@@ -279,12 +278,12 @@ class Molmo2(Molmo2Facts):
     def embed(self, visual: Visual) -> TowerInput:
         tower = self.inner.vision_tower
 
-        def embed(pixels_FNC: Tensor) -> Tensor:
-            x_FND: Tensor = tower.patch_embedding(pixels_FNC)
-            return x_FND + tower.positional_embedding.to(x_FND)
+        def embed(pixels_FUC: Tensor) -> Tensor:
+            x_FUD: Tensor = tower.patch_embedding(pixels_FUC)
+            return x_FUD + tower.positional_embedding.to(x_FUD)
 
-        x_FND = run_inside(tower, embed, visual.pixels.to(tower.dtype))  # the positions are the tower's own parameter
-        return TowerInput(x_FND.flatten(0, 1), visual.frames, batched=True)
+        x_FUD = run_inside(tower, embed, visual.pixels.to(tower.dtype))  # the positions are the tower's own parameter
+        return TowerInput(x_FUD.flatten(0, 1), visual.frames, batched=True)
 
     def blocks(self) -> Sequence[Block]:
         return [as_block(layer) for layer in self.inner.vision_tower.layers]

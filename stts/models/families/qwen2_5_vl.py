@@ -4,7 +4,7 @@ The tower sees merge units window by window, so rows of a video are permuted ins
 connector undo that. Which segments hold in a block (`fullatt_block_indexes`: temporal patches, else windows) is kept
 after the drop, with fewer members; the key bias of STTS acts inside whatever segments its block has.
 
-Shape suffixes: S = patches of all frames, U = merge units of all frames.
+Shape suffixes beside those of `stts.tokens`: Y = merge units of all frames.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ class Qwen2_5VL(QwenVision):
 
     def _visual(self, pixels: Tensor, images: Sequence[Size], videos: Sequence[Size], given: dict[str, Any]) -> Visual:
         visual = super()._visual(pixels, images, videos, given)
-        unit_U, boundaries = get_vision_window_index(
+        unit_Y, boundaries = get_vision_window_index(
             visual.image_args["grid_thw"],
             spatial_merge_size=self.side,
             window_size=self.vision.window_size,
             patch_size=self.vision.patch_size,
         )
-        layout = {"units": unit_U.to(pixels.device), "windows": tuple(boundaries.diff().tolist())}
+        layout = {"units": unit_Y.to(pixels.device), "windows": tuple(boundaries.diff().tolist())}
         return replace(visual, image_args=visual.image_args | layout)
 
     def units(self, visual: Visual) -> Tensor:
-        unit_U: Tensor = visual.image_args["units"]
-        return unit_U
+        unit_Y: Tensor = visual.image_args["units"]
+        return unit_Y
 
     def embed(self, visual: Visual) -> TowerInput:
         given = super().embed(visual)

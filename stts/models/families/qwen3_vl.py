@@ -4,7 +4,7 @@ Mergers on early blocks (`deepstack_visual_indexes`) make features that the firs
 visual places, so nothing may be dropped behind the lowest of these blocks. The prompt shows every temporal patch behind
 its time; times, starts and ends of patches without survivors stay.
 
-Shape suffixes: S = patches of all frames, D = tower width, Q = entries of the table that a patch mixes.
+Shape suffixes beside those of `stts.tokens`: Q = entries of the table that a patch mixes.
 """
 
 from __future__ import annotations

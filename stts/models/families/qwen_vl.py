@@ -4,9 +4,8 @@ A frame is a temporal patch (two video frames); an image is a frame that is neve
 unit by unit, so a group is a run of `spatial_merge_size` ** 2 rows, also where a tower permutes units into windows.
 Nothing but video placeholders belongs to a group: timestamps and vision start and end tokens are text and stay.
 
-Shape suffixes: S = patches of all frames, U = merge units of all frames, G = groups of a video, W = patches per unit,
-D = tower width, B = rows, L = prompt length, K = kept groups of a video, V = visual tokens left in the prompt, d = LLM
-width.
+Shape suffixes beside those of `stts.tokens`: W = patches per unit, B = rows, L = prompt length, V = visual tokens
+left in the prompt, Y = merge units of all frames.
 """
 
 from __future__ import annotations
@@ -294,16 +293,16 @@ class QwenVision(QwenFacts):
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         width = self.side**2
-        unit_U, sizes = self.units(visual), [grid.num_groups for grid in visual.grids]
+        unit_Y, sizes = self.units(visual), [grid.num_groups for grid in visual.grids]
         if tower.row_S is not None:  # whole units live or die
-            unit_U = unit_U[tower.row_S[::width] // width]
+            unit_Y = unit_Y[tower.row_S[::width] // width]
             sizes = [size if cell is None else len(cell) for size, cell in zip(sizes, cells, strict=True)]
             cells = [None] * len(sizes)
-        order_U = unit_U.argsort()
+        order_Y = unit_Y.argsort()
         tiles = [t * h * w // width for t, h, w in visual.image_args["images"]]
 
         def lay_out(merger: nn.Module, x_SD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            parts = merger(x_SD)[order_U].split([*tiles, *sizes])
+            parts = merger(x_SD)[order_Y].split([*tiles, *sizes])
             videos = zip(parts[len(tiles) :], cells, strict=True)
             return parts[: len(tiles)], tuple(x if cell is None else x[cell] for x, cell in videos)
 

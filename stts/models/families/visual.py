@@ -1,7 +1,6 @@
 """What goes through an adapter in one forward pass: pixels, patches, features, places in the prompt.
 
-Shape suffixes: S = patches of all frames, D = tower width, K = kept groups of a video, V = visual tokens in the prompt,
-B = rows, L = prompt length, d = LLM width.
+Shape suffixes beside those of `stts.tokens`: V = visual tokens in the prompt, B = rows, L = prompt length.
 """
 
 from __future__ import annotations

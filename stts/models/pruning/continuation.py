@@ -3,7 +3,7 @@
 The cache is what a caller keeps, copies and hands back, so the facts stay on it: a deep copy of a cache has its own,
 reordered or repeated rows are reordered or repeated here too, and two prompts may be continued in turns.
 
-Shape suffixes: B = rows, M = slots of the shortened prompt, T = tokens behind the prompt.
+Shape suffixes beside those of `stts.tokens`: B = rows, M = slots of the shortened prompt.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ Hooks on the decoder layers. At prefill, the hook of a cutting layer asks for a 
 from then on hands every deeper layer rotary tables, positions and a mask for the shorter rows. At every decode step
 each layer gets a mask of its own cache length. Positions of survivors never change here.
 
-Shape suffixes: R = rows of the hidden states (1 when packed), M = slots of a row, B = rows of the prompt, L = its full
-length, S = real tokens of all rows, V = visual tokens, D = width, H = query heads, J = key heads, E = head width,
-Q = queries.
+Shape suffixes beside those of `stts.tokens`: R = rows of the hidden states (1 when packed), M = slots of a row, B =
+rows of the prompt, L = its full length, V = visual tokens, H = query heads, J = key heads, Q = queries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The videos of one forward pass: what stages see of them, and what was decided about them so far.
-
-Shape suffixes: N = patches or tokens of a video, G = its groups still present.
-"""
+"""The videos of one forward pass: what stages see of them, and what was decided about them so far."""
 
 from __future__ import annotations
 

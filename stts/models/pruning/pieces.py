@@ -7,7 +7,7 @@ then the tower runs again and only survivors go on. What must be held, whatever 
     no pruner, site `pre_llm` or `llm`   connector outputs of every group, and the signals that were asked for
     STTS                                 one score per group, one frame of patches, connector outputs of kept groups
 
-Shape suffixes: S = patches of a piece, G = groups of a video, K = kept groups, W = patches per group, d = LLM width.
+Shape suffixes beside those of `stts.tokens`: W = patches per group.
 """
 
 from __future__ import annotations

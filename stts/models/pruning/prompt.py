@@ -7,7 +7,7 @@ shapes stay stock. `continuation.py` has the decode steps, `llm_layers.py` the d
 Without a cache (training) all rows become one packed row with explicit boundaries, so nothing is padded and nothing is
 inferred from position gaps. With a cache (generate) rows stay rows, padded like the prompt was.
 
-Shape suffixes: B = rows, L = full prompt length, M = longest shortened row, S = kept tokens of all rows.
+Shape suffixes beside those of `stts.tokens`: B = rows, L = full prompt length, M = longest shortened row.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ layer leaves its fast kernel, and only the wanted signals are computed, once per
 head and the text tower that VLM checkpoints lack come from a SigLIP checkpoint where one is given; `Collector.sources`
 names what each signal was made from.
 
-Shape suffixes: F = frames, N = patches of a frame, P = groups of a frame, H = heads, E = head width,
-D = tower width, C = width of a frame feature, G = groups of a video, T = frames of a video, Q = questions.
+Shape suffixes beside those of `stts.tokens`: H = heads, C = width of a frame feature, Q = questions.
 """
 
 from __future__ import annotations
@@ -32,26 +31,26 @@ _FIELDS: dict[Signal, str] = {
 }
 
 
-def received_attention(q_FNHE: Tensor, k_FNHE: Tensor) -> Tensor:
+def received_attention(q_FUHE: Tensor, k_FUHE: Tensor) -> Tensor:
     """(F, N) fp32: softmax(q k / sqrt(E)) inside each frame, mean over heads and queries (VisionZip, variant B of the
     video port cokeshao/HoliTom `siglip_encoder.py`, arXiv 2412.04467)."""
-    _, num_patches, num_heads, width = q_FNHE.shape
+    _, num_patches, num_heads, width = q_FUHE.shape
     num_frames = _frames_at_once(4 * num_heads * num_patches**2)
     parts = [
         torch.einsum("fqhe,fkhe->fhqk", q.float() * width**-0.5, k.float()).softmax(-1).mean((1, 2))
-        for q, k in zip(q_FNHE.split(num_frames), k_FNHE.split(num_frames), strict=True)
+        for q, k in zip(q_FUHE.split(num_frames), k_FUHE.split(num_frames), strict=True)
     ]
     return torch.cat(parts)
 
 
-def mean_query_attention(q_FNHE: Tensor, k_FNHE: Tensor) -> Tensor:
+def mean_query_attention(q_FUHE: Tensor, k_FUHE: Tensor) -> Tensor:
     """(F, N) fp32: the mean query of each frame on its keys, mean over heads: what Tango (arXiv 2604.09547) and FastVID
     (arXiv 2503.11187) take where a tower has no pooling head."""
-    width = q_FNHE.shape[-1]
-    num_frames = _frames_at_once(4 * k_FNHE[0].numel())
+    width = q_FUHE.shape[-1]
+    num_frames = _frames_at_once(4 * k_FUHE[0].numel())
     parts = [
         torch.einsum("fhe,fkhe->fhk", q.float().mean(1) * width**-0.5, k.float()).softmax(-1).mean(1)
-        for q, k in zip(q_FNHE.split(num_frames), k_FNHE.split(num_frames), strict=True)
+        for q, k in zip(q_FUHE.split(num_frames), k_FUHE.split(num_frames), strict=True)
     ]
     return torch.cat(parts)
 
@@ -92,8 +91,8 @@ class Collector:
             yield
             return
 
-        def note(q_FHNE: Tensor, k_FHNE: Tensor) -> None:
-            self._qk = q_FHNE.detach(), k_FHNE.detach()
+        def note(q_FHUE: Tensor, k_FHUE: Tensor) -> None:
+            self._qk = q_FHUE.detach(), k_FHUE.detach()
 
         with capture(self._adapter.tower_attention(self._block), note):
             yield
@@ -203,18 +202,18 @@ class Collector:
         if signal == "aligned" and self._siglip is not None:
             self.sources[signal] = f"each patch alone through the pooling head of {self._siglip.name} (ours)"
             return pool(self._siglip.align(self._last_tap(tower, visual, video)))
-        q_TNHE, k_TNHE = self._qk_of(visual, video)
+        q_TUHE, k_TUHE = self._qk_of(visual, video)
         if signal == "keys":
             self.sources[signal] = f"keys of {self._where}, mean over heads"
-            return pool(k_TNHE.float().mean(2))
+            return pool(k_TUHE.float().mean(2))
         if signal == "attn":
             self.sources[signal] = f"attention of {self._where}, mean over heads and queries"
-            return pool(received_attention(q_TNHE, k_TNHE))
+            return pool(received_attention(q_TUHE, k_TUHE))
         self.sources[signal] = "mean query of each frame on its keys, last tower block (no pooling head loaded)"
         if self._adapter.pools_keys:
-            k_TPHE = pool(k_TNHE.float()).unflatten(0, (len(k_TNHE), -1))
-            return mean_query_attention(q_TNHE, k_TPHE).flatten()
-        return pool(mean_query_attention(q_TNHE, k_TNHE))
+            k_TPHE = pool(k_TUHE.float()).unflatten(0, (len(k_TUHE), -1))
+            return mean_query_attention(q_TUHE, k_TPHE).flatten()
+        return pool(mean_query_attention(q_TUHE, k_TUHE))
 
     def _pool(self, siglip: SiglipSource, tower: TowerOutput, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
         """The head's feature and attention of every frame of a video; `probe` and `frame` share one run."""
@@ -231,8 +230,8 @@ class Collector:
         """(T, N, H, E) each, whether the tower ran on a batch of frames or on one packed row."""
         if self._qk is None:
             raise ValueError("nothing was captured; run the tower inside `with collector.capture()`")
-        q_TNHE, k_TNHE = (_frames_of(x.transpose(1, 2).flatten(0, 1), visual, video) for x in self._qk)
-        return q_TNHE, k_TNHE
+        q_TUHE, k_TUHE = (_frames_of(x.transpose(1, 2).flatten(0, 1), visual, video) for x in self._qk)
+        return q_TUHE, k_TUHE
 
 
 def _frames_of(x_S: Tensor, visual: Visual, video: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Which stages a host can run, how one is called, and what its decision means for patches.
 
-Shape suffixes: F = sampled frames of a video, T = its temporal cells, W = patches per group, K = kept groups, S =
-patches of all frames.
+Shape suffixes beside those of `stts.tokens`: W = patches per group.
 """
 
 from __future__ import annotations

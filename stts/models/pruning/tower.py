@@ -2,8 +2,6 @@
 
 Deciding and dropping are two moments: the stage sees the output of block `layer`; blocks up to `drop_after` still run
 on everything, with the stage's key bias; afterwards blocks run on survivors only, at exact lengths, without padding.
-
-Shape suffixes: F = frames, N = patches of one frame, D = width, S = patches of all frames, or those left of them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 `Pruning` makes one per forward pass and puts it into the keyword arguments of the call, so hooks further down find the
 pass of their own call and no other. What decode steps need of it stays on the KV cache (`continuation.py`).
 
-Shape suffixes: N = patches or tokens of a video, G = its groups still present, K = kept groups, S = patches of all
-frames, B = rows, L = prompt length, d = LLM width.
+Shape suffixes beside those of `stts.tokens`: B = rows, L = prompt length.
 """
 
 from __future__ import annotations

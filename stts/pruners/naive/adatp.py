@@ -1,4 +1,7 @@
-"""AdaTP (our reconstruction) in plain loops. Shape suffixes: T = frames, C = width of a frame feature."""
+"""AdaTP (our reconstruction) in plain loops.
+
+Shape suffixes beside those of `stts.tokens`: C = width of a frame feature.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""HoliTom, token by token. Shape suffixes: T = frames, S = places of a frame, P = static places, D = width."""
+"""HoliTom, token by token.
+
+Shape suffixes beside those of `stts.tokens`: Q = static places of a window.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ def holitom(video: VideoTokens, budget: Budget, *, tau: float, beta: float = 0.6
     """The outer stage as in arXiv 2505.21334, with the count of the release, in the order of the video."""
     num_frames, num_places = video.grid.t, video.grid.per_frame
     assert video.salience_G is not None
-    x_TSD = video.x_ND.float().view(num_frames, num_places, -1)
-    attention_TS = video.salience_G.view(num_frames, num_places).tolist()
+    x_TPD = video.x_ND.float().view(num_frames, num_places, -1)
+    attention_TP = video.salience_G.view(num_frames, num_places).tolist()
     repeats = [
-        [float(F.cosine_similarity(x_TSD[t, p], x_TSD[t + 1, p], dim=0)) > tau for p in range(num_places)]
+        [float(F.cosine_similarity(x_TPD[t, p], x_TPD[t + 1, p], dim=0)) > tau for p in range(num_places)]
         for t in range(num_frames - 1)
     ]
 
@@ -44,10 +47,10 @@ def holitom(video: VideoTokens, budget: Budget, *, tau: float, beta: float = 0.6
         static = static_places(first, last)
         moving = [p for p in range(num_places) if p not in static]
         for t in range(first, last + 1):
-            ranked = sorted(moving, key=lambda p: -attention_TS[t][p])
+            ranked = sorted(moving, key=lambda p: -attention_TP[t][p])
             for p in ranked[: math.ceil(len(moving) * ratio)]:
-                token_of[t * num_places + p] = x_TSD[t, p]
-        tokens = [torch.stack([x_TSD[t, p] for t in range(first, last + 1)]).mean(0) for p in static]
+                token_of[t * num_places + p] = x_TPD[t, p]
+        tokens = [torch.stack([x_TPD[t, p] for t in range(first, last + 1)]).mean(0) for p in static]
         for i, token_D in _centres(tokens, round(len(static) * ratio), beta, num_neighbours):
             token_of[first * num_places + static[i]] = token_D
         last = first - 1

@@ -21,17 +21,17 @@ def visionzip(video: VideoTokens, budget: Budget, dominant_ratio: float = 54 / 6
     rows: list[Tensor] = []
     for frame in range(video.grid.t):
         here = slice(frame * num_places, (frame + 1) * num_places)
-        x_SD, salience, key_SH = video.x_ND[here], video.salience_G[here].tolist(), video.keys_GD[here]
+        x_PD, salience, key_PH = video.x_ND[here], video.salience_G[here].tolist(), video.keys_GD[here]
         dominant = sorted(range(num_places), key=lambda place, a=salience: -a[place])[:num_dominant]  # type: ignore[misc]
         rest = [place for place in range(num_places) if place not in dominant]
         targets = rest[:: max(1, len(rest) // (num_kept - num_dominant))][: num_kept - num_dominant]
         members: dict[int, list[int]] = {target: [] for target in targets}
         for place in rest:
             if place not in targets:
-                cosine = [float(F.cosine_similarity(key_SH[place], key_SH[target], dim=0)) for target in targets]
+                cosine = [float(F.cosine_similarity(key_PH[place], key_PH[target], dim=0)) for target in targets]
                 members[targets[cosine.index(max(cosine))]].append(place)
         for place in sorted([*dominant, *targets]):
             index.append(frame * num_places + place)
-            joined = [x_SD[member] for member in members.get(place, [])]
-            rows.append(x_SD[place] + torch.stack(joined).mean(0) if joined else x_SD[place])
+            joined = [x_PD[member] for member in members.get(place, [])]
+            rows.append(x_PD[place] + torch.stack(joined).mean(0) if joined else x_PD[place])
     return Kept(index_K=torch.tensor(index), x_KD=torch.stack(rows))

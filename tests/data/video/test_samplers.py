@@ -62,7 +62,7 @@ def test_variable_rate_uses_true_times():
 
 def test_millisecond_rounding_does_not_move_frames():
     exact = Timeline.constant(300, 30)
-    rounded = Timeline(exact.timestamps_N.round(3), 30.0, 10.0)  # 0.0333.. becomes 0.033
+    rounded = Timeline(exact.timestamps_F.round(3), 30.0, 10.0)  # 0.0333.. becomes 0.033
     assert choose_frames(rounded, "bins_left", 7).tolist() == choose_frames(exact, "bins_left", 7).tolist()
     assert choose_frames(rounded, "fps_then_uniform", 64).tolist() == list(range(0, 300, 30))
 
