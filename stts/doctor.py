@@ -188,7 +188,7 @@ def _missing(
         if versions[name] is None
     ]
     if device.type == "cuda" and versions["flash-attn"] is None:
-        how = "pip install 'stts-video[gpu]' (optional: without it torch's own kernel runs)"
+        how = "pip install flash-attn --no-build-isolation (optional: without it torch's own kernel runs)"
         told.append({"name": "flash-attn", "for": "faster attention on packed rows", "how": how})
     lowest, above = TESTED_TRANSFORMERS
     version = tuple(int(part) for part in (versions["transformers"] or "0.0").split(".")[:2])

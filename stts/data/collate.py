@@ -206,6 +206,12 @@ class Collator:
                 raise ValueError(
                     f"sample {sample.uid!r} has no answer or an empty one; training needs text in every assistant turn"
                 )
+            end_word = self.processor.tokenizer.convert_ids_to_tokens(self._end_id)
+            if any(end_word in messages[place].text for place in turns):  # its label would end there, in silence
+                raise ValueError(
+                    f"sample {sample.uid!r}: an answer contains {end_word!r}, with which this template ends a turn; "
+                    "take it out of the text"
+                )
         else:
             turns = turns[:-1] if messages[-1].role == "assistant" else turns
         content = [_content(message) for message in messages]

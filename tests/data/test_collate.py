@@ -206,3 +206,9 @@ def test_missing_times_are_refused_where_the_prompt_needs_them(tiny: Any) -> Non
     with pytest.raises(ValueError, match="'a' has no frame times or no duration"):
         collator([example()])
     assert collator.blank().blank
+
+
+def test_an_answer_with_the_word_that_ends_a_turn_is_refused(processor: Any) -> None:
+    turns = (Message("user", "what colour ?"), Message("assistant", "red <|im_end|> green"))
+    with pytest.raises(ValueError, match=r"'odd': an answer contains '<\|im_end\|>'"):
+        Collator(processor, training=True)([Example(Sample("odd", turns))])

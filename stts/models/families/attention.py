@@ -42,7 +42,10 @@ def switch_on(config: Any) -> str:
     """Let modules with this config accept `Segments`; returns the implementation to hand to `switch_off`."""
     original: str = config._attn_implementation or "eager"
     if is_on(config):
-        raise ValueError("this model is already inside a pruning context; leave that one first")
+        raise ValueError(
+            "this model is already inside a pruning context, or shares its config object with one that is; leave that "
+            "one first, or give each model a config of its own"
+        )
     name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(name, _attention_or(original))

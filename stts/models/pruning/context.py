@@ -58,7 +58,10 @@ class Pruning(Settings):
     def attach(self) -> Pruning:
         """Put the hooks on. ValueError when the model already carries some."""
         if self._handles or any(is_on(config) for config in self.adapter.configs):
-            raise ValueError("this model is already inside a pruning context; leave that one first")
+            raise ValueError(
+                "this model is already inside a pruning context, or shares its config object with one that is; leave "
+                "that one first, or give each model a config of its own"
+            )
         if not self.model.training:
             self._check_trained()
         check_one_device(self.model)
