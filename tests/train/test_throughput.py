@@ -295,7 +295,7 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(
         b"retention_measured",
         b"pad_waste",
         b"overlays",
-        b"prune_block",
+        b"scorer_lr",
     ]
     until = time.monotonic() + 60
     for folder in folders:
