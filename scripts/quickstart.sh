@@ -10,6 +10,7 @@ check_basics
 set_up fit
 cd "$ROOT" # outputs and the paths inside configs/ are relative to the checkout
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # the model is small: more threads only wait for one another
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # waiting threads sleep: other work on the cores is not starved
 export HF_HUB_DISABLE_PROGRESS_BARS=1 # nothing is downloaded, and loading 4 MB needs no bar
 stts="$VENV/bin/stts"
 vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain_small.yaml

@@ -12,6 +12,7 @@ set_up train,test,docs
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH" # torch looks for ninja there
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the models are tiny: two tests at once are faster than two threads
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # Compiled operators belong to one torch: they live and go with .venv.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
 
