@@ -19,6 +19,7 @@ CONFIG = ROOT / "configs" / "molmo2_4b_stts.yaml"
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
+    sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))  # as for a script that is run: it imports its neighbours
     spec = importlib.util.spec_from_file_location("training", ROOT / "scripts" / "benchmarks" / "training.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
