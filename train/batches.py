@@ -20,6 +20,7 @@ from stts.data.mixture import Mixture
 from stts.data.rows import OnError
 from stts.packing.pack import pack_samples
 
+PREFETCH = 4  # batches that every loader process holds ready
 _WINDOW = 1024  # shuffled samples packed together, more where a step has over 32 batches: first-fit is quadratic
 
 
@@ -165,7 +166,7 @@ class ResumableLoader:
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=self.num_workers,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=PREFETCH if self.num_workers else None,
             worker_init_fn=outlive_signals,
             pin_memory=self.pin,
             multiprocessing_context="fork" if self.fork and self.num_workers else None,

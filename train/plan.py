@@ -30,6 +30,7 @@ from stts.models.pruning.context import Pruning
 from stts.pruners.base import soft_in_training
 from stts.tokens import Grid
 
+from .batches import PREFETCH
 from .lora import Lora, add_lora
 from .parts import PARTS, learns, part_of
 from .plan_config import Run, read_run, read_strategy
@@ -60,7 +61,9 @@ class Plan:
     memory: Mapping[str, int]
     """By name, in the order of printing."""
     host: int
-    """Bytes of host memory per rank."""
+    """Bytes of host memory per rank: states that are offloaded."""
+    ready: int
+    """Bytes of host memory per rank: pixels of the batches that loader workers hold ready."""
     grid: Grid
     tokens: Mapping[str, int]
     flops: Mapping[str, int]
@@ -121,6 +124,7 @@ def make_plan(run: Run) -> Plan:
         parameters=parameters,
         memory=states | work.activations(),
         host=host,
+        ready=work.pixels * run.num_workers * PREFETCH,
         grid=grid,
         tokens={
             "video, dense": grid.num_groups,
@@ -220,8 +224,11 @@ def describe(run: Run, made: Plan) -> str:
     lines += [
         f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({run.gpu_gib:g} less {_SPARE:.0%} to spare)"
     ]
-    if made.host:
-        lines += [f"  {'host memory, per rank':40}{made.host / GIB:>10.2f}"]
+    lines += ["", "host memory, per rank                          GiB"] if made.host or made.ready else []
+    lines += [f"  {'offloaded states':40}{made.host / GIB:>10.2f}"] if made.host else []
+    if made.ready:
+        workers = f"{run.num_workers} workers x {PREFETCH} batches of pixels"
+        lines += [f"  {workers:40}{made.ready / GIB:>10.2f}"]
     lines += ["", "tokens"]
     lines += [f"  {name:40}{number:>10,}" for name, number in made.tokens.items()]
     total = sum(made.flops.values())

@@ -56,6 +56,8 @@ class Run:
     text_tokens: int
     """Of a conversation without its video."""
     answer_tokens: int
+    num_workers: int = 0
+    """Loader processes per rank."""
     gpu_gib: float = 80.0
     """Memory of one GPU."""
 
@@ -108,6 +110,7 @@ def read_run(argv: Sequence[str]) -> Run:
         max_tokens=data["max_tokens"],
         text_tokens=given["text_tokens"],
         answer_tokens=given["answer_tokens"],
+        num_workers=data["num_workers"],
         gpu_gib=given["gpu_gib"],
     )
 

@@ -12,6 +12,7 @@ from stts.models.pruning.report import planned_cost
 from stts.tokens import Grid
 
 from .plan_config import Run
+from .precision import PIXEL_DTYPES
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class _Work:
             whole = self.grid.t * host.patches_per_frame
         return whole, round(whole * self.kept / self.grid.num_groups)
 
+    @property
+    def pixels(self) -> int:
+        """Bytes of the pixels of a batch, in the dtype in which they leave the loader."""
+        vision = vlm_shape(self.run.config).vit
+        element = 2 if self.run.precision in PIXEL_DTYPES else 4
+        return element * self.samples * self._patches[0] * vision.channels * vision.patch_size**2
+
     def activations(self) -> dict[str, int]:
         """Bytes kept for the backward pass, by part."""
         run, config, host = self.run, self.run.config, self.pruning.adapter.host
@@ -78,13 +86,11 @@ class _Work:
             language += self.row * host.llm_layers * widest
         connector, per_item = self.pruning.adapter.connector_bytes(config, widths)
         items = self.samples * (left if per_item == 1 else self.kept)
-        vision = vlm_shape(config).vit
-        pixels = 4 * self.samples * whole * vision.channels * vision.patch_size**2  # fp32, as processors make them
         learned = self.pruning.module is not None and "scorer" in run.rates
         groups = self.samples * self.grid.num_groups if learned else 0
         scorer = scorer_bytes(host.vit_width, host.vit_mlp, host.vit_heads, host.patches_per_group, widths)
         return {
-            "pixels": pixels,
+            "pixels": self.pixels,
             "tower activations": tower,
             "scorer activations": groups * scorer,
             "connector activations": items * connector if self.upstream["connector"] else 0,

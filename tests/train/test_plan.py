@@ -23,7 +23,7 @@ from stts.models.families.tiny import write_tiny
 from stts_train.lora import Lora
 from stts_train.module import VideoFinetune
 from stts_train.parts import PARTS
-from stts_train.plan import advise, make_plan
+from stts_train.plan import advise, describe, make_plan
 from stts_train.plan_config import Run, read_run, read_strategy
 from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
@@ -255,3 +255,17 @@ def test_an_impossible_size_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     config = str(ROOT / "configs" / "molmo2_4b_stts.yaml")
     assert stts.cli.main(["plan", "--config", config, "--gpu_gib", "0"]) == 2
     assert "must be above 0" in capsys.readouterr().err
+
+
+def test_batches_that_workers_hold_ready_are_counted() -> None:
+    """16 bits a value under bf16-mixed: 8 workers with 4 batches each of so many samples, frames and patches."""
+    run = recipe("molmo2_4b", "--data.num_workers", "8")
+    made = make_plan(run)
+    vision = run.config.vision_config
+    patches = (vision.image_size[0] // vision.patch_size) * (vision.image_size[1] // vision.patch_size)
+    sample = 2 * run.num_frames * patches * 3 * vision.patch_size**2
+    samples = made.memory["pixels"] // sample
+    assert run.precision == "bf16-mixed" and made.memory["pixels"] == samples * sample
+    assert made.ready == 8 * 4 * samples * sample
+    assert "8 workers x 4 batches of pixels" in describe(run, made)
+    assert make_plan(replace(run, num_workers=0)).ready == 0
