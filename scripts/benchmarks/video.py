@@ -97,8 +97,8 @@ def write_clip(path: Path, size: tuple[int, int], gop: int, num_frames: int, fps
 def _wanted(path: Path) -> list[int]:
     """Presentation times of the frames that the sampler chooses."""
     index = Reader(str(path), float("inf")).index_packets()
-    assert index.pts_N is not None
-    return index.pts_N[choose_frames(index.timeline, "uniform_inclusive", NUM_FRAMES)].tolist()
+    assert index.pts_F is not None
+    return index.pts_F[choose_frames(index.timeline, "uniform_inclusive", NUM_FRAMES)].tolist()
 
 
 def everything(path: Path, threads: str = "NONE") -> Frames:
