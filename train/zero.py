@@ -27,10 +27,16 @@ from .zero_resume import TAG, convert, repair, settings_of_groups
 
 
 class _Precision(DeepSpeedPrecision):
-    """Converts pixels and nothing else."""
+    """Converts pixels and nothing else; a loss is shared between the batches of a step once.
+
+    Lightning 2.6 divides it by their number, and so does DeepSpeed: gradients of a step of two batches would be half of
+    what they are under other strategies, clipped by half the norm."""
 
     def convert_input(self, data: Batch) -> Batch:
         return data.with_pixels(super().convert_input)
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 class DeepSpeed(DeepSpeedStrategy):

@@ -10,6 +10,7 @@ import torch
 
 import stts
 from stts.models.families.llava_onevision import pooling_cells
+from stts.models.pruning import stages
 from tests.conftest import answer_labels, make_inputs
 
 ROWS = ["v what colour is the circle ?", "- how many squares are there ?", "i which colour ?", "v is there a cross ?"]
@@ -328,7 +329,9 @@ def test_tower_connector_and_scorer_run_once_whatever_the_batch_holds(tiny: Any,
             assert all(p.grad is not None and not p.grad.any() for p in pruned.module.parameters())
 
 
-def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) -> None:
+def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = tiny
     model.train()
     inputs = make_inputs(processor, ROWS[:1])
@@ -341,15 +344,11 @@ def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any) ->
             return sum(float(p.grad.abs().sum()) for p in pruned.module.parameters() if p.grad is not None)
 
     assert scorer_gradient() > 0
-    from stts.models.pruning import stages as machinery
-
-    original = machinery.Drop
-    try:  # cut the one path and the gradient is gone
-        machinery.Drop = lambda keep, bias, gate: original(keep, None if bias is None else bias.detach(), gate)  # type: ignore
-        assert scorer_gradient() == 0
-        assert scorer_gradient(straight_through=True) > 0, "the option opens a second path"
-    finally:
-        machinery.Drop = original
+    drop = stages.Drop
+    # cut the one path and the gradient is gone
+    monkeypatch.setattr(stages, "Drop", lambda keep, bias, *rest: drop(keep, None if bias is None else bias.detach(), *rest))
+    assert scorer_gradient() == 0
+    assert scorer_gradient(straight_through=True) > 0, "the option opens a second path"
 
 
 def test_soft_only_keeps_the_tower_whole_to_its_last_block(tiny: Any) -> None:
