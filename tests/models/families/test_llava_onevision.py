@@ -329,9 +329,7 @@ def test_tower_connector_and_scorer_run_once_whatever_the_batch_holds(tiny: Any,
             assert all(p.grad is not None and not p.grad.any() for p in pruned.module.parameters())
 
 
-def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = tiny
     model.train()
     inputs = make_inputs(processor, ROWS[:1])
@@ -346,7 +344,9 @@ def test_the_answer_loss_alone_reaches_the_scorer_through_the_bias(
     assert scorer_gradient() > 0
     drop = stages.Drop
     # cut the one path and the gradient is gone
-    monkeypatch.setattr(stages, "Drop", lambda keep, bias, *rest: drop(keep, None if bias is None else bias.detach(), *rest))
+    monkeypatch.setattr(
+        stages, "Drop", lambda keep, bias, *rest: drop(keep, None if bias is None else bias.detach(), *rest)
+    )
     assert scorer_gradient() == 0
     assert scorer_gradient(straight_through=True) > 0, "the option opens a second path"
 
