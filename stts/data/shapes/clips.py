@@ -12,7 +12,8 @@ scene is built around it, so guessing without the video stays at chance:
     order       two things, one after the other                 direction   one moving thing, re-entering at the edge
     count       1 to 4 things of one shape, always visible      flash       a white-cored disc on exactly one tick
 
-`ShapesConfig` makes clips harder: smaller things, bright things at rest, most frames near duplicates, brief evidence.
+`ShapesConfig` makes clips harder: smaller things, bright things at rest, most frames near duplicates, brief evidence,
+and change that is not relevant (world.py).
 
 Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channels (RGB)."""
 
@@ -40,6 +41,7 @@ from stts.data.shapes.scene import (
     ShapesConfig,
     sampled_indices,
 )
+from stts.data.shapes.world import World
 
 __all__ = ["Clip", "Question", "ShapesConfig", "ShapesFrames", "Thing", "make_clip", "sampled_indices", "vocabulary"]
 
@@ -87,9 +89,20 @@ class Clip:
         rest = [question for question in rest if first.family != "order" or question.family != "existence"]
         return first, *sorted(rest, key=lambda question: question.family != "existence")
 
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """(T, grid, grid): what every cell shows on every sampled frame, as `stts.data.shapes.world` numbers it."""
+        return self._world.label_TYX
+
+    @cached_property
+    def _world(self) -> World:
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLITS.index(self.split), self.index, 3]))
+        return World(self.things, self.num_frames, self.config, rng)
+
     @cached_property
     def _pixels(self) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-        """Still picture with everything that never changes (H, W, 3), and the bank of frame noise."""
+        """Still picture with everything that never changes (H, W, 3), and the bank of frame noise. Where the camera
+        moves, the picture is the background alone."""
         size = self.config.frame_size
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLITS.index(self.split), self.index, 1]))
         still = background(size, rng)[None]
@@ -103,7 +116,8 @@ class Clip:
         return () if self.config.show == "nothing" else self.things
 
     def _is_still(self, thing: Thing) -> bool:
-        return thing.start == 0 and thing.stop == self.num_frames and not any(thing.velocity)
+        whole = thing.start == 0 and thing.stop == self.num_frames and not any(thing.velocity)
+        return whole and not self.config.camera_moves
 
     def render(self, frame_indices: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Draws only the native frames asked for: (T,) indices in [0, num_frames) -> (T, H, W, 3) uint8.
@@ -113,15 +127,17 @@ class Clip:
         if index_T.ndim != 1 or (index_T.size and not 0 <= index_T.min() <= index_T.max() < self.num_frames):
             raise ValueError(f"frame_indices must be 1-D and in [0, {self.num_frames}) for clip {self.uid}")
         still, bank = self._pixels
-        frames = np.repeat(still[None], len(index_T), axis=0)
         seen_T = index_T
         if self.config.show == "one_frame":
             num_sampled = self.config.num_sampled
             seen_T = np.full_like(index_T, sampled_indices(self.num_frames, num_sampled)[num_sampled // 2])
+        frames = self._world.still(still, seen_T)
+        if self.config.show != "nothing":
+            self._world.distract(frames, seen_T)
         for thing in self._shown:
             if not self._is_still(thing):
                 draw(frames, thing, seen_T)
-        frames += frame_noise(bank, self.config.frame_size, index_T)
+        frames = self._world.expose(frames, seen_T) + frame_noise(bank, self.config.frame_size, index_T)
         return frames.clip(0, 255).astype(np.uint8)
 
 

@@ -108,5 +108,5 @@ class ColourScene(Scene):
 
     def bystanders(self) -> None:
         shapes = [shape for shape in PLURALS if shape not in self.unique_shapes]
-        for _ in range(min(len(self.cells), int(self.rng.integers(1, 3)))):
+        for _ in range(self.num_bystanders()):
             self.place(self.some(shapes), self.colour())

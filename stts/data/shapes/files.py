@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from stts.data.shapes.clips import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
+from stts.data.shapes.world import LETTERS
 from stts.files import staged, write_whole
 
 Files = Literal["mp4", "png"]
@@ -73,6 +76,8 @@ def write_shapes(
         out/<split>/<uid>.mp4       H.264, `config.fps`, one file per clip; files="png": a folder <uid> of pictures,
                                     the `config.num_sampled` frames that a uniform sampler takes
         out/<split>.jsonl           one row per question: id, video, conversations, family, options, duration (seconds)
+        out/<split>_cells.jsonl     one row per clip: video, and a string per sampled frame with a letter per cell, row
+                                    by row, for what it shows (`stts.data.shapes.world.LETTERS`)
         out/<split>_conversations.jsonl   one row per clip, its questions as turns: one decoded clip teaches several
 
     Files appear whole or not at all, a JSONL only once all of its clips exist; clips that exist are kept, so a killed
@@ -93,7 +98,7 @@ def write_shapes(
     ) as bar:
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
-            single_rows, conversation_rows = [], []
+            single_rows, conversation_rows, cell_rows = [], [], []
             for index in range(size):
                 clip = make_clip(seed, split, index, config)
                 name = f"{split}/{clip.uid}{suffix}"
@@ -106,10 +111,36 @@ def write_shapes(
                     uid = f"{clip.uid}-{one.family}" + (f"-{turn}" if turn > 1 else "")
                     single_rows.append(_row(clip, name, [one], uid))
                 conversation_rows.append(_row(clip, name, clip.conversation, clip.uid))
+                cells = [
+                    "".join(LETTERS[label] for label in frame) for frame in clip.labels.reshape(len(clip.labels), -1)
+                ]
+                cell_rows.append({"video": name, "cells": cells})
                 bar.update()
-            for suffix_of_file, rows in (("", single_rows), ("_conversations", conversation_rows)):
+            kinds = (("_cells", cell_rows), ("", single_rows), ("_conversations", conversation_rows))
+            for suffix_of_file, rows in kinds:
                 write_whole(out / f"{split}{suffix_of_file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return out
+
+
+def read_cells(questions: Path) -> dict[str, NDArray[np.uint8]]:
+    """By `video` of a ShapesQA file of questions or conversations: (T, grid, grid), what every cell shows on every
+    sampled frame, as `stts.data.shapes.world` numbers it. Empty where no file of cells lies beside.
+
+    ValueError for a frame whose cells make no square."""
+    path = questions.with_name(questions.stem.removesuffix("_conversations") + "_cells.jsonl")
+    if not path.exists():
+        return {}
+    cells = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        label_TG = np.array([[LETTERS.index(letter) for letter in frame] for frame in row["cells"]], np.uint8)
+        grid = math.isqrt(label_TG.shape[1])
+        if grid**2 != label_TG.shape[1]:
+            raise ValueError(
+                f"{path}: {row['video']} has {label_TG.shape[1]} cells a frame, which is no square; write it anew"
+            )
+        cells[row["video"]] = label_TG.reshape(-1, grid, grid)
+    return cells
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

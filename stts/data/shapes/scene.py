@@ -30,6 +30,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 FAMILIES = tuple(OPTIONS)
+DISTRACTOR_KINDS = ("grey", "confetti", "answer")
 SHORTEST_S = 2.0  # seconds of the shortest clip
 
 
@@ -60,12 +61,25 @@ class ShapesConfig:
     pair_ticks: tuple[int, int] | None = None
     """Fewest and most sampled frames on which a thing that comes and goes is seen; null: a fifth to a third of the
     stretch in which things come and go."""
+    distractors: tuple[int, int] = (0, 0)
+    """Fewest and most cells of every sampled frame, as far as they are free, in which something that no question is
+    about is drawn anew: change that is not relevant. See world.py."""
+    distractor_kinds: tuple[str, ...] = DISTRACTOR_KINDS
+    """Kinds of distractors: grey patterns, confetti of all answer colours, patterns of one answer colour."""
+    camera_drift: float = 0.0
+    """Pixels by which the background moves from one sampled frame to the next, in one direction; things stay in their
+    cells."""
+    camera_shake: int = 0
+    """Most pixels by which the background is off its place, drawn anew for every sampled frame."""
+    flicker: float = 0.0
+    """Exposure of a sampled frame: everything times a factor between 1 - flicker and 1 + flicker."""
     show: Literal["clip", "one_frame", "nothing"] = "clip"
     """What can be seen: the clip; its middle sampled frame all the time; or the background alone. The questions stay,
     so that the last two are the controls `single-frame` and `question-only` of a data set."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "families", tuple(self.families))
+        for name in ("families", "distractors", "distractor_kinds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.pair_ticks is not None:
             object.__setattr__(self, "pair_ticks", tuple(self.pair_ticks))
         unknown = [family for family in self.families if family not in OPTIONS]
@@ -89,6 +103,7 @@ class ShapesConfig:
             )
         self._check_time()
         self._check_room()
+        self._check_world()
         if not SHORTEST_S * self.fps >= self.num_sampled:
             raise ValueError(
                 f"fps={self.fps} gives a {SHORTEST_S:g}-second clip fewer frames than num_sampled={self.num_sampled}; "
@@ -112,6 +127,29 @@ class ShapesConfig:
                 f"active_share={self.active_share} (in (0, 1]) leaves {self.active_ticks} of num_sampled="
                 f"{self.num_sampled} frames, in which two things must be seen for {least} to {most} frames each, one "
                 "after the other, and not on the first frame; raise the share or lower pair_ticks"
+            )
+
+    @property
+    def camera_moves(self) -> bool:
+        return self.camera_drift != 0 or self.camera_shake != 0
+
+    def _check_world(self) -> None:
+        least, most = self.distractors if len(self.distractors) == 2 else (0, -1)
+        if not 0 <= least <= most <= self.grid**2:
+            raise ValueError(
+                f"distractors={self.distractors} must be the fewest and the most per frame, 0 to {self.grid**2} (the "
+                f"cells of grid={self.grid}), such as [3, 5]"
+            )
+        if most and "direction" in self.families:
+            raise ValueError(
+                f"distractors={self.distractors}: a moving thing owns a row; leave direction out of families"
+            )
+        if not self.distractor_kinds or not set(self.distractor_kinds) <= set(DISTRACTOR_KINDS):
+            raise ValueError(f"distractor_kinds={self.distractor_kinds} must be one or more of {DISTRACTOR_KINDS}")
+        if self.camera_drift < 0 or self.camera_shake < 0 or not 0 <= self.flicker < 1:
+            raise ValueError(
+                f"camera_drift={self.camera_drift} and camera_shake={self.camera_shake} are pixels from 0 on, flicker="
+                f"{self.flicker} is a share in [0, 1)"
             )
 
     def num_things(self, family: str) -> int:
@@ -276,11 +314,16 @@ class Scene:
         for _ in range(self.config.num_glares):
             self.place("glare", "white")
 
+    def num_bystanders(self) -> int:
+        """One or two; beside distractors, which need cells, one or none."""
+        fewest, most = (0, 1) if self.config.distractors[1] else (1, 2)
+        return min(len(self.cells), int(self.rng.integers(fewest, most + 1)))
+
     def bystanders(self) -> None:
-        """One or two resting things that no question is about."""
+        """Resting things that no question is about."""
         shapes = [shape for shape in PLURALS if shape not in self.unique_shapes]
         colours = [colour for colour in COLOURS if colour not in self.named_colours]
-        for _ in range(min(len(self.cells), int(self.rng.integers(1, 3)))):
+        for _ in range(self.num_bystanders()):
             self.place(str(self.rng.choice(shapes)), str(self.rng.choice(colours)))
 
 

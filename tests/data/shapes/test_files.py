@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def test_layout_and_rows(folder):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     clips = {f"{split}/{split}-{index:06d}.mp4" for split, size in SIZES.items() for index in range(size)}
-    lists = {f"{split}{kind}.jsonl" for split in SIZES for kind in ("", "_conversations")}
+    lists = {f"{split}{kind}.jsonl" for split in SIZES for kind in ("", "_conversations", "_cells")}
     assert names == clips | lists | {"shapes.json"}, "and no partial file stays behind"
     [talk, *_] = read_jsonl(folder / "val_conversations.jsonl")
     assert talk.messages == ShapesFrames("val", 1, 0, CONFIG, questions_per_item=3)[0].sample.messages
