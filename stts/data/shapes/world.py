@@ -4,7 +4,7 @@ Where only evidence changes, a rule that keeps what changes is as good as a scor
 paints other cells anew on every sampled frame, and `cell_labels` says for each cell what it shows, so that a
 pruner can be judged by what it keeps: evidence or distractors.
 
-Shape suffixes beside those of `stts.tokens`: Y, X = rows and columns of cells, P = pixels along a cell's side."""
+Shape suffixes beside those of `stts.tokens`: Y, X = rows and columns of cells, H, W = pixels, of a cell too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVIDENCE = (FLASH, PAIR, MOVING)
 """What is shown for a while and asked about. Resting things are asked about as well, but the first frame shows them."""
 _PALETTE = np.array(list(COLOURS.values()), float)
 _Patch = tuple[int, NDArray[np.int16], NDArray[np.bool_]]
-"""Cell number, picture (P, P, 3), and where it covers the background (P, P, 1)."""
+"""Cell number, picture (H, W, 3), and where it covers the background (H, W, 1)."""
 
 
 def cell_labels(things: Sequence[Thing], num_frames: int, config: ShapesConfig) -> NDArray[np.uint8]:
@@ -134,7 +134,7 @@ class World:
 
 
 def distractor(kind: str, side: int, rng: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-    """A picture for one cell (P, P, 3), and where it covers the background (P, P, 1): whole, or as large as a thing.
+    """A picture for one cell (H, W, 3), and where it covers the background (H, W, 1): whole, or as large as a thing.
 
     grey: checkers, bars, noise or one tone. confetti: small blocks of all answer colours. answer: checkers or bars of
     one answer colour and of black or white."""
