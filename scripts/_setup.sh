@@ -220,21 +220,34 @@ set_up() {
 }
 
 # build_operators: DeepSpeed compiles operators on first use, and whoever starts meanwhile waits for minutes, or for ever
-# if the build was killed. Here each is compiled alone, and used once in a process whose exit code counts. The logs stay
-# in $TORCH_EXTENSIONS_DIR. Does nothing when they belong to this torch, this DeepSpeed and this CPU already.
+# if the build was killed. Here each is compiled, and used once in a process whose exit code counts. The logs stay in
+# $TORCH_EXTENSIONS_DIR. Does nothing when they belong to this torch, this DeepSpeed and this CPU already.
 build_operators() {
-  local stamp="$TORCH_EXTENSIONS_DIR/built" state name log
+  local stamp="$TORCH_EXTENSIONS_DIR/built" state name log builders=(ShareMemCommBuilder CPUAdamBuilder) builds=()
   state="$("$VENV/bin/python" -c 'import platform, sys
 from importlib.metadata import version
 print(sys.version_info[:2], *map(version, ("torch", "deepspeed")), platform.machine())')"
   state="$state $(grep -m 1 "^model name" /proc/cpuinfo 2>/dev/null || true)" # compiled with -march=native
   [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && return
   mkdir -p "$TORCH_EXTENSIONS_DIR"
-  for name in ShareMemCommBuilder CPUAdamBuilder; do
-    log="$TORCH_EXTENSIONS_DIR/$name.log"
-    step "compiling DeepSpeed's operators: $name (log: $log)"
-    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock # of builds that were killed
-    if ! DS_ACCELERATOR=cpu "$VENV/bin/python" -P - "$name" >"$log" 2>&1 <<'PY'; then
+  rm -f "$TORCH_EXTENSIONS_DIR"/*/lock # of builds that were killed
+  step "compiling DeepSpeed's operators (logs in $TORCH_EXTENSIONS_DIR)"
+  for name in "${builders[@]}"; do
+    build_operator "$name" >"$TORCH_EXTENSIONS_DIR/$name.log" 2>&1 &
+    builds+=($!)
+  done
+  for name in "${!builders[@]}"; do
+    wait "${builds[name]}" && continue
+    log="$TORCH_EXTENSIONS_DIR/${builders[name]}.log"
+    tail -n 30 "$log" >&2
+    fail "${builders[name]} did not compile or did not work: the end of $log is above."
+  done
+  echo "$state" >"$stamp"
+}
+
+# build_operator BUILDER: one of them.
+build_operator() {
+  DS_ACCELERATOR=cpu "$VENV/bin/python" -P - "$1" <<'PY'
 import sys
 
 import torch
@@ -252,9 +265,4 @@ if sys.argv[1] == "CPUAdamBuilder":
     torch.testing.assert_close(ours, theirs)
 print("compiled and used:", operator)
 PY
-      tail -n 30 "$log" >&2
-      fail "$name did not compile or did not work: the end of $log is above."
-    fi
-  done
-  echo "$state" >"$stamp"
 }

@@ -16,11 +16,13 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # Compiled operators belong to one torch: they live and go with .venv.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VENV/torch_extensions}"
 
-build_operators
-
 step "ruff"
 python -m ruff check .
 python -m ruff format --check .
+
+build_operators & # takes minutes on one core; types and docs are checked on the other
+operators=$!
+trap wait EXIT # also where those fail: a build that is cut off leaves locks behind
 
 step "mypy"
 python -m mypy stts train
@@ -28,6 +30,7 @@ python -m mypy stts train
 step "docs: the site of docs/, no dead link"
 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
+wait "$operators"
 step "pytest"
 python -m pytest -n 2 --dist worksteal "$@"
 
