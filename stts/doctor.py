@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
     """Everything below, as plain data; nothing raises, what fails is told under its name."""
     versions = {name: _version(name) for name in _SHOWN}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "stts": stts.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         "video": _video(),
         "cache": _cache(),
     }
-    return {**found, "slow": _slow(found, device), "missing": _missing(versions, found, device)}
+    return {**facts, "slow": _slow(facts, device), "missing": _missing(versions, facts, device)}
 
 
 def _version(name: str) -> str | None:
@@ -162,62 +162,68 @@ def _cache() -> dict[str, Any]:
 
 def _slow(found: Mapping[str, Any], device: torch.device) -> list[str]:
     """What will be slow here, and why."""
-    told = []
+    reasons = []
     if device.type == "cpu":
-        told.append("no GPU: right for the shipped small model and the tests; a checkpoint of 0.5B or more needs a GPU")
+        reasons.append(
+            "no GPU: right for the shipped small model and the tests; a checkpoint of 0.5B or more needs a GPU"
+        )
         if torch.version.cuda is None and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
-            told.append("there is an NVIDIA GPU, but this torch is built for the CPU: install torch from pytorch.org")
+            reasons.append(
+                "there is an NVIDIA GPU, but this torch is built for the CPU: install torch from pytorch.org"
+            )
     else:
         if not found["device"]["bf16"]:
-            told.append("this GPU has no bf16: load models in float16, or attention falls back to SDPA in float32")
+            reasons.append("this GPU has no bf16: load models in float16, or attention falls back to SDPA in float32")
         if found["attention"].get("chosen", "").startswith("SDPA"):
-            told.append("no variable-length kernel: attention is padded to the longest sequence (install flash-attn)")
+            reasons.append(
+                "no variable-length kernel: attention is padded to the longest sequence (install flash-attn)"
+            )
     threads, cores = found["device"]["threads"], found["device"]["cores"]
     if threads < cores:
-        told.append(f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}")
-    return told
+        reasons.append(f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}")
+    return reasons
 
 
 def _missing(
     versions: Mapping[str, str | None], found: Mapping[str, Any], device: torch.device
 ) -> list[dict[str, str]]:
     """What is not there or does not work: name, what it is for, how to get it."""
-    told = [
+    missing = [
         {"name": name, "for": purpose, "how": how}
         for name, (purpose, how) in _OPTIONAL.items()
         if versions[name] is None
     ]
     if device.type == "cuda" and versions["flash-attn"] is None:
         how = "pip install flash-attn --no-build-isolation (optional: without it torch's own kernel runs)"
-        told.append({"name": "flash-attn", "for": "faster attention on packed rows", "how": how})
+        missing.append({"name": "flash-attn", "for": "faster attention on packed rows", "how": how})
     lowest, above = TESTED_TRANSFORMERS
     version = tuple(int(part) for part in (versions["transformers"] or "0.0").split(".")[:2])
     if not lowest <= version < above:
         tested = f"transformers>={lowest[0]}.{lowest[1]},<{above[0]}.{above[1]}"
-        told.append({"name": tested, "for": "the tested range", "how": f"pip install '{tested}'"})
+        missing.append({"name": tested, "for": "the tested range", "how": f"pip install '{tested}'"})
     if int((versions["av"] or "0").split(".")[0]) < 17:
-        told.append({"name": "av>=17", "for": "noticing every cut-off MP4", "how": "pip install -U av"})
+        missing.append({"name": "av>=17", "for": "noticing every cut-off MP4", "how": "pip install -U av"})
     lost = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if versions["deepspeed"] and lost:
         how = "apt install g++; pip install ninja (and put its folder on the PATH)"
-        told.append({"name": ", ".join(lost), "for": "DeepSpeed's CPU optimizer, compiled on first use", "how": how})
+        missing.append({"name": ", ".join(lost), "for": "DeepSpeed's CPU optimizer, compiled on first use", "how": how})
     if not found["attention"]["works"]:
         how = f"{found['attention']['error']}; reinstall torch, or flash-attn for this torch"
-        told.append({"name": "working attention", "for": "every pruned forward pass", "how": how})
+        missing.append({"name": "working attention", "for": "every pruned forward pass", "how": how})
     if not found["video"]["works"]:
         how = f"{found['video']['error']}; reinstall PyAV: pip install --force-reinstall av"
-        told.append({"name": "working video decoding", "for": "reading any video", "how": how})
+        missing.append({"name": "working video decoding", "for": "reading any video", "how": how})
     lost = [name for name in _CODECS if name not in found["video"]["decoders"]]
     if lost:
-        told.append({"name": f"decoders {', '.join(lost)}", "for": "such videos", "how": "pip install --upgrade av"})
+        missing.append({"name": f"decoders {', '.join(lost)}", "for": "such videos", "how": "pip install --upgrade av"})
     cache = found["cache"]
     if not cache["writable"]:
         how = "set HF_HOME to a folder you may write to"
-        told.append({"name": f"writable cache {cache['folder']}", "for": "downloading checkpoints", "how": how})
+        missing.append({"name": f"writable cache {cache['folder']}", "for": "downloading checkpoints", "how": how})
     elif cache["free_gib"] < _FREE_GIB:
         how = f"{cache['free_gib']} GiB free at {cache['folder']}; make room, or set HF_HOME to another disk"
-        told.append({"name": "disk space", "for": "a 7B checkpoint (about 15 GiB)", "how": how})
-    return told
+        missing.append({"name": "disk space", "for": "a 7B checkpoint (about 15 GiB)", "how": how})
+    return missing
 
 
 def _line(error: Exception) -> str:

@@ -82,8 +82,8 @@ class Order:
 
     def _in_turn(self, epoch: int) -> list[list[int]]:
         order = self._drawn(epoch)
-        whole = self.num_samples // self.batch_size * self.batch_size if self.drop_last else self.num_samples
-        return [order[i : i + self.batch_size].tolist() for i in range(0, whole, self.batch_size)]
+        end = self.num_samples // self.batch_size * self.batch_size if self.drop_last else self.num_samples
+        return [order[i : i + self.batch_size].tolist() for i in range(0, end, self.batch_size)]
 
     def _balanced(self, epoch: int, lengths: Sequence[int] | NDArray[np.int32]) -> list[list[int]]:
         """Batches such that those of one step, which follow each other, hold about equally many tokens.
@@ -98,11 +98,11 @@ class Order:
             sizes = np.asarray([lengths[sample] for sample in samples])
             rows = pack_samples(sizes.tolist(), self.max_tokens)
             rows.sort(key=lambda row: -sizes[row].sum())
-            whole = len(rows) // size * size
-            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(whole // size)
+            num_rows = len(rows) // size * size
+            steps = np.random.default_rng([self.seed, epoch, start, 2]).permutation(num_rows // size)
             firsts = (steps if self.shuffle else np.sort(steps)) * size
             batches += [[samples[p] for p in rows[first + place]] for first in firsts for place in range(size)]
-            left = [samples[place] for row in rows[whole:] for place in row]
+            left = [samples[place] for row in rows[num_rows:] for place in row]
         last = pack_samples([lengths[sample] for sample in left], self.max_tokens)
         return batches + [[left[place] for place in row] for row in last]
 

@@ -64,8 +64,8 @@ class Saved:
 
 def newest(out: Path) -> Saved | None:
     """The complete checkpoint with the most steps, or None."""
-    found = [Saved.read(folder) for folder in (out / FOLDER).glob("step-*") if folder.is_dir()]
-    return max(found, key=lambda saved: saved.step, default=None)
+    complete = [Saved.read(folder) for folder in (out / FOLDER).glob("step-*") if folder.is_dir()]
+    return max(complete, key=lambda saved: saved.step, default=None)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

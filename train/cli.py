@@ -89,7 +89,7 @@ class FitCLI(LightningCLI):
             trainer["logger"] = make_loggers(config["logger"], out, config=settings, run_id=run_id)
         every_picture = config["overlay_every"]
         every, keep = config["checkpoint_every"], config["keep_checkpoints"]
-        given = trainer["callbacks"] or []
+        callbacks = trainer["callbacks"] or []
         trainer["callbacks"] = [
             ProgressLines(config["progress_every"]),
             SkipList(out),
@@ -98,7 +98,7 @@ class FitCLI(LightningCLI):
             Throughput(config["peak_tflops"]),
             *([Overlays(out, every_picture)] if every_picture else []),
             Checkpoints(out, self.settings, every, keep, resumed=self.saved),
-            *(given if isinstance(given, list) else [given]),
+            *(callbacks if isinstance(callbacks, list) else [callbacks]),
         ]
         return super().instantiate_trainer(**kwargs)
 

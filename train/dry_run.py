@@ -66,7 +66,7 @@ def not_rehearsed(config: Any) -> str:
     train = data.get("train")
     sources = [source["path"] for source in train] if isinstance(train, list) else [train]
     files = [file for file in (*sources, data.get("val")) if file] if data["kind"] != "shapes" else []
-    found = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files]
+    named = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files]
     return "left out: " + ", ".join(
-        [f"the weights of {config['model']['model']}", *found, f"trainer.strategy={strategy}"]
+        [f"the weights of {config['model']['model']}", *named, f"trainer.strategy={strategy}"]
     )

@@ -66,9 +66,9 @@ def _module(saved: Saved, base_model: str | Path | None) -> VideoFinetune:
         settings["model"] = str(base_model)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(VideoFinetune, "model")
-    made: VideoFinetune = parser.instantiate_classes(parser.parse_object({"model": settings})).model
-    made.trained |= frames_of(saved.settings["data"])
-    return made
+    module: VideoFinetune = parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    module.trained |= frames_of(saved.settings["data"])
+    return module
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
@@ -109,11 +109,11 @@ def _read_cut(saved: Saved) -> dict[str, Tensor]:
     low = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
     with contextlib.redirect_stdout(io.StringIO()):
         parts = get_fp32_state_dict_from_zero_checkpoint(str(saved.state), lazy_mode=True)
-    whole: dict[int, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():  # parts of tied tensors are one
-        if id(part) not in whole:
+        if id(part) not in by_id:
             tensor = part.contiguous()
-            whole[id(part)] = tensor.to(low) if low is not None and tensor.is_floating_point() else tensor
-        tensors[name.removeprefix(_DEEPSPEED)] = whole[id(part)]
+            by_id[id(part)] = tensor.to(low) if low is not None and tensor.is_floating_point() else tensor
+        tensors[name.removeprefix(_DEEPSPEED)] = by_id[id(part)]
     return tensors

@@ -62,15 +62,15 @@ def add_lora(llm: nn.Module, lora: Lora) -> None:
 
 def merge(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """The tensors under stock names, the adapters added to the weights they belong to."""
-    whole: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if MARK in name:
             continue
         if ".base_layer." not in name:
-            whole[name] = tensor
+            merged[name] = tensor
             continue
         if name.endswith(".weight"):
             up, down = (tensors[name.replace("base_layer", f"lora_{side}.default")].float() for side in "BA")
             tensor = (tensor.float() + up @ down * (lora.alpha / lora.rank)).to(tensor.dtype)
-        whole[name.replace(".base_layer.", ".")] = tensor
-    return whole
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged

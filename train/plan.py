@@ -89,8 +89,8 @@ def count_parameters(run: Run) -> Parameters:
         for layer in holder.modules()
         if isinstance(layer, GradientCheckpointingLayer)
     ]
-    whole = sum(learning.values()) + sum(frozen.values())
-    return Parameters(learning=learning, frozen=frozen, layer=max(layers), root=whole - sum(layers))
+    total = sum(learning.values()) + sum(frozen.values())
+    return Parameters(learning=learning, frozen=frozen, layer=max(layers), root=total - sum(layers))
 
 
 def build(run: Run) -> tuple[nn.Module, Pruning]:
@@ -193,13 +193,13 @@ def advise(run: Run, room: int) -> list[tuple[str, int]]:
         changes.append((f"data.num_frames: {run.num_frames // 2}", _shorter(run, num_frames=run.num_frames // 2)))
     if run.pruner != "none" and run.retention_ratio > 0.3:
         changes.append(("model.retention_ratio: 0.3", _shorter(run, retention_ratio=0.3)))
-    made = []
+    plans = []
     for text, changed in changes:
         try:
-            made.append((text, make_plan(changed).total))
+            plans.append((text, make_plan(changed).total))
         except ValueError:
             continue
-    return sorted(made, key=lambda change: change[1] > room)
+    return sorted(plans, key=lambda change: change[1] > room)
 
 
 def _shorter(run: Run, **change: Any) -> Run:
@@ -250,6 +250,6 @@ def describe(run: Run, made: Plan) -> str:
 def plan(argv: Sequence[str]) -> int:
     """`stts plan`: 0 when the run fits, 1 when it does not."""
     run = read_run(argv)
-    made = make_plan(run)
-    print(describe(run, made))
-    return 0 if made.total <= run.gpu_gib * (1 - _SPARE) * GIB else 1
+    result = make_plan(run)
+    print(describe(run, result))
+    return 0 if result.total <= run.gpu_gib * (1 - _SPARE) * GIB else 1

@@ -79,20 +79,20 @@ class PlanCLI(ReadingCLI):
 
 def read_run(argv: Sequence[str]) -> Run:
     """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
-    given = read_config(argv, PlanCLI)
-    if given["gpus"] < 0 or given["gpu_gib"] <= 0:
-        raise ValueError(f"--gpus {given['gpus']} and --gpu_gib {given['gpu_gib']} must be above 0")
-    height, _, width = given["frame_size"].partition("x")
+    config = read_config(argv, PlanCLI)
+    if config["gpus"] < 0 or config["gpu_gib"] <= 0:
+        raise ValueError(f"--gpus {config['gpus']} and --gpu_gib {config['gpu_gib']} must be above 0")
+    height, _, width = config["frame_size"].partition("x")
     if not (height.isdigit() and width.isdigit()):
-        raise ValueError(f"--frame_size {given['frame_size']} must be HEIGHTxWIDTH in pixels, such as 720x1280")
-    model, data, trainer = given["model"], given["data"], given["trainer"]
+        raise ValueError(f"--frame_size {config['frame_size']} must be HEIGHTxWIDTH in pixels, such as 720x1280")
+    model, data, trainer = config["model"], config["data"], config["trainer"]
     rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
     lora = model["lora"]
     if lora is not None and not isinstance(lora, Lora):
         lora = Lora(**dict(lora))
     shapes = data["kind"] == "shapes"
     return Run(
-        config=config_of(model["model"], given["model_config"]),
+        config=config_of(model["model"], config["model_config"]),
         pruner=model["pruner"],
         pruner_options=_options(model),
         retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
@@ -101,23 +101,23 @@ def read_run(argv: Sequence[str]) -> Run:
         checkpointing=model["gradient_checkpointing"],
         precision=str(trainer["precision"] or "32-true"),
         strategy=read_strategy(trainer["strategy"]),
-        gpus=given["gpus"] or _devices(trainer),
+        gpus=config["gpus"] or _devices(trainer),
         accumulate=trainer["accumulate_grad_batches"],
         num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
         frame_size=(int(height), int(width)),
         video_size=_plain(model["video_size"]),
         batch_size=data["batch_size"],
         max_tokens=data["max_tokens"],
-        text_tokens=given["text_tokens"],
-        answer_tokens=given["answer_tokens"],
+        text_tokens=config["text_tokens"],
+        answer_tokens=config["answer_tokens"],
         num_workers=data["num_workers"],
-        gpu_gib=given["gpu_gib"],
+        gpu_gib=config["gpu_gib"],
     )
 
 
 def _options(model: Any) -> dict[str, Any]:
-    given = dict(model["pruner_options"] or {})
-    return recorded_options(model["model"], model["pruner"], given) if Path(model["model"]).is_dir() else given
+    options = dict(model["pruner_options"] or {})
+    return recorded_options(model["model"], model["pruner"], options) if Path(model["model"]).is_dir() else options
 
 
 def read_strategy(given: Any) -> Strategy:

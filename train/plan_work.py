@@ -48,10 +48,10 @@ class _Work:
     def _patches(self) -> tuple[int, int]:
         """Of all frames of a video, and of those left (shared patches of overlapping windows: a little more)."""
         host = self.pruning.adapter.host
-        whole = self.grid.num_groups * host.patches_per_group
+        num_patches = self.grid.num_groups * host.patches_per_group
         if host.patches_per_frame:
-            whole = self.grid.t * host.patches_per_frame
-        return whole, round(whole * self.kept / self.grid.num_groups)
+            num_patches = self.grid.t * host.patches_per_frame
+        return num_patches, round(num_patches * self.kept / self.grid.num_groups)
 
     @property
     def pixels(self) -> int:

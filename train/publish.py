@@ -32,8 +32,8 @@ def export(
         retention_ratio: fraction kept, for --from_reference; null: 0.5.
         from_llava_video: make the original files of LLaVA-Video (FOLDER) a stock folder.
     """
-    wanted = 1 if from_reference else 2
-    if len(paths) != wanted:
+    num_paths = 1 if from_reference else 2
+    if len(paths) != num_paths:
         raise ValueError(f"got {len(paths)} paths; expected {'OUT' if from_reference else 'FOLDER and OUT'}")
     out = paths[-1]
     if from_llava_video:

@@ -200,5 +200,5 @@ def make_retention(setting: Setting) -> Retention:
             "of these with dense steps, such as {target: 0.25, dense_first: 80, dense_every: 10}"
         )
     names = {"from": "start", "to": "target"}  # `from` is a word of Python's
-    made: Callable[..., Retention] = Sampled if ranged else Scheduled
-    return made(**{names.get(name, name): value for name, value in setting.items()})
+    kind: Callable[..., Retention] = Sampled if ranged else Scheduled
+    return kind(**{names.get(name, name): value for name, value in setting.items()})

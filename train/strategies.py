@@ -66,15 +66,15 @@ def whole_tensors(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """The state of a module whose parameters are cut, in host memory; empty on ranks that do not `keep` it.
 
     Gathered one by one, so that no device holds the whole model; every rank must call it. Tied tensors stay one."""
-    whole: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
     for name, value in module.state_dict(keep_vars=True).items():
-        if id(value) not in made:
+        if id(value) not in by_id:
             with _gathered(value):
                 tensor = value.full_tensor() if isinstance(value, DTensor) else value
-                made[id(value)] = tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
-        whole[name] = made[id(value)]
-    return whole if keep else {}
+                by_id[id(value)] = tensor.detach().to("cpu", copy=True) if keep else torch.empty(0)
+        state[name] = by_id[id(value)]
+    return state if keep else {}
 
 
 def _gathered(value: Tensor) -> AbstractContextManager[Any]:

@@ -129,10 +129,10 @@ def run_rescore(config: RescoreConfig) -> dict[str, Any]:
     ValueError: the folder holds no finished `stts eval`, its questions have changed or lie elsewhere, the scoring is
     unknown."""
     folder = config.rescore
-    found = sorted(folder.glob(PATTERNS[0]))
-    if not found:
+    finished = sorted(folder.glob(PATTERNS[0]))
+    if not finished:
         raise ValueError(f"--rescore {folder} holds no finished `stts eval`")
-    own, notes = json.loads(found[-1].read_text(encoding="utf-8"))["stts"], read_notes(folder)
+    own, notes = json.loads(finished[-1].read_text(encoding="utf-8"))["stts"], read_notes(folder)
     changes = {"out": config.target, "scoring": config.scoring, "dense_reference": config.dense_reference}
     if config.data_root is not None:
         changes["data_root"] = config.data_root

@@ -184,16 +184,16 @@ def vit_flops(
     """All blocks of the tower; with survivors per frame, blocks 0..drop_after run on everything, the others on those.
 
     Attention is counted per frame, as in packed rows without padding. ValueError for counts that do not fit."""
-    whole = [vit_block_flops(shape, shape.patches, block) for block in range(shape.blocks)]
+    block_flops = [vit_block_flops(shape, shape.patches, block) for block in range(shape.blocks)]
     if kept_patches is None:
-        return num_frames * sum(whole)
+        return num_frames * sum(block_flops)
     if drop_after is None or not 0 <= drop_after < shape.blocks:
         raise ValueError(f"drop_after={drop_after} must be one of the blocks 0..{shape.blocks - 1}")
     if len(kept_patches) != num_frames or not all(0 <= n <= shape.patches for n in kept_patches):
         raise ValueError(f"expected {num_frames} counts in [0, {shape.patches}], got {list(kept_patches)}")
     full = drop_after + 1
     pruned = (vit_block_flops(shape, n, block) for block in range(full, shape.blocks) for n in kept_patches)
-    return num_frames * sum(whole[:full]) + sum(pruned)
+    return num_frames * sum(block_flops[:full]) + sum(pruned)
 
 
 def vit_embed_flops(shape: VitShape, num_frames: int) -> int:

@@ -47,20 +47,20 @@ def ranked(text: str, options: Sequence[str]) -> str:
     for mark in ",.!?;:'\"":
         core = core.strip(mark)
     text, core = f" {core} ", core.strip()
-    found: list[tuple[int, int, str]] = []
+    hits: list[tuple[int, int, str]] = []
     for letter in LETTERS[: len(options)]:
         formats = ((6, f"({letter})"), (5, f"{letter}."), (4, f"{letter}:"), (3, f"{letter})"), (2, f"{letter} "))
-        found += [(rank, text.rfind(form), letter) for rank, form in formats if form in text]
+        hits += [(rank, text.rfind(form), letter) for rank, form in formats if form in text]
         for phrase in _PHRASES:
             start = text.lower().find(phrase)
             after = text.find(letter, start + len(phrase)) if start >= 0 else -1
-            found += [(7, after, letter)] * (after >= 0)
+            hits += [(7, after, letter)] * (after >= 0)
         if core.startswith(letter) and not core[1:2].isalpha():
-            found.append((10, 0, letter))
+            hits.append((10, 0, letter))
         if core.endswith(letter) and not core[-2:-1].isalpha():
-            found.append((9, len(text) - 1, letter))
-    found = found or [(0, text.rfind(letter), letter) for letter in LETTERS[: len(options)] if letter in text]
-    return max(found, key=lambda item: item[:2])[2] if found else ""
+            hits.append((9, len(text) - 1, letter))
+    hits = hits or [(0, text.rfind(letter), letter) for letter in LETTERS[: len(options)] if letter in text]
+    return max(hits, key=lambda item: item[:2])[2] if hits else ""
 
 
 _LEAD_INS = ("The best answer is", "The correct answer is", "The answer is", "The answer")
@@ -89,8 +89,8 @@ def _first(text: str, lead_ins: Sequence[str], letters: str) -> str:
 def smallest(text: str, options: Sequence[str]) -> str:
     """Formats (X), X and space, X and period together; of several hits the one whose last occurrence comes first."""
     text = _padded(text)
-    found = _formatted(text, options, ("({})", "{} ", "{}."))
-    spots = [(text.rfind(form), letter) for form, letter in found] or _by_text(text, options)
+    formats = _formatted(text, options, ("({})", "{} ", "{}."))
+    spots = [(text.rfind(form), letter) for form, letter in formats] or _by_text(text, options)
     return min(spots, key=lambda spot: spot[0])[1] if spots else ""
 
 
@@ -107,10 +107,10 @@ def largest_spaced(text: str, options: Sequence[str]) -> str:
 def _largest(text: str, options: Sequence[str], spaced: str) -> str:
     text = _padded(text)
     for form in ("({})", spaced, "{}."):
-        found = _formatted(text, options, (form,))
-        if found:
+        formats = _formatted(text, options, (form,))
+        if formats:
             located = "({})" if form == "({})" else " {} "
-            spots = [(text.rfind(located.format(letter)), letter) for _, letter in found]
+            spots = [(text.rfind(located.format(letter)), letter) for _, letter in formats]
             return max(spots, key=lambda spot: spot[0])[1]
     spots = _by_text(text, options)
     return max(spots, key=lambda spot: spot[0])[1] if spots else ""
@@ -146,14 +146,14 @@ def loose(text: str, options: Sequence[str]) -> str:
         beside_space = f"{mark} " in given or f" {mark}" in given
         cleaned = cleaned.replace(mark, "" if beside_space or between_digits else " ")
     cleaned = re.sub(r"\.(?!\d)", "", cleaned)
-    found = re.search(r"\b([A-E])\b", cleaned, re.IGNORECASE)
-    return found[1].upper() if found else ""
+    match = re.search(r"\b([A-E])\b", cleaned, re.IGNORECASE)
+    return match[1].upper() if match else ""
 
 
 def standalone(text: str, options: Sequence[str]) -> str:
     """First capital A to D between word boundaries."""
-    found = re.search(r"\b([A-D])\b", text)
-    return found[1] if found else ""
+    match = re.search(r"\b([A-D])\b", text)
+    return match[1] if match else ""
 
 
 def prefix(text: str, options: Sequence[str]) -> str:

@@ -110,5 +110,5 @@ def head_bytes(config: Any, widths: Widths, num_tokens: int) -> int:
     """At its peak, for all answer tokens: logits and their gradient; of one chunk an fp32 copy, its log-softmax and the
     gradient."""
     text = config.text_config
-    whole = num_tokens * (2 * widths.compute * text.vocab_size + widths.compute * text.hidden_size)
-    return whole + min(num_tokens, HEAD_CHUNK) * 3 * 4 * text.vocab_size
+    logits = num_tokens * (2 * widths.compute * text.vocab_size + widths.compute * text.hidden_size)
+    return logits + min(num_tokens, HEAD_CHUNK) * 3 * 4 * text.vocab_size

@@ -200,8 +200,8 @@ def _named(text: str, names: Sequence[str]) -> str | None:
             return first[1].upper() if first[1].upper() in names else ""
     # "N/A" and "A or E" of four options name none of them.
     named = [{mention[1] for mention in run} for run in affirmed]
-    found = {letter for run in named if run <= set(names) for letter in run}
-    return _only(found, names) if found else None
+    named_letters = {letter for run in named if run <= set(names) for letter in run}
+    return _only(named_letters, names) if named_letters else None
 
 
 def _only(found: set[str], names: Sequence[str]) -> str:
@@ -255,8 +255,8 @@ def yes_no(text: str, options: Sequence[str] = ()) -> str:
     """ "yes" or "no" where that is the first word, also behind "answer:" or "the answer is"; "" otherwise.
 
     "Not sure", "nobody", "no idea" and "yes or no" are neither."""
-    found = _YES_NO.match(answer_text(text))
-    return found[1].lower() if found else ""
+    match = _YES_NO.match(answer_text(text))
+    return match[1].lower() if match else ""
 
 
 def caption(text: str, options: Sequence[str]) -> str:
@@ -265,10 +265,10 @@ def caption(text: str, options: Sequence[str]) -> str:
 
     "" where that holds for two lines."""
     said = re.sub(rf"\A{_ANSWER_IS}", "", normalise(text))
-    found = []
+    matches = []
     for letter, line in zip(letters(len(options)), options, strict=True):
         label, _, sentence = (normalise(part) for part in line.partition(": "))
         short = label.split(" ")[-1]
         ways = {normalise(line), sentence, label, short, f"{short}) {sentence}", f"{short}. {sentence}"}
-        found += [letter] * (bool(said) and said in ways)
-    return found[0] if len(found) == 1 else ""
+        matches += [letter] * (bool(said) and said in ways)
+    return matches[0] if len(matches) == 1 else ""

@@ -149,9 +149,9 @@ def check_finite(videos: Sequence[VideoTokens]) -> None:
     """ValueError naming the video whose features or salience hold NaN or infinity; one host synchronisation in all."""
     if not videos:
         return
-    given = [[x for x in (video.x_ND, video.salience_G) if x is not None] for video in videos]
+    tensors = [[x for x in (video.x_ND, video.salience_G) if x is not None] for video in videos]
     # NaN survives a minimum, and two extremes are read faster than every element
-    flags = [torch.stack([end.float() for x in row for end in x.aminmax()]).isfinite().all() for row in given]
+    flags = [torch.stack([end.float() for x in row for end in x.aminmax()]).isfinite().all() for row in tensors]
     bad = [
         video.uid or f"number {i}"
         for i, (video, ok) in enumerate(zip(videos, torch.stack(flags).tolist(), strict=True))

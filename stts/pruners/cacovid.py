@@ -122,8 +122,8 @@ class CaCoVID(nn.Module):
             rows.append(torch.cat([x.to(video.x_ND.dtype) for x in (words.before_LD, video.x_ND, *behind)]))
             firsts.append(len(words.before_LD))
         grids = [video.grid for video in videos]
-        made: list[tuple[Tensor, Tensor]] = self.compression_policy(rows, firsts, grids, self.attention == "causal")
-        return made
+        policy: list[tuple[Tensor, Tensor]] = self.compression_policy(rows, firsts, grids, self.attention == "causal")
+        return policy
 
     def choose(self, score_N: Tensor, score_T: Tensor, grid: Grid, budget: Budget) -> Tensor:
         """(K,) int64 kept cells, increasing."""
@@ -144,10 +144,10 @@ class CaCoVID(nn.Module):
         largest = score_T.abs().amax().clamp_min(1e-12)
         p_T = (3 * score_T / largest).softmax(0).clamp(1 / (2 * grid.t), spread / grid.t)
         p_T = p_T / p_T.sum()
-        wanted = int(share * total + 1e-9)
+        num_by_score = int(share * total + 1e-9)
         if self.compat != "official" or budget.exact:
             cap = min(grid.per_frame, math.ceil(share * spread * total / grid.t))
-            return ops.share_out(p_T.tolist(), wanted, cap) if wanted else [0] * grid.t
+            return ops.share_out(p_T.tolist(), num_by_score, cap) if num_by_score else [0] * grid.t
         ratio = budget.retention_ratio
         size = share * ratio * grid.num_groups
         cap = int(share * grid.per_frame * spread * ratio)

@@ -50,8 +50,8 @@ def check_pruner(make: Callable[[HostInfo], Pruner]) -> list[Promise]:
     promises = []
     for name, outcomes in trials.items():
         faults = list(filter(None, outcomes))
-        found = f"{len(outcomes)} trials" if not faults else f"{len(faults)} of {len(outcomes)} trials, {faults[0]}"
-        promises.append(Promise(name, not faults, found))
+        outcome = f"{len(outcomes)} trials" if not faults else f"{len(faults)} of {len(outcomes)} trials, {faults[0]}"
+        promises.append(Promise(name, not faults, outcome))
     return promises
 
 
@@ -186,8 +186,8 @@ def map_tensors(video: VideoTokens, change: Callable[[Tensor], Tensor]) -> Video
     """The same video with every tensor changed, those of the prompt and the words around it too."""
 
     def changed(part: Any) -> dict[str, Any]:
-        found = {f.name: getattr(part, f.name) for f in fields(part)}
-        return {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+        values = {f.name: getattr(part, f.name) for f in fields(part)}
+        return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
 
     parts = {name: part for name in ("prompt", "words") if (part := getattr(video, name)) is not None}
     return replace(video, **changed(video), **{name: replace(part, **changed(part)) for name, part in parts.items()})

@@ -34,9 +34,9 @@ class InVit(PerVideo):
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
         """Sized for this host; ValueError for a `prune_block` that the tower does not allow."""
-        made = cls(**{"patches_per_group": host.patches_per_group, **options})
-        check_prune_block(host, made.prune_block)
-        return made
+        pruner = cls(**{"patches_per_group": host.patches_per_group, **options})
+        check_prune_block(host, pruner.prune_block)
+        return pruner
 
     @property
     def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable

@@ -186,9 +186,9 @@ def temporal_windows(static_TP: Tensor, max_window: int = 1024) -> tuple[list[tu
     for last in range(num_frames):
         gain, start = best[last], last
         for length in range(2, min(last + 1, max_window) + 1):
-            found = best[last + 1 - length] + counts[last - 1][length - 1] * (length - 1)
-            if found > gain:
-                gain, start = found, last + 1 - length
+            with_window = best[last + 1 - length] + counts[last - 1][length - 1] * (length - 1)
+            if with_window > gain:
+                gain, start = with_window, last + 1 - length
         best.append(gain)
         start_of.append(start)
     windows, end = [], num_frames

@@ -122,12 +122,12 @@ def make_pruner(name: str, host: HostInfo, **options: Any) -> Pruner:
             f"pruner {name!r} could not be loaded ({error}); expected an importable 'module:Class'"
         ) from error
     try:
-        made = method.for_host(host, **options) if hasattr(method, "for_host") else method(**options)
+        pruner = method.for_host(host, **options) if hasattr(method, "for_host") else method(**options)
     except TypeError as error:
         raise ValueError(f"pruner {name!r} does not take the options {sorted(options)}: {error}") from error
-    if not isinstance(made, Pruner):
-        raise ValueError(f"{name!r} made a {type(made).__name__} without `stages`; see stts.pruners.base.Pruner")
-    return made
+    if not isinstance(pruner, Pruner):
+        raise ValueError(f"{name!r} made a {type(pruner).__name__} without `stages`; see stts.pruners.base.Pruner")
+    return pruner
 
 
 # --- listings ------------------------------------------------------------------------------------------------------

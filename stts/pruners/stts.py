@@ -275,10 +275,10 @@ def _flatten(videos: Sequence[VideoTokens], budgets: Sequence[Budget], *, across
             or len(video.group_GW) != video.grid.num_groups
             or video.num_groups != len(video.group_GW)
         ):
-            got = None if video.group_GW is None else tuple(video.group_GW.shape)
+            shape = None if video.group_GW is None else tuple(video.group_GW.shape)
             raise ValueError(
                 f"STTS needs group_GW, the patches of each of the {video.grid.num_groups} groups of {video.grid}, got "
-                f"{got} with {video.num_groups} groups present; it must be the first stage, at a vit site"
+                f"shape {shape} with {video.num_groups} groups present; it must be the first stage, at a vit site"
             )
         slots = max(slots, video.group_GW.shape[1])
     if across_videos and len({video.grid.per_frame for video in videos}) > 1:

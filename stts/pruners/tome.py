@@ -60,9 +60,9 @@ class ToMe(PerVideo):
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
         """At the same place as STTS; ValueError for a `prune_block` that the tower does not allow."""
-        made = cls(**options)
-        check_prune_block(host, made.prune_block)
-        return made
+        pruner = cls(**options)
+        check_prune_block(host, pruner.prune_block)
+        return pruner
 
     @property
     def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable

@@ -29,10 +29,10 @@ def draw_overlay(frames: NDArray[np.uint8], report: Report, title: str = "", vid
     alive = np.zeros(cells, bool)
     alive[report.index[video].cpu().numpy()] = True
     kept = alive.reshape(grid.t, grid.h, grid.w)
-    given = report.scores[video]
+    score_G = report.scores[video]
     scores = None
-    if given is not None:
-        value = given.detach().float().cpu().numpy()
+    if score_G is not None:
+        value = score_G.detach().float().cpu().numpy()
         rank = np.unique(np.where(np.isnan(value), -np.inf, value), return_inverse=True)[1]  # equal scores, equal rank
         scores = (rank / max(1, rank.max())).reshape(grid.t, grid.h, grid.w)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _MOST_FRAMES)).round().astype(int))

@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Path], out: Path, *, num_samples: int) -> Path:
     """Write the report of one or more finished runs; whole or not at all."""
     if num_samples < 0:
         raise ValueError(f"--samples {num_samples} must be 0 or more")
-    made = [run_data(run, num_samples) for run in runs]
+    data = [run_data(run, num_samples) for run in runs]
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'report.html'}")
-    return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in made)), made))
+    return write_whole(out, render_page(", ".join(dict.fromkeys(run["name"] for run in data)), data))

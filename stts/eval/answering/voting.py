@@ -44,8 +44,8 @@ def combine(logprob_KO: Sequence[Sequence[float]], how: Vote) -> Verdict:
     if len(widths) != 1 or widths == {0}:
         raise ValueError(f"got looks at {sorted(widths) or 'no'} options; every look must score the same options")
     if any(math.isnan(value) or value > 1e-6 for look in logprob_KO for value in look):
-        found = [list(look) for look in logprob_KO]
-        raise ValueError(f"{found} are not log-probabilities; expected numbers of at most 0")
+        values = [list(look) for look in logprob_KO]
+        raise ValueError(f"{values} are not log-probabilities; expected numbers of at most 0")
     [num_options] = widths
     mean = tuple(math.fsum(look[option] for look in logprob_KO) / len(logprob_KO) for option in range(num_options))
     best = [list(look).index(max(look)) for look in logprob_KO]

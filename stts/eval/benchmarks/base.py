@@ -114,14 +114,14 @@ class Benchmark(ABC):
         except FileNotFoundError as error:
             layouts = "".join(f"\n  {layout}" for layout in self.layouts)
             raise ValueError(f"{self.title} ({self.name}): {error}; accepted under the root:{layouts}") from error
-        found = len(questions) + len(missing) + len(bad)
-        if 2 * len(bad) > found:
+        num_rows = len(questions) + len(missing) + len(bad)
+        if 2 * len(bad) > num_rows:
             raise ValueError(
-                f"{self.title}: {len(bad)} of {found} rows cannot be asked, first {bad[0]}; is this another release?"
+                f"{self.title}: {len(bad)} of {num_rows} rows cannot be asked, first {bad[0]}; is this another release?"
             )
         if missing and not skip_missing:
             raise ValueError(
-                f"{self.title}: {len(missing)} of {found} rows have no video, first "
+                f"{self.title}: {len(missing)} of {num_rows} rows have no video, first "
                 f"{missing[0]}; fetch them, or leave these rows out and count them: --skip_missing true "
                 "(skip_missing=True)"
             )
@@ -131,9 +131,9 @@ class Benchmark(ABC):
         if bad:
             more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
             listed = "; ".join(bad[:5]).replace(f"{root}/", "")
-            notes.append(f"{self.name}: left out {len(bad)} of {found} rows, which cannot be asked: {listed}{more}")
-        if self.expected_rows not in (None, found):
-            notes.append(f"{self.name}: {found} rows, published {self.expected_rows}")
+            notes.append(f"{self.name}: left out {len(bad)} of {num_rows} rows, which cannot be asked: {listed}{more}")
+        if self.expected_rows not in (None, num_rows):
+            notes.append(f"{self.name}: {num_rows} rows, published {self.expected_rows}")
         stamps = {path.relative_to(root).as_posix(): hashlib.sha1(path.read_bytes()).hexdigest() for path in files}
         return Loaded(tuple(questions), tuple(missing), tuple(bad), tuple(notes), stamps)
 

@@ -76,10 +76,10 @@ class Row:
 
 def first_file(root: Path, *names: str) -> Path:
     """The first of these that exists under `root`."""
-    found = next((root / name for name in names if (root / name).is_file()), None)
-    if found is None:
+    path = next((root / name for name in names if (root / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"no {' and no '.join(names)} in {root}")
-    return found
+    return path
 
 
 def rows_of(root: Path, *names: str) -> Iterator[Row]:
@@ -103,10 +103,10 @@ def _read(path: Path) -> Iterable[Any]:
     if path.suffix == ".jsonl":
         lines = read_text(path).split("\n")  # not splitlines: a text may hold U+2028 and other ends of line
         return [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    made = read_json(path)
-    if not isinstance(made, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(made).__name__}")
-    return made
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+    return rows
 
 
 def read_text(path: Path, *, legacy: bool = False) -> str:

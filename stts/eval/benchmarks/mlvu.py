@@ -87,12 +87,12 @@ class MLVU(Benchmark):
         self, groups: Mapping[str, Any], scored: Sequence[Scored], metrics: Mapping[str, float | int | None]
     ) -> dict[str, float | int | None]:
         tasks = groups.get("task", {})
-        found: dict[str, float | int | None] = {
+        by_kind: dict[str, float | int | None] = {
             kind: mean_acc({name: tasks[name] for name in names}) if set(names) <= set(tasks) else None
             for kind, names in KINDS.items()
         }
         complete = len(tasks) == len(FOLDERS)
-        return found | {
+        return by_kind | {
             "m_avg": metrics["macro"] if complete else None,
             "micro": metrics["acc"],
             "tasks_scored": len(tasks),

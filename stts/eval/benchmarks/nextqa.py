@@ -65,7 +65,7 @@ def _nested(path: Path) -> Mapping[str, str]:
     """Video -> folder/name, where the videos lie as in VidOR."""
     if not path.is_file():
         return {}
-    made = read_json(path)
-    if not isinstance(made, dict) or not all(isinstance(name, str) for name in made.values()):
+    paths = read_json(path)
+    if not isinstance(paths, dict) or not all(isinstance(name, str) for name in paths.values()):
         raise ValueError(f"{path}: expected an object of video -> path")
-    return made
+    return paths

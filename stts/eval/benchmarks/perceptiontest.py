@@ -49,9 +49,9 @@ class PerceptionTest(Benchmark):
     def submission(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> list[dict[str, Any]]:
         """One row per question; `pred_id` is -1 where the answer cannot be read."""
         check_uids(questions, predictions)
-        found = []
+        rows = []
         for question in questions:
             letter = self.parse(predictions[question.uid], question)
             kept = {key: question.doc[key] for key in ("video_name", "question", "question_id")}
-            found.append({**kept, "pred_id": place_of(letter, question.options)})
-        return found
+            rows.append({**kept, "pred_id": place_of(letter, question.options)})
+        return rows

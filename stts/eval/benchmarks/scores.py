@@ -83,13 +83,13 @@ def common_metrics(scored: Sequence[Scored], macro: float | None) -> dict[str, f
     if not scored:
         return {"acc": None, "macro": None, "stderr": None, "stderr_clustered": None, "n": 0, "parse_failures": 0}
     correct, videos = [item.correct for item in scored], [item.video for item in scored]
-    found = accuracy(correct, videos)
-    spread = found.value * (1 - found.value)
+    interval = accuracy(correct, videos)
+    spread = interval.value * (1 - interval.value)
     num_effective, num_videos = effective_number([float(right) for right in correct], videos)
     return {
-        "acc": found.value,
-        "acc_low": found.low,
-        "acc_high": found.high,
+        "acc": interval.value,
+        "acc_low": interval.low,
+        "acc_high": interval.high,
         "macro": macro,
         "stderr": math.sqrt(spread / len(scored)),
         "stderr_clustered": None if num_videos == 1 else math.sqrt(spread / num_effective),

@@ -37,7 +37,7 @@ def read_srt(path: Path) -> tuple[Subtitle, ...]:
         text = _NOTE.sub("", text)
     times = list(_TIMES.finditer(text))
     numbered = bool(times) and text[: times[0].start()].rstrip("\n").rpartition("\n")[2].strip().isdigit()
-    found = []
+    subtitles = []
     for this, following in pairwise([*times, None]):
         assert this is not None
         body = text[this.end() : following.start() if following else len(text)]
@@ -45,8 +45,8 @@ def read_srt(path: Path) -> tuple[Subtitle, ...]:
             body = _without_name(body, numbered)
         said = html.unescape(_MARKUP.sub("", f"{_SETTINGS.sub('', this[3])} {body}")).split()
         if said:
-            found.append(Subtitle(_seconds(this[1]), _seconds(this[2]), " ".join(said)))
-    return tuple(sorted(found, key=lambda entry: entry.start_s))
+            subtitles.append(Subtitle(_seconds(this[1]), _seconds(this[2]), " ".join(said)))
+    return tuple(sorted(subtitles, key=lambda entry: entry.start_s))
 
 
 def _without_name(body: str, numbered: bool) -> str:

@@ -27,10 +27,10 @@ class Tomato(Benchmark):
     def rows(self, root: Path) -> Iterable[Row]:
         for kind in KINDS:
             path = first_file(root, f"data/{kind}.json")
-            made = read_json(path)
-            if not isinstance(made, dict):
+            questions = read_json(path)
+            if not isinstance(questions, dict):
                 raise ValueError(f"{self.title}: {path}: expected an object of id -> question")
-            for number, (uid, values) in enumerate(made.items()):
+            for number, (uid, values) in enumerate(questions.items()):
                 row = Row(root, path, number, values if isinstance(values, dict) else {})
                 named = row.inside({"id": uid, "kind": kind})
                 yield named if isinstance(values, dict) else row.bad(f"expected an object, got {values!r:.80}")

@@ -90,10 +90,10 @@ class VCGBench(Benchmark):
             raise ValueError(f"{self.name}: ratings depend on the judge; give judge_name")
         units = _pairs(questions) if self.folder == "Consistency" else [(question,) for question in questions]
         for aspect in ASPECTS[self.folder]:
-            given = [_rating(judge(_judge_prompt(aspect, unit, predictions))) for unit in units] if judge else []
-            rated = [rating for rating in given if rating is not None]
+            ratings = [_rating(judge(_judge_prompt(aspect, unit, predictions))) for unit in units] if judge else []
+            rated = [rating for rating in ratings if rating is not None]
             metrics[aspect] = sum(rated) / len(rated) if rated else None
-            metrics["judge_failures"] = (metrics["judge_failures"] or 0) + len(given) - len(rated)
+            metrics["judge_failures"] = (metrics["judge_failures"] or 0) + len(ratings) - len(rated)
         means = [metrics[aspect] for aspect in ASPECTS[self.folder]]
         known = [mean for mean in means if mean is not None]
         headline = sum(known) / len(known) if len(known) == len(means) else None
@@ -123,12 +123,12 @@ def _pairs(questions: Sequence[Question]) -> list[tuple[Question, ...]]:
 
 def _judge_prompt(aspect: str, unit: Sequence[Question], predictions: Mapping[str, str]) -> str:
     lines = [f"Question: {q.question}\nAnswer given: {predictions[q.uid]}" for q in unit]
-    asked = f"{_ASKED[aspect]} Rate from 0 (not at all) to 5 (fully). Reply with the number only."
-    return "\n".join([f"Right answer: {unit[0].answer}", *lines, asked])
+    request = f"{_ASKED[aspect]} Rate from 0 (not at all) to 5 (fully). Reply with the number only."
+    return "\n".join([f"Right answer: {unit[0].answer}", *lines, request])
 
 
 def mean_of_five(scores: Sequence[Scores]) -> float | None:
     """Mean of the five aspects over the three tasks; None where one is missing."""
-    found = {name: value for task in scores for name, value in task.metrics.items() if name in _ASKED}
-    values = [value for value in found.values() if value is not None]
+    aspects = {name: value for task in scores for name, value in task.metrics.items() if name in _ASKED}
+    values = [value for value in aspects.values() if value is not None]
     return sum(values) / len(values) if len(values) == len(_ASKED) else None

@@ -123,10 +123,10 @@ def _converted(folder: Path, pool: Pool, vision_config: Mapping[str, Any]) -> tu
 def _original_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     original: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    found = original.get("architectures")
-    if found != ["LlavaQwenForCausalLM"]:
+    architectures = original.get("architectures")
+    if architectures != ["LlavaQwenForCausalLM"]:
         raise ValueError(
-            f"{folder} holds {found or 'no config.json'}, expected the original files of LLaVA-Video "
+            f"{folder} holds {architectures or 'no config.json'}, expected the original files of LLaVA-Video "
             "(LlavaQwenForCausalLM); folders of stock classes need no conversion"
         )
     if lacking := [name for name in (*_TEXT_SIZES, "rope_theta") if name not in original]:

@@ -136,12 +136,12 @@ def save_pruned(
     out model and processor; the caller knows that the weights are those of the base. public: do not name a base that is
     a local folder. tensors: written in place of the modules' own, where those are cut over ranks: "model.<name>" and
     "scorer.<name>". trained: what `TRAINED` names, where it is known."""
-    given = None if tensors is None else {part: _below(part, tensors) for part in ("model", "scorer")}
+    states = None if tensors is None else {part: _below(part, tensors) for part in ("model", "scorer")}
     path, base = Path(path), absolute(model.name_or_path if base is None else base)
     with staged(path) as part:
         part.mkdir()
         if not scorer_only:
-            model.save_pretrained(part, state_dict=None if given is None else given["model"])
+            model.save_pretrained(part, state_dict=None if states is None else states["model"])
             processor.save_pretrained(part)
         if pruning is not None and pruning.name is not None and pruning.pruner.stages:
             settings = {
@@ -159,7 +159,7 @@ def save_pruned(
             (part / PRUNER_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             (part / CARD_FILE).write_text(model_card(settings, pruning.pruner, scorer_only=scorer_only))
             if pruning.module is not None:
-                state = pruning.module.state_dict() if given is None else given["scorer"]
+                state = pruning.module.state_dict() if states is None else states["scorer"]
                 state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
                 save_file(state, part / WEIGHTS_FILE)
     return path

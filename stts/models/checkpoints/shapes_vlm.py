@@ -158,7 +158,7 @@ def _model(config: SmallVlmConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaO
         "vision_use_head": False,
     }
     pinpoints = [[h * config.image_size, w * config.image_size] for h in (1, 2) for w in (1, 2)]
-    whole = LlavaOnevisionConfig(
+    vlm_config = LlavaOnevisionConfig(
         text_config=text,
         vision_config=vision,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -170,7 +170,7 @@ def _model(config: SmallVlmConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaO
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LlavaOnevisionForConditionalGeneration(whole)
+        model = LlavaOnevisionForConditionalGeneration(vlm_config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
@@ -179,9 +179,9 @@ def _model(config: SmallVlmConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaO
 @torch.no_grad()
 def _begin_with(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
     """Fill `model` with the weights of the folder `start`, word by word and place by place."""
-    given = LlavaOnevisionForConditionalGeneration.from_pretrained(start)
+    old_model = LlavaOnevisionForConditionalGeneration.from_pretrained(start)
     old_words = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
-    weights, old = model.state_dict(), given.state_dict()
+    weights, old = model.state_dict(), old_model.state_dict()
     for name, weight in weights.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             for word, row in tokenizer.get_vocab().items():
@@ -193,10 +193,10 @@ def _begin_with(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTra
             wider = torch.nn.functional.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
             weight.copy_(wider[0].flatten(1).T)
         elif name not in old or old[name].shape != weight.shape:
-            found = tuple(old[name].shape) if name in old else "missing"
+            old_shape = tuple(old[name].shape) if name in old else "missing"
             raise ValueError(
-                f"start={start}: {name} is {found}, expected {tuple(weight.shape)}; give the widths, depths and patch "
-                "size of that folder"
+                f"start={start}: {name} is {old_shape}, expected {tuple(weight.shape)}; give the widths, depths and "
+                "patch size of that folder"
             )
         else:
             weight.copy_(old[name])

@@ -31,19 +31,19 @@ def read_reference(file: str | Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                found = {name: tensors.get_tensor(name) for name in tensors.keys() if _like_a_scorer(name)}  # noqa: SIM118
+                scorer = {name: tensors.get_tensor(name) for name in tensors.keys() if _like_a_scorer(name)}  # noqa: SIM118
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-            found = {name: value for name, value in _flat(loaded) if _like_a_scorer(name)}
+            scorer = {name: value for name, value in _flat(loaded) if _like_a_scorer(name)}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{file} cannot be read as tensors ({error}); expected safetensors, or a torch file that loads with "
             "weights_only=True"
         ) from error
-    if not found:
+    if not scorer:
         raise ValueError(f"{file} has no tensor of a scorer; expected names with {ANCHOR!r}")
     try:
-        return to_ours(found)
+        return to_ours(scorer)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

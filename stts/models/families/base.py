@@ -291,10 +291,10 @@ def check_transformers(version: str = transformers.__version__) -> None:
     Hooks rely on how the stock code calls its parts, which versions may change."""
     lowest, above = TESTED_TRANSFORMERS
     tested = f"transformers >= {lowest[0]}.{lowest[1]}, < {above[0]}.{above[1]}"
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if found < lowest:
+    installed = tuple(int(part) for part in version.split(".")[:2])
+    if installed < lowest:
         raise ValueError(f"transformers {version} is too old; install {tested}")
-    if found >= above:
+    if installed >= above:
         warnings.warn(
             f"transformers {version} was not tested; if a pruned model misbehaves, use {tested}", stacklevel=2
         )

@@ -52,11 +52,11 @@ class VideoLayout:
     @classmethod
     def of(cls, config: Any) -> VideoLayout:
         """As the model's config says; stock where it says nothing. ValueError for what no layout has."""
-        given = getattr(config, CONFIG_NAME, None) or {}
+        settings = getattr(config, CONFIG_NAME, None) or {}
         known = [field.name for field in fields(cls)]
-        if not isinstance(given, Mapping) or not set(given) <= set(known):
-            raise ValueError(f"{CONFIG_NAME}={given!r} in the model's config; expected a mapping with keys {known}")
-        return cls(**given)
+        if not isinstance(settings, Mapping) or not set(settings) <= set(known):
+            raise ValueError(f"{CONFIG_NAME}={settings!r} in the model's config; expected a mapping with keys {known}")
+        return cls(**settings)
 
     def write(self, config: Any) -> None:
         """Put this layout into a model's config."""

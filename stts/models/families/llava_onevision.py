@@ -294,17 +294,17 @@ class LlavaOnevision(LlavaFacts):
         total = (visual.num_tiles + sum([grid.t for grid in visual.grids])) * num_patches
         place = torch.zeros(total, dtype=torch.long, device=y_Sd.device)
         place[row_S] = torch.arange(len(row_S), device=y_Sd.device)
-        first_frame, wanted = visual.num_tiles, []
+        first_frame, cells_of_videos = visual.num_tiles, []
         for frames, cell_K in zip([grid.t for grid in visual.grids], cells, strict=True):
             cell_K = torch.arange(frames * num_cells, device=y_Sd.device) if cell_K is None else cell_K
-            wanted.append(cell_K + first_frame * num_cells)
+            cells_of_videos.append(cell_K + first_frame * num_cells)
             first_frame += frames
-        cell = torch.cat(wanted)
+        cell = torch.cat(cells_of_videos)
         patch_KW = patch_PW[cell % num_cells]
         flat_KW = (cell // num_cells)[:, None] * num_patches + patch_KW.clamp_min(0)
         weight_KW = weight_PW[cell % num_cells].to(y_Sd.dtype)
         x_Kd = (y_Sd[place[flat_KW]] * weight_KW[..., None]).sum(1)
-        return x_Kd.split([len(part) for part in wanted])
+        return x_Kd.split([len(part) for part in cells_of_videos])
 
     def merge(
         self, kwargs: dict[str, Any], connected: Connected, visual: Visual, kept: Sequence[Tensor | None]

@@ -200,10 +200,10 @@ class Molmo2(Molmo2Facts):
         )
 
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
-        given = {name: kwargs.pop(name, None) for name in self.visual_args}
+        visual_kwargs = {name: kwargs.pop(name, None) for name in self.visual_args}
         if kwargs.get("mm_encoder_outputs") is not None:
             raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
-        kinds = [name for name in ("pixel_values", "pixel_values_videos") if given[name] is not None]
+        kinds = [name for name in ("pixel_values", "pixel_values_videos") if visual_kwargs[name] is not None]
         if not kinds:
             return None
         if len(kinds) == 2:
@@ -212,10 +212,10 @@ class Molmo2(Molmo2Facts):
                 "images and samples with videos into different batches"
             )
         names = ("image_token_pooling", "image_grids") if kinds == ["pixel_values"] else self.visual_args[5:]
-        if missing := [name for name in names if given[name] is None]:
+        if missing := [name for name in names if visual_kwargs[name] is None]:
             raise ValueError(f"{kinds[0]} came without {missing}; pass everything the processor returned")
-        pixels_FUC: Tensor = given[kinds[0]].flatten(0, -3)
-        windows, grids = (given[name].to(pixels_FUC.device) for name in names)
+        pixels_FUC: Tensor = visual_kwargs[kinds[0]].flatten(0, -3)
+        windows, grids = (visual_kwargs[name].to(pixels_FUC.device) for name in names)
         if kinds == ["pixel_values"]:  # rows and columns of the small view, then of the crops
             tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
             return self._visual(pixels_FUC, windows, tokens, windows[:0], ())

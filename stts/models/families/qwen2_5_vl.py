@@ -64,12 +64,12 @@ class Qwen2_5VL(QwenVision):
         return unit_Y
 
     def embed(self, visual: Visual) -> TowerInput:
-        given = super().embed(visual)
+        entry = super().embed(visual)
         x_SD, *aux = (
-            self.tower.permute_input_for_window_attn(x, self.units(visual), len(x)) for x in (given.x_SD, *given.aux)
+            self.tower.permute_input_for_window_attn(x, self.units(visual), len(x)) for x in (entry.x_SD, *entry.aux)
         )
         windowed = frozenset(range(self.vision.depth)) - frozenset(self.vision.fullatt_block_indexes)
-        return replace(given, x_SD=x_SD, aux=tuple(aux), windows=visual.image_args["windows"], windowed=windowed)
+        return replace(entry, x_SD=x_SD, aux=tuple(aux), windows=visual.image_args["windows"], windowed=windowed)
 
     def times(self, visual: Visual) -> dict[str, Any]:
         return {"second_per_grid_ts": visual.image_args["given"].get("second_per_grid_ts")}

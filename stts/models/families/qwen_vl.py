@@ -34,8 +34,8 @@ Size = Sequence[int]
 def _as_block(layer: nn.Module) -> Block:
     def block(x_SD: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
         # one chunk, known on the host, so that the stock loop runs once; our attention sees the segments
-        whole = torch.tensor([0, len(x_SD)], dtype=torch.int32)
-        y_SD: Tensor = layer(x_SD, cu_seqlens=whole, position_embeddings=(cos, sin), segments=segments)
+        cu_seqlens = torch.tensor([0, len(x_SD)], dtype=torch.int32)
+        y_SD: Tensor = layer(x_SD, cu_seqlens=cu_seqlens, position_embeddings=(cos, sin), segments=segments)
         return y_SD
 
     return block
@@ -204,20 +204,20 @@ class QwenVision(QwenFacts):
     # --- the visual input --------------------------------------------------------------------------------------------
 
     def take_visual(self, kwargs: dict[str, Any]) -> Visual | None:
-        given = {name: kwargs.pop(name, None) for name in self.visual_args}
+        visual_kwargs = {name: kwargs.pop(name, None) for name in self.visual_args}
         if kwargs.get("mm_encoder_outputs"):
             raise ValueError("mm_encoder_outputs skip the tower, so nothing could be pruned; pass pixel values")
         pixels, sizes = [], []
         for values, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            if (given[values] is None) != (given[grid] is None):
-                missing, there = (values, grid) if given[values] is None else (grid, values)
+            if (visual_kwargs[values] is None) != (visual_kwargs[grid] is None):
+                missing, there = (values, grid) if visual_kwargs[values] is None else (grid, values)
                 raise ValueError(f"{there} came without {missing}; pass everything the processor returned")
-            sizes.append([] if given[grid] is None else given[grid].tolist())
-            pixels += [] if given[values] is None else [given[values]]
+            sizes.append([] if visual_kwargs[grid] is None else visual_kwargs[grid].tolist())
+            pixels += [] if visual_kwargs[values] is None else [visual_kwargs[values]]
         if not pixels:
             return None
         images, videos = sizes
-        return self._visual(torch.cat(pixels), images, videos, given)
+        return self._visual(torch.cat(pixels), images, videos, visual_kwargs)
 
     def _visual(self, pixels: Tensor, images: Sequence[Size], videos: Sequence[Size], given: dict[str, Any]) -> Visual:
         frames = tuple(h * w for t, h, w in (*images, *videos) for _ in range(t))

@@ -110,9 +110,9 @@ class Collector:
                 [fields] = part.per_video(
                     tower, visual, features, visual.grids, questions=None, signals=frozenset({signal})
                 )
-                made = fields[_FIELDS[signal]]
-                assert made is not None
-                self._parts.setdefault(signal, []).append(made)
+                signal_rows = fields[_FIELDS[signal]]
+                assert signal_rows is not None
+                self._parts.setdefault(signal, []).append(signal_rows)
             self.sources |= part.sources
 
         with part.capture():

@@ -152,12 +152,12 @@ def numerics(stage: Stage, x_ND: Tensor) -> Iterator[None]:
 
 def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
     """Call the stage once; where nothing is to be dropped, a training-free stage is not even asked."""
-    whole = [budget.num_kept == video.num_groups for video, budget in zip(videos, budgets, strict=True)]
+    is_whole = [budget.num_kept == video.num_groups for video, budget in zip(videos, budgets, strict=True)]
     everything = [Kept(index_K=torch.arange(video.num_groups, device=video.cell_G.device)) for video in videos]
     if isinstance(stage, nn.Module):  # a learned stage sees every batch: its parameters are gathered on every rank
         row = stage(videos, budgets)
-        return [replace(k, index_K=e.index_K) if w else k for k, e, w in zip(row, everything, whole, strict=True)]
-    asked = [number for number, skip in enumerate(whole) if not skip]
+        return [replace(k, index_K=e.index_K) if w else k for k, e, w in zip(row, everything, is_whole, strict=True)]
+    asked = [number for number, skip in enumerate(is_whole) if not skip]
     if asked:
         for number, kept in zip(asked, stage([videos[i] for i in asked], [budgets[i] for i in asked]), strict=True):
             everything[number] = kept
