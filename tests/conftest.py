@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from stts.models.pruning.context import Pruning
 
 # Tests run scorers with random weights on purpose; those of the refusal say untrained=False.
 Pruning.__init__.__kwdefaults__["untrained"] = True  # type: ignore[index]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&`: tests of Ctrl-C would wait for ever
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_mlp": 48, "llm_layers": 3}
 
