@@ -3,9 +3,10 @@ each of its optimizer states, whole, from which every rank takes its piece."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import io
+from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ from torch import Tensor
 
 TAG = "checkpoint"
 """Folder inside a checkpoint of Lightning's that holds the files of all ranks."""
-_CONVERT = "import stts; from deepspeed.checkpoint import ds_to_universal as u; u.main(u.parse_arguments())"
 
 
 def convert(state: Path, out: Path) -> None:
     """Write the checkpoint `state` to the folder `out`, in the universal format. Call it on one rank.
 
-    In a process of its own, since the conversion forks. ValueError with its last words where it fails."""
-    options = ["--input_folder", state / TAG, "--output_folder", out / TAG, "--inject_missing_state"]
-    options += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run([sys.executable, "-c", _CONVERT, *map(str, options)], capture_output=True, text=True)
-    if done.returncode:
+    ValueError with DeepSpeed's reason where it fails. DeepSpeed reads the files as pickles, which can run code."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    folders = {"input_folder": str(state / TAG), "output_folder": str(out / TAG)}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}  # more would be forked
+    options = Namespace(**folders, **workers, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress
+            ds_to_universal.main(options)
+    except Exception as error:
         raise ValueError(
-            f"DeepSpeed cannot convert {state} for another number of ranks; use the number that wrote it. Its last "
-            f"words: {done.stderr[-500:]}"
-        )
+            f"DeepSpeed cannot convert {state} for another number of ranks ({type(error).__name__}: {error}); use the "
+            "number that wrote it"
+        ) from error
     if not (out / TAG / "zero" / "optimizer_state.pt").exists():
         raise ValueError(f"DeepSpeed wrote no optimizer state to {out}; use the number of ranks that wrote {state}")
 

@@ -49,12 +49,12 @@ def start(argv: Sequence[str | Path]) -> subprocess.Popen[str]:
     return _start(["stts.cli", "fit", *map(str, argv)])
 
 
-def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600) -> str:
-    """These runs one after the other in the same two processes, under torchrun on a free port."""
+def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600, ranks: int = 2) -> str:
+    """These runs one after the other in the same processes, under torchrun on a free port."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
     script = str(Path(__file__).with_name("fits.py"))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     code, output = finish(_start([*torchrun, script, str(file)]), timeout_s)
     assert code == 0, output[-4000:]
     return output
