@@ -25,6 +25,10 @@ VERBS = {  # verb -> what it does, and the function that does it
         "one HTML page of comparisons: table, plots, samples with the tokens that were kept",
         "stts.report.page:report",
     ),
+    "ask": (
+        'ask a video: stts ask CLIP "question" --model M, with every token and with few',
+        "stts.report.visualize:ask",
+    ),
     "visualize": (
         "one video, one question, one pruner: what was kept, as .png, .mp4 or .html",
         "stts.report.visualize:visualize",

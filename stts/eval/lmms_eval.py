@@ -21,7 +21,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from stts.eval.chat import Chat, Piece
+    from stts.models.checkpoints.chat import Chat, Piece
 
 _LONGEST = 1024  # new tokens where the task names no limit, as lmms-eval's own models have it
 
@@ -32,7 +32,8 @@ def manifest() -> ModelManifest:
 
 
 class STTS(lmms):
-    """Arguments are those of `stts.eval.chat.Chat`; any other one is an option of the pruner, such as compat=official.
+    """Arguments are those of `stts.models.checkpoints.hub.load_chat`; any other one is an option of the pruner, such as
+    compat=official.
 
     Under `accelerate launch` every process takes its share of the questions, on a device of its own."""
 
@@ -50,7 +51,8 @@ class STTS(lmms):
         super().__init__()
         from accelerate import Accelerator
 
-        from stts.eval.chat import Chat  # here: lmms-eval loads every entry point, whichever model it then runs
+        # here: lmms-eval loads every entry point, whichever model it then runs
+        from stts.models.checkpoints.hub import load_chat
 
         options.pop("max_batch_size", None)  # always handed over, for sizes found by trial
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -60,7 +62,7 @@ class STTS(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         alone = self._world_size == 1
         self.device = self.accelerator.device if device is None or not alone else device
-        self.chat: Chat | None = Chat(pretrained, pruner, retention_ratio, device=self.device, **options)
+        self.chat: Chat | None = load_chat(pretrained, pruner, retention_ratio, device=self.device, **options)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers in the order of `requests`. Questions of one kind and with the same settings share batches."""
@@ -117,7 +119,7 @@ def _uid(args: tuple[Any, ...]) -> str:
 
 
 def _piece(part: Any, uid: str) -> Piece:
-    from stts.eval.chat import Piece
+    from stts.models.checkpoints.chat import Piece
 
     if part.type == "text":
         return Piece("text", part.text)

@@ -1,4 +1,4 @@
-"""`stts visualize`: one video, one question, one pruner, as one file.
+"""`stts ask` and `stts visualize`: one video, one question, one pruner, as text and as one file.
 
 .png   a sheet of all frames, dropped cells darkened, with the answers
 .mp4   the same frame by frame, with the number of tokens kept
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,16 +22,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stts.data.collate import Collator
-from stts.data.datasets import Example
-from stts.data.rows import Message, Sample
-from stts.data.video.files import read_video
-from stts.eval.answering.method import Runner, make_runners
+from stts.eval.answering.method import cell_of
 from stts.eval.results.table import DENSE, Cell
 from stts.files import staged, write_whole
-from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
+from stts.models.checkpoints.chat import Asked
+from stts.models.checkpoints.hub import PrunedVLM
+from stts.models.checkpoints.load import pruner_settings
 from stts.pruners.base import Positions
 from stts.report.page import render_page
 from stts.report.run_data import cell_data, encode_frames, first_of_cells, kept_data
@@ -45,25 +44,100 @@ _CHOICES = (".png", ".mp4", ".html")
 class View:
     """What one pruner kept of one video, and what the model said with and without it."""
 
-    frames_THWC: NDArray[np.uint8]
-    """The first frame of every temporal cell."""
-    times_s: list[float]
-    """Of all sampled frames."""
-    grid: Grid
-    index_K: Tensor
-    scores_G: Tensor | None
+    asked: Asked
     cell: Cell
-    question: str
-    said: str
-    said_dense: str
-    retention: float
-    """Equivalent retention, measured."""
+
+    @property
+    def grid(self) -> Grid:
+        return self.asked.report.grids[0]
+
+    @property
+    def index_K(self) -> Tensor:
+        return self.asked.report.index[0].cpu()
+
+    @property
+    def scores_G(self) -> Tensor | None:
+        scores = self.asked.report.scores[0]
+        return None if scores is None else scores.float().cpu()
+
+    @property
+    def frames_THWC(self) -> NDArray[np.uint8]:
+        """The first frame of every temporal cell."""
+        assert self.asked.example.frames is not None
+        return first_of_cells(self.asked.example.frames, self.grid.t)
+
+    @property
+    def times_s(self) -> list[float]:
+        """Of all sampled frames."""
+        assert self.asked.example.timestamps_s is not None
+        times: list[float] = self.asked.example.timestamps_s.tolist()
+        return times
+
+    @property
+    def said(self) -> str:
+        return self.asked.pruned.text.strip()
+
+    @property
+    def said_dense(self) -> str:
+        return self.asked.dense.text.strip()
+
+    @property
+    def retention(self) -> float:
+        """Equivalent retention, measured."""
+        return self.asked.report.retention_measured
 
     @property
     def mask_THW(self) -> NDArray[np.bool_]:
         mask_G = np.zeros(self.grid.num_groups, bool)
         mask_G[self.index_K.numpy()] = True
         return mask_G.reshape(self.grid.t, self.grid.h, self.grid.w)
+
+
+def ask(
+    video: Path,
+    question: str,
+    /,
+    *,
+    model: str,
+    pruner: str | None = None,
+    pruner_options: dict[str, Any] | None = None,
+    retention_ratio: float | None = None,
+    num_frames: int | None = None,
+    sampler: str | None = None,
+    positions: Positions | None = None,
+    clip: tuple[float, float] | None = None,
+    folder_fps: float = 1.0,
+    max_new_tokens: int = 32,
+    save: Path | None = None,
+) -> str:
+    """Ask one question about one video, with every token and with those that a pruner keeps.
+
+    Args:
+        video: video file, or a folder with its frames as pictures.
+        question: what to ask about it.
+        model: model folder or hub id.
+        pruner: name (see `stts pruners`), module:Class or file.py:Class; null: the model's own, else tango.
+        pruner_options: options of the pruner, as in '{compat: official}'.
+        retention_ratio: fraction kept; null: the model's own, else 0.5.
+        num_frames: frames, at most; null: as the model was trained, else 16.
+        sampler: how frames are chosen; null: as trained, else uniform_inclusive.
+        positions: of kept tokens in the LLM, original or compact; null: as trained.
+        clip: seconds of the video to look at, start and end.
+        folder_fps: pictures of a folder per second.
+        max_new_tokens: longest answer.
+        save: also write what was kept, as .png, .mp4 or .html.
+    """
+    if save is not None:
+        _check_ending("--save", save)
+    view = look(
+        video, question=question, model=model, pruner=pruner, retention_ratio=retention_ratio, num_frames=num_frames,
+        sampler=sampler, positions=positions, clip=clip, folder_fps=folder_fps, max_new_tokens=max_new_tokens,
+        options=pruner_options,
+    )  # fmt: skip
+    if save is None:
+        return str(view.asked)
+    write_view(view, save)
+    return f"{view.asked}\n\nwrote {save}: {_counts(view)}"
 
 
 def visualize(
@@ -88,7 +162,7 @@ def visualize(
         video: video file, or a folder with its frames as pictures.
         question: what to ask about it.
         model: model folder or hub id.
-        pruner: name (see `stts pruners`) or module:Class; null: the model's own.
+        pruner: name (see `stts pruners`) or module:Class; null: the model's own, else tango.
         retention_ratio: fraction kept; null: the model's own, else 0.5.
         num_frames: frames, at most; null: as the model was trained, else 16.
         sampler: how frames are chosen; null: as trained, else uniform_inclusive.
@@ -99,16 +173,18 @@ def visualize(
         out: file ending in .png, .mp4 or .html; null: .png named as the video.
     """
     out = out or Path(video.stem + ".png")
-    if out.suffix not in _CHOICES:
-        raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
-    if num_frames == 0 or min(num_frames or 1, max_new_tokens) < 1:
-        raise ValueError("--num_frames and --max_new_tokens must be at least 1")
+    _check_ending("--out", out)
     view = look(
         video, question=question, model=model, pruner=pruner, retention_ratio=retention_ratio, num_frames=num_frames,
         sampler=sampler, positions=positions, clip=clip, folder_fps=folder_fps, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     write_view(view, out)
     return f"wrote {out}: {_counts(view)}; says {json.dumps(view.said)}, dense {json.dumps(view.said_dense)}"
+
+
+def _check_ending(option: str, file: Path) -> None:
+    if file.suffix not in _CHOICES:
+        raise ValueError(f"{option} {file} ends in {file.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
 
 
 def look(
@@ -124,66 +200,28 @@ def look(
     clip: tuple[float, float] | None = None,
     folder_fps: float = 1.0,
     max_new_tokens: int = 32,
+    options: Mapping[str, Any] | None = None,
 ) -> View:
-    """Ask once densely and once pruned. Pruner, ratio, frames and positions that are None are those that a folder of
-    ours records; else a ratio of 0.5, 16 frames by uniform_inclusive, and positions as the pruner declares.
+    """Load a model and ask it once densely and once pruned, as `PrunedVLM.ask` does. Pruner, ratio, frames and
+    positions that are None are those that a folder of ours records; else tango and a ratio of 0.5, 16 frames by
+    uniform_inclusive, and positions as the pruner declares.
 
-    video: a file, or a folder with its frames as pictures, `folder_fps` of them a second. clip: seconds (start, end) to
-    look at. ValueError: the video is broken, the pruner unknown or out of reach."""
+    options: of the pruner. ValueError: the video is broken, the pruner unknown or out of reach."""
     if not 0 < folder_fps < math.inf:
         raise ValueError(f"--folder_fps {folder_fps} must be a positive number of pictures a second")
-    frames = as_recorded(model, num_frames=num_frames, sampler=sampler, max_fps=None)
-    shown = read_video(
-        Path(video), sampler=frames["sampler"] or "uniform_inclusive", num_frames=frames["num_frames"] or 16, clip=clip,
-        max_fps=frames["max_fps"], timeout_s=None, folder_fps=folder_fps,
-    )  # fmt: skip
-    own = pruner_settings(model) or {}
-    if pruner is None and not own:
-        raise ValueError(f"--model {model} was not written by `stts fit` or `stts export`, so name a --pruner")
-    pruner = pruner or recorded_pruner(model, own)
-    vlm, processor = load_vlm(model)
-    vlm.to("cuda" if torch.cuda.is_available() else "cpu")
-    dense, runner = _runners(vlm, model, pruner, retention_ratio, positions)
-    sample = Sample("video", (Message("user", f"<video>\n{question}"),), Path(video))
-    example = Example(sample, shown.frames, shown.timestamps_s, duration_s=shown.source.duration_s)
-    batch = Collator(processor, training=False)([example])
-    assert batch is not None
-    batch = batch.to(vlm.device)
-    [plain], _ = dense.answer(batch, processor, max_new_tokens)
-    [answer], measured = runner.answer(batch, processor, max_new_tokens)
-    report = measured.report
-    grid, scores = report.grids[0], report.scores[0]
-    return View(
-        frames_THWC=first_of_cells(shown.frames, grid.t),
-        times_s=shown.timestamps_s.tolist(),
-        grid=grid,
-        index_K=report.index[0].cpu(),
-        scores_G=None if scores is None else scores.float().cpu(),
-        cell=runner.cell,
-        question=question,
-        said=answer.prediction.strip(),
-        said_dense=plain.prediction.strip(),
-        retention=answer.retention,
+    if num_frames == 0 or min(num_frames or 1, max_new_tokens) < 1:
+        raise ValueError("--num_frames and --max_new_tokens must be at least 1")
+    if pruner is None and pruner_settings(model) is None:
+        pruner = "tango"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vlm = PrunedVLM.from_pretrained(
+        model, pruner, retention_ratio, device=device, positions=positions, **dict(options or {})
     )
-
-
-def _runners(
-    vlm: PreTrainedModel, path: str | Path, pruner: str, ratio: float | None, positions: Positions | None
-) -> tuple[Runner, Runner]:
-    """Dense, and the pruner. ValueError for one that drops nothing or cannot be run."""
-    own = pruner_settings(path) or {}
-    if ratio is None:
-        ratio = own["retention_ratio"] if pruner == own.get("pruner") else 0.5
-    dense, *others = make_runners(
-        vlm, path, pruners=(pruner,), retention_ratios=(ratio,),
-        exact=own.get("exact", True), positions=positions or own.get("positions"), options={}, siglip=None, seed=0,
+    asked = vlm.ask(
+        video, question, num_frames=num_frames, sampler=sampler, clip=clip, folder_fps=folder_fps,
+        max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    if not others:
-        raise ValueError(f"--pruner {pruner!r} keeps everything; name one that drops tokens (see `stts pruners`)")
-    [runner] = others
-    if runner.pruning is None:
-        raise ValueError(str(runner.cell.reason))
-    return dense, runner
+    return View(asked, cell_of(vlm.pruning))
 
 
 def darken(frame_HWC: NDArray[np.uint8], mask_hw: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -246,7 +284,8 @@ def draw_page(view: View) -> str:
         return {"said": said, "right": None, "retention": retention}
 
     sample = {
-        "uid": "video", "task": "", "family": "", "question": view.question, "answer": "", "frames": 0, "missing": "",
+        "uid": "video", "task": "", "family": "", "question": view.asked.question, "answer": "", "frames": 0,
+        "missing": "",
         "outcomes": {DENSE: outcome(view.said_dense, 1.0), key: outcome(view.said, view.retention)},
         **kept_data(view.grid, view.times_s, {key: view.index_K}, scores),
     }  # fmt: skip
@@ -263,7 +302,7 @@ def draw_page(view: View) -> str:
 def _headlines(view: View) -> list[str]:
     return [
         f"{view.cell.title} {view.cell.retention_configured:g}: {_counts(view)}",
-        f"Question: {view.question}",
+        f"Question: {view.asked.question}",
         f"Answer: {view.said}",
         f"Dense answer: {view.said_dense}",
     ]

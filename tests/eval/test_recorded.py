@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from stts.data.shapes.files import write_shapes
-from stts.eval.chat import Chat
 from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.evaluate import render, run_eval
 from stts.eval.results.table import render_text
 from stts.eval.run_config import EvalConfig
 from stts.eval.scale import ScaleConfig, run_scale
-from stts.models.checkpoints.hub import PrunedVLM, export
+from stts.models.checkpoints.hub import PrunedVLM, export, load_chat
 from stts.models.checkpoints.load import load_vlm, pruner_settings, save_pruned
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.pruning.context import Pruning
@@ -124,13 +123,13 @@ def test_visualize(folder: Path, clips: Path) -> None:
 
 
 def test_chat_and_with_it_lmms_eval(folder: Path) -> None:
-    chat = Chat(folder)
-    pruning = chat.vlm.pruning
+    chat = load_chat(folder)
+    pruning = chat.pruning
     assert {name: getattr(chat, name) for name in FRAMES} == FRAMES
     assert {name: getattr(pruning, name) for name in SAME} == SAME
     assert (pruning.name, pruning.options, pruning.retention_ratio) == ("stts", OPTIONS, RATIO)
-    other = Chat(folder, "novelty", 0.5, num_frames=3)
-    assert (other.num_frames, other.sampler, other.vlm.pruning.positions) == (3, "interior", "original")
+    other = load_chat(folder, "novelty", 0.5, num_frames=3)
+    assert (other.num_frames, other.sampler, other.pruning.positions) == (3, "interior", "original")
 
 
 def test_a_copy_and_a_scorer_alone_still_say_all(folder: Path, tmp_path: Path) -> None:

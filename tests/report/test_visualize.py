@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -84,7 +85,8 @@ def test_dropped_cells_are_dark_at_any_frame_size() -> None:
 def test_the_sheet_shows_every_frame_with_its_own_cells(view: View) -> None:
     sheet = np.asarray(draw_sheet(view), np.float64)
     assert sheet.ndim == 3 and sheet.shape[1] >= 640
-    everything = View(**{**vars(view), "index_K": torch.arange(view.grid.num_groups)})
+    report = replace(view.asked.report, index=[torch.arange(view.grid.num_groups)])
+    everything = replace(view, asked=replace(view.asked, report=report))
     assert sheet.mean() < np.asarray(draw_sheet(everything), np.float64).mean(), "half of the cells are darker"
 
 
@@ -116,7 +118,6 @@ def test_one_file_of_the_kind_its_name_says(
         ({"--pruner": "none"}, "keeps everything"),
         ({"--pruner": "fastv", "--retention_ratio": "0.1"}, "cannot be reached"),
         ({"--num_frames": "0"}, "must be at least 1"),
-        ({"--pruner": ""}, "so name a --pruner"),
         ({"--pruner": "nosuch"}, "nosuch"),
     ],
 )
@@ -127,3 +128,21 @@ def test_what_cannot_be_shown_is_refused_in_a_line(
     words = [word for pair in (given | change).items() if pair[1] for word in pair]
     assert stts(["visualize", str(clip), *words]) == 2
     assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_ask_prints_both_answers_and_saves_the_picture_where_told(
+    tiny_folder: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ask", str(clip), "which colour flashed ?", "--model", str(tiny_folder), "--num_frames", "4"]
+    words += ["--max_new_tokens", "1"]
+    assert stts([*words, "--save", str(tmp_path / "kept.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["dense", "tango"], "tango where a stock folder names none"
+    assert lines[-1] == f"wrote {tmp_path}/kept.png: 32 of 64 tokens kept"
+    assert Image.open(tmp_path / "kept.png").format == "PNG"
+    options = ["--pruner", "fastvid", "--pruner_options", "{variant: lv}", "--retention_ratio", "0.25"]
+    assert stts([*words, *options]) == 0 and "fastvid 0.25" in capsys.readouterr().out
+    assert stts([*words, "--save", "x.gif"]) == 2
+    assert "--save x.gif ends in '.gif'; expected one of" in capsys.readouterr().err
+    assert stts([*words, "--pruner_options", "{nosuch: 1}"]) == 2
+    assert "does not take the options ['nosuch']" in capsys.readouterr().err

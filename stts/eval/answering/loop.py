@@ -28,9 +28,10 @@ from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
 from stts.eval.answering.kept_tokens import kept_tensors
-from stts.eval.answering.method import Answer, Runner, asked_of
+from stts.eval.answering.method import Answer, Runner
 from stts.eval.answering.questions import Source
 from stts.eval.answering.run_folder import Note, Store
+from stts.models.checkpoints.chat import asked_of
 
 
 @dataclass(frozen=True)

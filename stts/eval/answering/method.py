@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import stts
 from stts.data.collate import Batch
-from stts.data.rows import Sample
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
-from stts.metrics.accuracy import normalise
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
+from stts.models.checkpoints.chat import question_of
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts.models.families.base import host_info, vlm_shape
 from stts.models.pruning.context import Pruning
@@ -34,7 +32,6 @@ from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.simple import Dense
 
 _SEEDED = ("random", "random-vit")
-_OPTION = re.compile(r"\(?[A-Z][).:]\s")
 
 
 @runtime_checkable
@@ -162,22 +159,6 @@ class Runner:
         return answers, measured
 
 
-def asked_of(sample: Sample) -> str:
-    """What the user said last, without media markers."""
-    text = next((message.text for message in reversed(sample.messages) if message.role == "user"), "")
-    return text.replace("<video>", "").replace("<image>", "").strip()
-
-
-def question_of(sample: Sample) -> str:
-    """The last question of the user, without media markers, and without the answer options and what follows them.
-
-    A line is an option when it is one of the row's `options`, or begins with a letter as in "A. red" or "(B) blue"."""
-    lines = asked_of(sample).splitlines()
-    options = [normalise(option) for option in sample.meta.get("options") or ()]
-    first = next((n for n, line in enumerate(lines) if n and (_OPTION.match(line) or normalise(line) in options)), None)
-    return "\n".join(lines[:first]).strip()
-
-
 def make_runners(
     model: PreTrainedModel,
     path: str | Path,
@@ -205,10 +186,23 @@ def make_runners(
                 pruning = Pruning(model, pruner, retention_ratio=ratio, exact=exact, positions=positions, siglip=siglip)
             except ValueError as error:
                 reason = str(error)
-            labels = sorted({part.label for part in (pruner, *pruner.stages) if isinstance(part, Labelled)})
             at = pruning.positions if pruning is not None else ""
-            runners.append(Runner(Cell(name, ratio, reason, kind_of(pruner), ", ".join(labels), positions=at), pruning))
+            cell = Cell(name, ratio, reason, kind_of(pruner), label_of(pruner), positions=at)
+            runners.append(Runner(cell, pruning))
     return runners
+
+
+def cell_of(pruning: Pruning) -> Cell:
+    """The cell of a pruner that was put on a model."""
+    pruner, name = pruning.pruner, pruning.name or type(pruning.pruner).__name__
+    return Cell(
+        name, pruning.retention_ratio, kind=kind_of(pruner), label=label_of(pruner), positions=pruning.positions
+    )
+
+
+def label_of(pruner: Pruner) -> str:
+    """What must stand wherever the method is named; "" for most."""
+    return ", ".join(sorted({part.label for part in (pruner, *pruner.stages) if isinstance(part, Labelled)}))
 
 
 def _load(path: str | Path, model: PreTrainedModel, name: str, seed: int, options: Mapping[str, Any]) -> Pruner:

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from stts.models.checkpoints.chat import Asked, Chat, Piece
 from stts.models.checkpoints.load import (
     PRUNER_FILE,
     TRAINED,
@@ -33,7 +34,7 @@ from stts.models.families.attention import is_on
 from stts.models.pruning.checks import without_adapters
 from stts.models.pruning.context import Pruning
 from stts.models.pruning.report import Report
-from stts.models.pruning.siglip import SiglipSource
+from stts.models.pruning.siglip import SiglipSource, load_siglip
 from stts.pruners.base import Positions
 
 
@@ -145,6 +146,42 @@ class PrunedVLM(nn.Module):
         """`generate` of the model."""
         return self.model.generate(**inputs)
 
+    def chat(self, *, num_frames: int | None = None, sampler: str | None = None, max_fps: float | None = None) -> Chat:
+        """The model to be asked in pieces. Frames that are None are chosen as it was trained, else 32 of them by
+        uniform_inclusive."""
+        recorded = self.trained
+        return Chat(
+            self.pruning,
+            self.processor,
+            num_frames=num_frames or recorded.get("num_frames") or 32,
+            sampler=sampler or recorded.get("sampler") or "uniform_inclusive",
+            max_fps=max_fps or recorded.get("max_fps"),
+        )
+
+    def ask(
+        self,
+        video: str | Path,
+        question: str,
+        *,
+        num_frames: int | None = None,
+        sampler: str | None = None,
+        clip: tuple[float, float] | None = None,
+        folder_fps: float = 1.0,
+        max_new_tokens: int = 32,
+    ) -> Asked:
+        """The answers with every token and with those that the pruner keeps; `print` shows both, and what was saved.
+
+        video: a file, or a folder with its frames as pictures, `folder_fps` of them a second. clip: seconds (start,
+        end) to look at. Frames that are None are chosen as the model was trained, else 16 by uniform_inclusive. Each
+        answer is timed behind an untimed first token. ValueError: the video is broken, or the pruner drops nothing."""
+        chat = self.chat(num_frames=num_frames or self.trained.get("num_frames") or 16, sampler=sampler)
+        learning = self.training
+        self.eval()
+        try:
+            return chat.side_by_side(Piece("video", video, clip, folder_fps), question, max_new_tokens=max_new_tokens)
+        finally:
+            self.train(learning)
+
     def detach(self) -> None:
         """Take the pruner off; the model is the stock one again, bit for bit."""
         self.pruning.detach()
@@ -204,6 +241,26 @@ class PrunedVLM(nn.Module):
                 f"{len(changed)} tensors of the model differ from its base {self.base} ({changed[0]} is the first), "
                 "so a scorer alone would not give this model; write the complete folder"
             )
+
+
+def load_chat(
+    pretrained: str | Path,
+    pruner: str | None = None,
+    retention_ratio: float | None = None,
+    *,
+    num_frames: int | None = None,
+    sampler: str | None = None,
+    max_fps: float | None = None,
+    siglip: str | Path | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Chat:
+    """How other frameworks load a model: `PrunedVLM.from_pretrained`, then `PrunedVLM.chat`. What is None comes from a
+    folder of ours; `none` as pruner is the stock model. siglip: a folder or hub id. ValueError: something does not fit.
+    """
+    source = None if siglip is None else load_siglip(siglip)
+    vlm = PrunedVLM.from_pretrained(pretrained, pruner, retention_ratio, device=device, siglip=source, **options)
+    return vlm.chat(num_frames=num_frames, sampler=sampler, max_fps=max_fps)
 
 
 def _merged(model: Any) -> PreTrainedModel:

@@ -55,6 +55,10 @@ class Pruning(Settings):
 
     # --- on and off --------------------------------------------------------------------------------------------------
 
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._handles)
+
     def attach(self) -> Pruning:
         """Put the hooks on. ValueError when the model already carries some."""
         if self._handles or any(is_on(config) for config in self.adapter.configs):

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from stts.data.rows import Message, Sample
-from stts.eval.answering.method import kind_of, question_of
+from stts.eval.answering.method import kind_of
+from stts.models.checkpoints.chat import question_of
 from stts.pruners.base import HostInfo
 from stts.pruners.registry import make_pruner
 

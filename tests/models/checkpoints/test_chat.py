@@ -14,13 +14,14 @@ from PIL import Image
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes.files import write_shapes
-from stts.eval.answering.method import Runner, asked_of
-from stts.eval.chat import Chat, Piece
+from stts.eval.answering.method import Runner
 from stts.eval.results.table import Cell
+from stts.models.checkpoints.chat import Chat, Piece, asked_of
+from stts.models.checkpoints.hub import PrunedVLM, load_chat
 from stts.models.checkpoints.load import load_vlm
 from stts.models.pruning.context import Pruning
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VLM = ROOT / "stts" / "assets" / "shapes_vlm"
 FRAMES = 8
 
@@ -32,7 +33,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat() -> Chat:
-    return Chat(VLM, "tango", 0.25, num_frames=FRAMES)
+    return load_chat(VLM, "tango", 0.25, num_frames=FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_two_videos_and_a_stock_folder_without_a_pruner_are_refused(chat: Chat) 
     with pytest.raises(ValueError, match="shows 2 videos"):
         chat.example("a", [("user", [Piece("video", "a.mp4"), Piece("video", "b.mp4")])])
     with pytest.raises(ValueError, match="name a pruner"):
-        Chat(VLM)
+        load_chat(VLM)
 
 
 def test_the_vlmevalkit_wrapper_answers_its_message_lists(
@@ -118,7 +119,7 @@ def test_the_vlmevalkit_wrapper_answers_its_message_lists(
         for name in [name for name in sys.modules if name.split(".")[0] == "vlmeval"]:
             del sys.modules[name]
     assert model.VIDEO_LLM and "video" in model.allowed_types and model.nframe == 32
-    own = Chat(VLM, "tango", 0.25, num_frames=FRAMES)
+    own = load_chat(VLM, "tango", 0.25, num_frames=FRAMES)
     model.nframe = FRAMES  # as VLMEvalKit does for --nframe
     for video, question in asked[:3]:
         message = [{"type": "video", "value": str(video)}, {"type": "text", "value": question}]
@@ -126,3 +127,31 @@ def test_the_vlmevalkit_wrapper_answers_its_message_lists(
         assert (
             model.generate_inner(message, dataset="MVBench") == own.answer([example], max_new_tokens=6)[0].text.strip()
         )
+
+
+def test_ask_gives_the_answers_of_both_sides_and_what_was_saved(asked: list[tuple[Path, str]], chat: Chat) -> None:
+    vlm = PrunedVLM.from_pretrained(VLM, "tango", 0.25)
+    video, question = asked[0]
+    result = vlm.ask(video, question, num_frames=FRAMES, max_new_tokens=6)
+    example = chat.example("a", [("user", [Piece("video", video), Piece("text", question)])])
+    assert result.pruned.text == chat.answer([example], max_new_tokens=6)[0].text
+    vlm.detach()
+    stock = Chat(Pruning(vlm.model, "none").attach(), vlm.processor, num_frames=FRAMES)
+    assert result.dense.text == stock.answer([example], max_new_tokens=6)[0].text
+    stock.pruning.detach()
+    assert result.num_tokens == (9 * FRAMES, 9 * FRAMES // 4) and min(result.ms) > 0
+    assert result.report.num_kept == [18] and len(result.example.frames) == FRAMES
+    lines = str(result).splitlines()
+    assert lines[0] == f"dense       {result.dense.text.strip()}" and lines[1].startswith("tango 0.25  ")
+    assert lines[-1].split()[:2] == ["saved", "75%"] and max(map(len, lines)) <= 100
+    with pytest.raises(ValueError, match="taken off the model; put it on again"):
+        vlm.ask(video, question)
+
+
+def test_ask_leaves_the_mode_of_the_model_and_refuses_a_pruner_that_drops_nothing(
+    asked: list[tuple[Path, str]],
+) -> None:
+    vlm = PrunedVLM.from_pretrained(VLM, "none").train()
+    with pytest.raises(ValueError, match="'none' keeps everything"):
+        vlm.ask(*asked[0])
+    assert vlm.training and vlm.model.training
