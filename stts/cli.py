@@ -17,10 +17,10 @@ VERBS = {  # verb -> what it does, and the function that does it
     "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", "stts_train.plan:plan"),
     "eval": (
         "one model and pruner on benchmarks or a file, in lmms-eval's formats; many ranks with torchrun",
-        "stts.eval.evaluate:main",
+        "stts.eval.evaluate:evaluate",
     ),
-    "compare": ("compare pruners with dense on the same model, videos and budgets", "stts.eval.compare:main"),
-    "scale": ("more frames at test time: accuracy against tokens, FLOPs and seconds", "stts.eval.scale:main"),
+    "compare": ("compare pruners with dense on the same model, videos and budgets", "stts.eval.compare:compare"),
+    "scale": ("more frames at test time: accuracy against tokens, FLOPs and seconds", "stts.eval.scale:scale"),
     "report": (
         "one HTML page of comparisons: table, plots, samples with the tokens that were kept",
         "stts.report.page:report",
@@ -38,6 +38,11 @@ VERBS = {  # verb -> what it does, and the function that does it
     "pruners": ("list the pruners, show one of them, or check your own", "stts.pruners.listing:pruners"),
 }
 
+FORMS = {  # (verb, option) -> the function that does it where this option is given; --help of the verb names them
+    ("compare", "--video"): "stts.report.one_clip:compare_clip",
+    ("eval", "--rescore"): "stts.eval.evaluate:rescore",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Bad input prints one line that says what to change, and gives exit code 2."""
@@ -47,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nstopped{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `stts pruners | head`: nobody reads on, which is no fault of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at exit
@@ -72,8 +78,16 @@ def _main(args: list[str]) -> int:
         raise ValueError(f"unknown verb {args[0]!r}; {tip}known: {', '.join(VERBS)}")
     from stts.command_line import run  # jsonargparse takes a third of a second, which `stts --help` need not wait for
 
-    module, _, name = VERBS[args[0]][1].partition(":")
+    module, _, name = target_of(args[0], args[1:]).partition(":")
     return run(getattr(importlib.import_module(module), name), f"stts {args[0]}", args[1:])
+
+
+def target_of(verb: str, words: Sequence[str]) -> str:
+    """`module:function` of a verb with these words behind it."""
+    given = {word.partition("=")[0] for word in words}
+    return next(
+        (target for (name, option), target in FORMS.items() if name == verb and option in given), VERBS[verb][1]
+    )
 
 
 if __name__ == "__main__":

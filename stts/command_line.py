@@ -31,43 +31,64 @@ def run(verb: Callable[..., Any], prog: str, args: Sequence[str]) -> int:
 
 
 def parse(verb: Callable[..., Any], prog: str, args: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments for `verb` from a command line. SystemExit with a message for a bad one.
+    """Positional and keyword arguments for `verb` from a command line. SystemExit with a message for a bad one."""
+    values, config = read(verb, prog, args), _config_of(verb)
+    if config is not None:
+        return [config(**values)], {}
+    positional: list[Any] = []
+    for name in _loose(verb):
+        value = values.pop(name)
+        positional += value if isinstance(value, list) else [value]
+    return positional, values
+
+
+def read(verb: Callable[..., Any], prog: str, args: Sequence[str]) -> dict[str, Any]:
+    """Values of the parameters of `verb` by name; of the fields, where a dataclass is its only parameter.
 
     Positional-only parameters have no option name here either (`*names` takes one or more). Fields of a dataclass that
     is a keyword are nested options, as in `--form.grid 4`; where it is the only parameter, its fields are the options,
     and `--config` reads them from a YAML file. `--flag` alone is `--flag true`; `--names a b` is `--names [a,b]`."""
-    hints, parameters = get_type_hints(verb), inspect.signature(verb).parameters
-    loose = {name: one for name, one in parameters.items() if one.kind in _POSITIONAL}
-    [only] = parameters if len(parameters) == 1 else [None]
-    if only is not None and is_dataclass(hints[only]):
-        config: Any = hints[only]
-        return [config(**parse_config(config, prog, args))], {}
-    documented = docstring_parser.parse(verb.__doc__ or "")
+    config, hints = _config_of(verb), get_type_hints(verb)
+    if config is not None:
+        hints = {item.name: get_type_hints(config)[item.name] for item in fields(config)}
+    parser = make_parser(verb, prog)
+    values = parser.parse_args(join_words(hints, args))
+    if config is None:
+        values = parser.instantiate_classes(values)
+    by_name: dict[str, Any] = values.as_dict()
+    by_name.pop("config", None)
+    return by_name
+
+
+def make_parser(verb: Callable[..., Any], prog: str) -> ArgumentParser:
+    config = _config_of(verb)
+    if config is not None:
+        parser = ArgumentParser(prog=prog, description=config.__doc__)
+        parser.add_argument("--config", action="config", help="YAML file with these settings.")
+        parser.add_class_arguments(config, as_group=False)
+        return parser
+    documented, hints = docstring_parser.parse(verb.__doc__ or ""), get_type_hints(verb)
     parser = ArgumentParser(prog=prog, description=_text(documented))
+    loose = _loose(verb)
     for name, parameter in loose.items():
         about = next((one.description for one in documented.params if one.arg_name.lstrip("*") == name), None)
         many = parameter.kind == parameter.VAR_POSITIONAL
         number = "+" if many else "?" if parameter.default is None else None
         parser.add_argument(name, type=hints[name], help=about, nargs=number)
     parser.add_function_arguments(verb, as_group=False, skip=set(loose))
-    values = parser.instantiate_classes(parser.parse_args(join_words(hints, args))).as_dict()
-    positional: list[Any] = []
-    for name in loose:
-        value = values.pop(name)
-        positional += value if isinstance(value, list) else [value]
-    return positional, values
+    return parser
 
 
-def parse_config(config: type[Any], prog: str, args: Sequence[str]) -> dict[str, Any]:
-    """Fields of the dataclass `config` from a command line and the YAML file that `--config` names."""
-    hints = get_type_hints(config)
-    types = {item.name: hints[item.name] for item in fields(config)}
-    parser = ArgumentParser(prog=prog, description=config.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with these settings.")
-    parser.add_class_arguments(config, as_group=False)
-    settings: dict[str, Any] = parser.parse_args(join_words(types, args)).as_dict()
-    settings.pop("config", None)
-    return settings
+def _config_of(verb: Callable[..., Any]) -> Any:
+    """The dataclass that is the only parameter of `verb`, or None."""
+    hints, parameters = get_type_hints(verb), inspect.signature(verb).parameters
+    [only] = parameters if len(parameters) == 1 else [None]
+    return hints[only] if only is not None and is_dataclass(hints[only]) else None
+
+
+def _loose(verb: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Its positional-only parameters."""
+    return {name: one for name, one in inspect.signature(verb).parameters.items() if one.kind in _POSITIONAL}
 
 
 def join_words(types: Mapping[str, Any], args: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ from stts.eval.results.grading import TaskScore, make_records, score_tasks
 from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_csv, render_markdown, render_text
-from stts.eval.run_config import RunConfig, check_answers, command, notes_on_tasks
+from stts.eval.run_config import RunConfig, check_answers, notes_on_tasks, resumable
 from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
@@ -51,7 +51,9 @@ FILES = (RESULT, "comparison.csv", "comparison.md", "comparison.png")
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(RunConfig):
-    """Compare pruners with dense on one model, on a data set or on benchmarks."""
+    """Compare pruners with dense on one model, on a data set or on benchmarks.
+
+    `stts compare --model M --video CLIP --question "..."` runs every method on one clip, without a data file."""
 
     pruners: tuple[str, ...] = (
         "stts", "random", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv"
@@ -299,12 +301,9 @@ def make_result(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`stts compare`: prints the table."""
-
-    def work(config: CompareConfig, ranks: Ranks) -> str | None:
-        result = run_compare(config, ranks=ranks)
-        written = f"written: {config.out}/comparison.json, .csv, .md, .png"
-        return None if result is None else f"{render_text(result)}\n\n{written}"
-
-    return command("stts compare", CompareConfig, argv, work)
+def compare(config: CompareConfig) -> str | None:
+    """`stts compare`: the table, and what was written; None on ranks other than 0."""
+    with resumable(config.out):
+        result = run_compare(config, ranks=Ranks.from_env())
+    written = f"written: {config.out}/comparison.json, .csv, .md, .png"
+    return None if result is None else f"{render_text(result)}\n\n{written}"

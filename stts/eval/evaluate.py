@@ -8,7 +8,6 @@ dates.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from stts.eval.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.dense_reference import DenseReference
 from stts.eval.results.grading import score_tasks
 from stts.eval.results.table import aligned, interval
-from stts.eval.run_config import EvalConfig, command, notes_on_tasks
+from stts.eval.run_config import EvalConfig, notes_on_tasks, resumable
 from stts.metrics.accuracy import note_on_videos
 
 PATTERNS = (f"*/*{RESULTS}", f"*/*{SAMPLES}*.jsonl", "*/*_submission_*.json")
@@ -222,20 +221,17 @@ def render(results: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`stts eval`: prints a table."""
+def evaluate(config: EvalConfig) -> str | None:
+    """`stts eval`: a table, and where the files are; None on ranks other than 0."""
+    with resumable(config.out):
+        results = run_eval(config, ranks=Ranks.from_env())
+    return None if results is None else _shown(results, config.out)
 
-    def shown(results: Mapping[str, Any], out: Path) -> str:
-        return f"{render(results)}\nwritten: {out}/{results['model_name_sanitized']}/"
 
-    def work(config: EvalConfig, ranks: Ranks) -> str | None:
-        results = run_eval(config, ranks=ranks)
-        return None if results is None else shown(results, config.out)
+def rescore(config: RescoreConfig) -> str | None:
+    """`stts eval --rescore`: the same of answers graded again."""
+    return _shown(run_rescore(config), config.target) if Ranks.from_env().is_first else None
 
-    def again(config: RescoreConfig, ranks: Ranks) -> str | None:
-        return shown(run_rescore(config), config.target) if ranks.is_first else None
 
-    args = list(sys.argv[1:] if argv is None else argv)
-    if any(arg.partition("=")[0] == "--rescore" for arg in args):
-        return command("stts eval", RescoreConfig, args, again)
-    return command("stts eval", EvalConfig, args, work)
+def _shown(results: Mapping[str, Any], out: Path) -> str:
+    return f"{render(results)}\nwritten: {out}/{results['model_name_sanitized']}/"

@@ -4,9 +4,8 @@ read; and the road from these settings to a loaded model."""
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -15,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.budget import check_ratio
-from stts.command_line import parse_config
 from stts.data.paths import following_links
 from stts.data.rows import OnError
 from stts.eval.answering.questions import Prompt, Source, Task, open_jsonl, open_tasks
@@ -237,29 +235,17 @@ def notes_on_tasks(tasks: Sequence[Task]) -> tuple[str, ...]:
     )
 
 
-def command(prog: str, config: type[Any], argv: Sequence[str] | None, work: Callable[[Any, Ranks], str | None]) -> int:
-    """The command line of a verb: `work` does it and returns what is printed, None on ranks that print nothing.
-
-    Bad input prints one line on stderr and gives 2; so does Ctrl-C, with how to go on, and gives 130."""
-    settings: dict[str, Any] = {}
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Around a run: Ctrl-C says what `out` holds, and how to go on."""
     try:
-        settings = parse_config(config, prog, list(sys.argv[1:] if argv is None else argv))
-        shown = work(config(**settings), Ranks.from_env())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        yield
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\nstopped: {_left_in(settings.get('out'))}", file=sys.stderr)
-        return 130
-    if shown is not None:
-        print(shown)
-    return 0
+        raise KeyboardInterrupt(_left_in(out)) from None
 
 
-def _left_in(out: Path | None) -> str:
-    """What an interrupted run left, and how to go on."""
-    if out is None or not out.is_dir() or not any(out.glob(PARTIAL.replace("{:05d}", "*"))):
+def _left_in(out: Path) -> str:
+    if not out.is_dir() or not any(out.glob(PARTIAL.replace("{:05d}", "*"))):
         return "nothing was answered yet; the same command starts again"
     return f"{out} holds every finished batch; the same command again goes on behind them"
 

@@ -10,7 +10,6 @@ It is the short way to say a `stts compare` at several numbers of frames:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +18,7 @@ from stts.eval.answering.ranks import Ranks
 from stts.eval.compare import FILES, CompareConfig, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_text
-from stts.eval.run_config import command
+from stts.eval.run_config import resumable
 
 Mode = Literal["frames", "budget", "parallel", "packed"]
 
@@ -79,12 +78,9 @@ def run_scale(
     return run_compare(config.to_compare(), progress=progress, ranks=ranks)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`stts scale`: prints the table."""
-
-    def work(config: ScaleConfig, ranks: Ranks) -> str | None:
-        result = run_scale(config, ranks=ranks)
-        written = f"written: {', '.join(str(Path(config.out) / name) for name in FILES)}"
-        return None if result is None else f"{render_text(result)}\n\n{written}"
-
-    return command("stts scale", ScaleConfig, argv, work)
+def scale(config: ScaleConfig) -> str | None:
+    """`stts scale`: the table, and what was written; None on ranks other than 0."""
+    with resumable(config.out):
+        result = run_scale(config, ranks=Ranks.from_env())
+    written = f"written: {', '.join(str(Path(config.out) / name) for name in FILES)}"
+    return None if result is None else f"{render_text(result)}\n\n{written}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def ask(
         save: also write what was kept, as .png, .mp4 or .html.
     """
     if save is not None:
-        _check_ending("--save", save)
+        check_ending("--save", save)
     view = look(
         video, question=question, model=model, pruner=pruner, retention_ratio=retention_ratio, num_frames=num_frames,
         sampler=sampler, positions=positions, clip=clip, folder_fps=folder_fps, max_new_tokens=max_new_tokens,
@@ -173,7 +173,7 @@ def visualize(
         out: file ending in .png, .mp4 or .html; null: .png named as the video.
     """
     out = out or Path(video.stem + ".png")
-    _check_ending("--out", out)
+    check_ending("--out", out)
     view = look(
         video, question=question, model=model, pruner=pruner, retention_ratio=retention_ratio, num_frames=num_frames,
         sampler=sampler, positions=positions, clip=clip, folder_fps=folder_fps, max_new_tokens=max_new_tokens,
@@ -182,7 +182,7 @@ def visualize(
     return f"wrote {out}: {_counts(view)}; says {json.dumps(view.said)}, dense {json.dumps(view.said_dense)}"
 
 
-def _check_ending(option: str, file: Path) -> None:
+def check_ending(option: str, file: Path) -> None:
     if file.suffix not in _CHOICES:
         raise ValueError(f"{option} {file} ends in {file.suffix or 'nothing'!r}; expected one of {', '.join(_CHOICES)}")
 
@@ -276,25 +276,28 @@ def draw_film(view: View, path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def draw_page(view: View) -> str:
-    key = view.cell.key
-    scores = {} if view.scores_G is None else {key: view.scores_G}
+def draw_page(views: Sequence[View], summary: str = "", notes: Sequence[str] = ()) -> str:
+    """The page of `stts report` about one question on one video, with a card for each view; dense comes first."""
+    first = views[0]
 
     def outcome(said: str, retention: float) -> dict[str, object]:
         return {"said": said, "right": None, "retention": retention}
 
+    index = {view.cell.key: view.index_K for view in views}
+    scores = {view.cell.key: view.scores_G for view in views if view.scores_G is not None}
+    outcomes = {view.cell.key: outcome(view.said, view.retention) for view in views}
     sample = {
-        "uid": "video", "task": "", "family": "", "question": view.asked.question, "answer": "", "frames": 0,
-        "missing": "",
-        "outcomes": {DENSE: outcome(view.said_dense, 1.0), key: outcome(view.said, view.retention)},
-        **kept_data(view.grid, view.times_s, {key: view.index_K}, scores),
+        "uid": "video", "task": "", "family": "", "question": first.asked.question, "answer": "", "frames": 0,
+        "missing": "", "outcomes": {DENSE: outcome(first.said_dense, 1.0), **outcomes},
+        **kept_data(first.grid, first.times_s, index, scores),
     }  # fmt: skip
-    title = f"{view.cell.title} {view.cell.retention_configured:g}"
+    title = f"{first.cell.title} {first.cell.retention_configured:g}" if len(views) == 1 else f"{len(views)} methods"
     run = {
         "points": False, "budget": False, "name": title,
-        "summary": _counts(view), "rows": [], "notes": [], "num_samples": 1,
+        "summary": summary or _counts(first), "rows": [], "notes": list(notes), "num_samples": 1,
         "samples": [sample],
-        "cells": [cell_data(Cell(DENSE)), cell_data(view.cell)], "frames": [encode_frames(view.frames_THWC)],
+        "cells": [cell_data(Cell(DENSE)), *(cell_data(view.cell) for view in views)],
+        "frames": [encode_frames(first.frames_THWC)],
     }  # fmt: skip
     return render_page(title, [run])
 
@@ -330,7 +333,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
 def write_view(view: View, out: Path) -> Path:
     """Write the file whose kind its name says; whole or not at all."""
     if out.suffix == ".html":
-        return write_whole(out, draw_page(view))
+        return write_whole(out, draw_page([view]))
     with staged(out) as part:
         if out.suffix == ".png":
             draw_sheet(view).save(part, "PNG")

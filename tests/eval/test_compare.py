@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import stts
+from stts.cli import main
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes.files import write_shapes
-from stts.eval.compare import CompareConfig, main, run_compare
+from stts.eval.compare import CompareConfig, run_compare
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import BEFORE, DENSE, Row
 from stts.metrics.cost import video_cost
@@ -466,7 +467,17 @@ def test_rows_that_cannot_be_scored_stop_the_run_at_once(
 
 
 def test_command_line(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--model", str(config.model), "--data", str(config.data), "--out", str(config.out), "--limit", "3"]
+    args = [
+        "compare",
+        "--model",
+        str(config.model),
+        "--data",
+        str(config.data),
+        "--out",
+        str(config.out),
+        "--limit",
+        "3",
+    ]
     args += ["--num_frames=6", "--max_new_tokens", "1", "--name", "tiny", "--exact=false"]
     args += ["--pruner_options", "{random: {seed: 3}}"]
     assert main([*args, "--pruners", "uniform", "random", "--retention_ratios=0.5,0.25"]) == 0
@@ -479,5 +490,5 @@ def test_command_line(config: CompareConfig, capsys: pytest.CaptureFixture[str])
     assert main([*args, "--pruners", "[nothing]"]) == 2
     assert capsys.readouterr().err.startswith("error: --pruners: 'nothing' is unknown")
     with pytest.raises(SystemExit) as stopped:
-        main(["--model"])
+        main(["compare", "--model"])
     assert stopped.value.code == 2

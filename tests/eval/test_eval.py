@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 import stts
+from stts.cli import main
 from stts.data.shapes.files import write_shapes
 from stts.eval.answering.ranks import Ranks
-from stts.eval.compare import main as compare
-from stts.eval.evaluate import main, run_eval
+from stts.eval.evaluate import run_eval
 from stts.eval.run_config import EvalConfig
 from stts.metrics.accuracy import mcnemar, paired_bootstrap
 from stts.models.checkpoints.load import load_vlm, save_pruned
@@ -190,22 +190,22 @@ def stops(config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return "stops:Stops"
 
 
-@pytest.mark.parametrize(("verb", "run"), [("eval", main), ("compare", compare)])
+@pytest.mark.parametrize("verb", ["eval", "compare"])
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(
-    config: EvalConfig, stops: str, verb: str, run: Any, monkeypatch: pytest.MonkeyPatch,
+    config: EvalConfig, stops: str, verb: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     several = "s" if verb == "compare" else ""
-    args = ["--model", config.model, "--data", config.data, "--out", config.out, f"--pruner{several}", stops]
+    args = [verb, "--model", config.model, "--data", config.data, "--out", config.out, f"--pruner{several}", stops]
     args = [str(arg) for arg in [*args, f"--retention_ratio{several}", 0.5, "--num_frames", 4, "--batch_size", 1]]
     monkeypatch.setenv("STOP", "SIGINT")
-    assert run(args) == 130
+    assert main(args) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"stopped: {config.out} holds every finished batch; the same command again goes on behind them"
     )
     assert (config.out / "partial-00000.jsonl").read_bytes().count(b"\n") == 1 + 3 * (CLIPS - 1)
     monkeypatch.delenv("STOP")
-    assert run(args) == 0
+    assert main(args) == 0
     assert "67%" in capsys.readouterr().err, "the bar starts behind what is done"
 
 
@@ -341,6 +341,6 @@ def test_a_trained_folder_brings_its_own_ratio(config: EvalConfig, tmp_path: Pat
 def test_what_was_skipped_is_said(config: EvalConfig, capsys: pytest.CaptureFixture[str]) -> None:
     first = sorted((config.data.parent / "test").glob("*.mp4"))[0]  # type: ignore[union-attr]
     first.write_bytes(b"not a video")
-    assert main(flags(config, on_error="skip")) == 0
+    assert main(["eval", *flags(config, on_error="skip")]) == 0
     assert "Skipped, video not readable: 3 (first " in capsys.readouterr().out
     assert run_eval(replace(config, on_error="skip"), ranks=Ranks(1, 2)) is None, "a finished run: rank 0 alone tells"

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from stts.cli import main
 from stts.eval import evaluate
 from stts.eval.compare import CompareConfig, run_compare
-from stts.eval.evaluate import RescoreConfig, main, run_eval, run_rescore
+from stts.eval.evaluate import RescoreConfig, run_eval, run_rescore
 from stts.eval.run_config import EvalConfig
 from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_mvbench, test_videomme
@@ -54,7 +55,7 @@ def test_graded_again_is_as_if_graded_so_at_once(settings: dict[str, Any], tmp_p
     shutil.rmtree(tmp_path / "model")
     shutil.move(settings["data_root"], tmp_path / "elsewhere")
     assert main([
-        f"--rescore={tmp_path / 'run'}", "--scoring", "compat", "--data_root", str(tmp_path / "elsewhere")
+        "eval", f"--rescore={tmp_path / 'run'}", "--scoring", "compat", "--data_root", str(tmp_path / "elsewhere")
     ]) == 0  # fmt: skip
     assert scores(tmp_path / "run-compat") == scores(tmp_path / "straight")
     assert scores(tmp_path / "run")["scoring"] == "strict", "the run itself stays as it was"
@@ -67,7 +68,7 @@ def test_graded_again_is_as_if_graded_so_at_once(settings: dict[str, Any], tmp_p
 def test_what_cannot_be_graded_again(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--rescore", str(tmp_path)]) == 2
+    assert main(["eval", "--rescore", str(tmp_path)]) == 2
     assert "holds no finished `stts eval`" in capsys.readouterr().err
     run_eval(EvalConfig(**settings, out=tmp_path / "run"), progress=False)
     with pytest.raises(ValueError, match="--scoring 'mine' is unknown for videomme"):
