@@ -2,10 +2,14 @@
 
 The model becomes a tiny random one of its family (`stts/models/families/tiny.py`), the data a few drawn ShapesQA
 clips, the machine one CPU process, the run two optimizer steps with validation and export. Everything else is as the
-config says: pruner and its options, losses, rates, LoRA, checkpointing, precision. Nothing is written to `out`."""
+config says: pruner and its options, losses, rates, LoRA, checkpointing, precision. Nothing is written to `out`.
+
+Where torchrun has started several processes, the rehearsal takes all of them, and the strategy of the config."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,12 @@ from stts.models.families.published import config_of
 from stts.models.families.tiny import write_tiny
 
 STEPS, _BATCH, _FRAMES = 2, 2, 8
+_CUT_FROM = 100  # elements: by DeepSpeed's default, stage 3 would leave every parameter of a tiny model whole
+
+
+def ranks() -> int:
+    """Processes that torchrun has started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rehearsal(argv: Sequence[str], config: Any, scratch: Path) -> list[str]:
@@ -32,17 +42,16 @@ def rehearsal(argv: Sequence[str], config: Any, scratch: Path) -> list[str]:
         "checkpoint_every": 0,
         "model.model": small,
         "data.kind": "shapes",
-        "data.phases": f"[{{num_clips: {_BATCH * batches}}}]",
+        "data.phases": f"[{{num_clips: {_BATCH * batches * ranks()}}}]",
         "data.shapes.num_sampled": _FRAMES,
-        "data.num_val_clips": _BATCH,
+        "data.num_val_clips": _BATCH * ranks(),
         "data.batch_size": _BATCH,
         "data.max_tokens": 0,
         "data.val_batch_size": _BATCH,
         "data.num_workers": 0,
         "trainer.accelerator": "cpu",
-        "trainer.devices": 1,
+        "trainer.devices": ranks(),
         "trainer.num_nodes": 1,
-        "trainer.strategy": "auto",
         "trainer.precision": precision if precision.startswith(("bf16", "32", "64")) else "32-true",
         "trainer.accumulate_grad_batches": per_step,
         "trainer.max_steps": STEPS,
@@ -54,7 +63,22 @@ def rehearsal(argv: Sequence[str], config: Any, scratch: Path) -> list[str]:
         "trainer.logger": "false",
         "trainer.enable_progress_bar": "false",
     }
-    return [*argv, *(f"--{name}={value}" for name, value in replaced.items())]
+    return [*argv, *(f"--{name}={value}" for name, value in replaced.items()), *_strategy(trainer["strategy"])]
+
+
+def _strategy(chosen: Any) -> list[str]:
+    if ranks() == 1:
+        return ["--trainer.strategy=auto"]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that it sees
+    if not isinstance(chosen, str) or not chosen.startswith("deepspeed_stage_3"):
+        return []
+    settings: dict[str, Any] = {"stage": 3, "persistence_threshold": _CUT_FROM}
+    if chosen.endswith("offload"):
+        settings |= {"offload_optimizer": True, "offload_parameters": True}
+    return [
+        "--trainer.strategy=stts_train.strategies.DeepSpeed",
+        f"--trainer.strategy.init_args={json.dumps(settings)}",
+    ]
 
 
 def not_rehearsed(config: Any) -> str:
@@ -67,6 +91,5 @@ def not_rehearsed(config: Any) -> str:
     sources = [source["path"] for source in train] if isinstance(train, list) else [train]
     files = [file for file in (*sources, data.get("val")) if file] if data["kind"] != "shapes" else []
     named = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files]
-    return "left out: " + ", ".join(
-        [f"the weights of {config['model']['model']}", *named, f"trainer.strategy={strategy}"]
-    )
+    machine = [f"trainer.strategy={strategy}"] if ranks() == 1 else []
+    return "left out: " + ", ".join([f"the weights of {config['model']['model']}", *named, *machine])

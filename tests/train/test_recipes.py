@@ -22,6 +22,7 @@ from stts.models.families.published import PUBLISHED, config_of
 from stts.models.families.tiny import write_tiny
 from stts_train.cli import fit, read_config
 from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
+from tests.train.launch import needs_deepspeed, run_all
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -51,6 +52,22 @@ def test_every_config_can_be_rehearsed(
     shown = capsys.readouterr().out
     assert "step 2/2  answer_loss" in shown and "validation at step 2" in shown and "rehearsed, and removed" in shown
     assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_every_recipe_can_be_rehearsed_on_two_ranks_with_its_strategy(tmp_path: Path) -> None:
+    """ZeRO-2 and ZeRO-3 in two processes, one recipe after the other."""
+    once = ["--dry-run", "--trainer.accumulate_grad_batches=1"]  # the batches of a step are rehearsed above
+    files = {name: ROOT / "configs" / f"{name}.yaml" for name in RECIPES}
+    recipes = [[f"--config={file}", f"--out={tmp_path / name}", *once] for name, file in files.items()]
+    output = run_all(recipes, tmp_path)
+    for name, shown in zip(RECIPES, output.split("== --out=")[1:], strict=True):
+        stage = 2 if name.startswith("molmo2") else 3
+        assert f"DeepSpeed stage {stage} on 2 rank(s), bf16-mixed" in shown, name
+        for line in ("step 2/2  answer_loss", "validation at step 2", "rehearsed, and removed"):
+            assert line in shown, name
+        assert not (tmp_path / name).exists()
 
 
 def test_a_rehearsal_says_what_is_missing_and_fails_as_the_run_would(
