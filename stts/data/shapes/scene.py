@@ -64,6 +64,8 @@ class ShapesConfig:
     distractors: tuple[int, int] = (0, 0)
     """Fewest and most cells of every sampled frame, as far as they are free, in which something that no question is
     about is drawn anew: change that is not relevant. See world.py."""
+    distracted_share: float = 1.0
+    """Share of the clips that have distractors; the others are as calm as without them."""
     distractor_kinds: tuple[str, ...] = DISTRACTOR_KINDS
     """Kinds of distractors: grey patterns, confetti of all answer colours, patterns of one answer colour."""
     camera_drift: float = 0.0
@@ -146,6 +148,8 @@ class ShapesConfig:
             )
         if not self.distractor_kinds or not set(self.distractor_kinds) <= set(DISTRACTOR_KINDS):
             raise ValueError(f"distractor_kinds={self.distractor_kinds} must be one or more of {DISTRACTOR_KINDS}")
+        if not 0 <= self.distracted_share <= 1:
+            raise ValueError(f"distracted_share={self.distracted_share} must be a share of the clips, in [0, 1]")
         if self.camera_drift < 0 or self.camera_shake < 0 or not 0 <= self.flicker < 1:
             raise ValueError(
                 f"camera_drift={self.camera_drift} and camera_shake={self.camera_shake} are pixels from 0 on, flicker="

@@ -81,7 +81,8 @@ class World:
         angle, per_tick = rng.uniform(0, 2 * np.pi), config.camera_drift
         self._drift_T2 = np.arange(size)[:, None] * per_tick * np.array([np.sin(angle), np.cos(angle)])
         self._gain_T = rng.uniform(1 - config.flicker, 1 + config.flicker, size)
-        self._patches = [self._place(label_YX, rng) for label_YX in self.label_TYX] if config.distractors[1] else []
+        distracted = config.distractors[1] and rng.random() < config.distracted_share
+        self._patches = [self._place(label_YX, rng) for label_YX in self.label_TYX] if distracted else []
 
     @cached_property
     def label_TYX(self) -> NDArray[np.uint8]:

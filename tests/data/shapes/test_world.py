@@ -144,6 +144,12 @@ def test_flicker_changes_the_exposure_of_whole_frames():
     assert min(gain_T) > 0.58 and max(gain_T) < 1.42 and np.std(gain_T) > 0.1
 
 
+def test_a_share_of_the_clips_is_distracted():
+    config = replace(CONFIG, distracted_share=0.7)
+    distracted = [(make_clip(1, "train", index, config).labels == DISTRACTOR).any() for index in range(80)]
+    assert 0.5 < np.mean(distracted) < 0.87
+
+
 def test_controls_show_no_more_than_they_should():
     shown = {show: pictures(make_clip(1, "test", 3, replace(CONFIG, show=show))) for show in ("one_frame", "nothing")}
     for frames in shown.values():
@@ -194,6 +200,7 @@ def test_labels_lie_beside_the_clips(tmp_path):
         ({"distractor_kinds": ("stripes",)}, "distractor_kinds="),
         ({"distractor_kinds": ()}, "distractor_kinds="),
         ({"families": ("order", "direction")}, "leave direction out"),
+        ({"distracted_share": 2.0}, "distracted_share=2"),
         ({"camera_drift": -1.0}, "camera_drift=-1"),
         ({"flicker": 1.0}, "flicker=1"),
     ],
