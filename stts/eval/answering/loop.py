@@ -17,9 +17,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from tqdm import tqdm
 from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator
 from stts.data.datasets import Skipped
+from stts.eval.answering.evidence import count_kept
 from stts.eval.answering.kept_tokens import kept_tensors
 from stts.eval.answering.method import Answer, Runner
 from stts.eval.answering.questions import Source
@@ -186,6 +189,7 @@ def _answer_batch(
     for sample, time_F in zip(batch.samples, batch.timestamps_s, strict=True):
         times = [] if time_F is None else time_F.tolist()
         note["asked"][sample.uid] = {"input": asked_of(sample), "frame_times": [round(time, 6) for time in times]}
+    labels = _labels(source, places, batch)
     limit = options.max_new_tokens or source.asked[places[0]].task.benchmark.max_new_tokens
     moved: Batch | None = None
     for runner in runners:
@@ -204,6 +208,12 @@ def _answer_batch(
                 f"stopped at sample {batch.uids[0]!r} or one beside it: {' '.join(str(error).split())}"
             )
         else:
+            answers = [
+                one if label_TYX is None else replace(one, cells=count_kept(index_K, grid, label_TYX))
+                for one, index_K, grid, label_TYX in zip(
+                    answers, measured.report.index, measured.report.grids, labels, strict=True
+                )
+            ]
             note["said"][cell] = {uid: asdict(one) for uid, one in zip(batch.uids, answers, strict=True)}
             ms = {name: value / len(batch.uids) for name, value in measured.ms.items()}
             before = {**loaded.ms, "preprocess": loaded.ms["preprocess"] + to_device}
@@ -215,6 +225,14 @@ def _answer_batch(
                 kept |= kept_tensors(cell, measured.report, batch.uids, batch.timestamps_s, options.shown)
         bar.update(len(batch.uids))
     return note, kept
+
+
+def _labels(source: Source, places: Sequence[int], batch: Batch) -> list[NDArray[np.uint8] | None]:
+    """What cells show, by row of the batch; None where that is not known of the frames shown."""
+    by_key = {source.asked[place].key: source.cell_labels(place) for place in places}
+    labels = [by_key[uid] for uid in batch.uids]
+    shown = [0 if time_F is None else len(time_F) for time_F in batch.timestamps_s]
+    return [one if one is not None and len(one) == num else None for one, num in zip(labels, shown, strict=True)]
 
 
 def of_source(source: Source, notes: Sequence[Note]) -> list[Note]:

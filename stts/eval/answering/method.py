@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 import stts
 from stts.data.collate import Batch
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
+from stts.eval.answering.evidence import Counts
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.checkpoints.chat import question_of
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
@@ -68,6 +69,8 @@ class Answer:
     """With the end token."""
     option_logprobs: Sequence[float] | None = None
     """Of each option, where options were scored."""
+    cells: Counts = field(default_factory=dict)
+    """Evidence and distractors kept, of a ShapesQA clip with labels."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

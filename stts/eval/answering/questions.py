@@ -8,8 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stts.data.datasets import Example, Skipped
 from stts.data.rows import OnError
+from stts.data.shapes.files import read_cells
 from stts.data.video.cache import Decoded
 from stts.data.video.files import read_video
 from stts.data.video.sample import VideoError
@@ -134,6 +138,7 @@ class Source:
     wordings: Mapping[str, str] = field(default_factory=dict)
     """By task, for the prompt "official"."""
     asked: tuple[Asked, ...] = field(init=False)
+    _labels: dict[Path, dict[str, NDArray[np.uint8]]] = field(init=False, default_factory=dict, repr=False)
     _newest: dict[Any, Decoded] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -175,6 +180,20 @@ class Source:
                 raise VideoError(f"sample {key!r}: {reason}") from error
             return Skipped(key, reason)
         return Example(replace(sample, uid=key), video.frames, video.timestamps_s, duration_s=video.duration_s)
+
+    def cell_labels(self, place: int) -> NDArray[np.uint8] | None:
+        """(T, Y, X): what every cell of a ShapesQA clip shows on the frames that are asked about; None for other data,
+        and where other frames are chosen than those that were labelled."""
+        one = self.asked[place]
+        if not isinstance(one.task.benchmark, PlainJsonl) or one.question.clip is not None:
+            return None
+        path = one.task.root / one.task.benchmark.file
+        if path not in self._labels:
+            self._labels[path] = read_cells(path)
+        label_TYX = self._labels[path].get(one.video)
+        folder, sampler = one.question.video.is_dir(), self.sampler or one.task.benchmark.sampler
+        same = label_TYX is not None and len(label_TYX) == self.num_frames and self.max_fps is None
+        return label_TYX if same and (folder or sampler == "uniform_inclusive") else None
 
     def number(self, place: int) -> int:
         """Place among all questions of the tasks, which stays the same when a limit grows."""

@@ -23,6 +23,15 @@ def title_of(result: ComparisonResult) -> str:
     )
 
 
+def _notes_on_evidence(result: ComparisonResult) -> list[str]:
+    if all(row.evidence_kept is None for row in result.rows):
+        return []
+    return [
+        "Evidence, distractors: what is kept of the tokens that show things which come and go, and of those that show "
+        "what no question is about, by the labels beside clips; beyond the first frame, after a method's last stage."
+    ]
+
+
 def notes_on(result: ComparisonResult) -> list[str]:
     """What the numbers rest on, a line each."""
     timed = max((row.num_timed_batches for row in result.rows), default=0)
@@ -30,6 +39,7 @@ def notes_on(result: ComparisonResult) -> list[str]:
     notes = [
         f"Positions of surviving tokens: {_positions(result)}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
+        *_notes_on_evidence(result),
         *_notes_on_points(result),
         *_notes_on_videos(result),
         "FLOPs: formula `exact` (2 per multiply-add), mean per video, text tokens not counted; total adds patch "

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stts.eval.answering.cell import DENSE, Cell, Kind
+from stts.eval.answering.evidence import share_kept
 from stts.eval.benchmarks.tasks import SUITES, suite_score
 from stts.eval.results.grading import Graded, Record, TaskScore
 from stts.metrics.accuracy import Estimate, accuracy, mcnemar, paired_difference
@@ -45,6 +46,10 @@ class Row:
     """Share of visual tokens that the first layer of the LLM sees: more than measured where a method cuts inside."""
     kept_per_frame: float | None = None
     """Equivalent tokens."""
+    evidence_kept: float | None = None
+    """Share of the tokens that show evidence, beyond the first frame; None without labels (`evidence.py`)."""
+    distractors_kept: float | None = None
+    """Likewise of distractors."""
     num_samples: int | None = None
     num_videos: int | None = None
     num_unparsed: int | None = None
@@ -128,6 +133,8 @@ def make_row(
         retention_p95=high,
         retention_at_entry=_mean(outcome.num_kept / outcome.num_groups for outcome in outcomes),
         kept_per_frame=_mean(outcome.retention * outcome.num_groups / outcome.num_frames for outcome in outcomes),
+        evidence_kept=share_kept([outcome.cells for outcome in outcomes], "evidence"),
+        distractors_kept=share_kept([outcome.cells for outcome in outcomes], "distractors"),
         num_samples=len(records),
         num_videos=sum(task["num_videos"] for task in tasks.values()),
         num_unparsed=sum(outcome.parsed is None for outcome in outcomes),

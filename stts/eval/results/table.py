@@ -19,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+_JUDGED = ("evidence", "distractors")
 Lines = tuple[list[str], list[list[str]]]
 """Head and body of a table."""
 
@@ -101,6 +102,8 @@ def _cells_of(result: ComparisonResult) -> Lines:
     ]
     head = [*_head_of(result, "method"), *(["equal"] if matched else []), "measured", "tokens/frame"]
     head += ["tokens"] if result.has_points else []
+    judged = [name for name in _JUDGED if any(getattr(row, f"{name}_kept") is not None for row in result.rows)]
+    head += [f"{name} %" for name in judged]
     head += [f"{task} %" for task in shown] + (
         [*(f"{suite} %" for suite in suites), "mean %", "retained"] if several else []
     )
@@ -117,6 +120,7 @@ def _cells_of(result: ComparisonResult) -> Lines:
         flops = row.flops["exact"]
         line += [f"{row.retention_measured:.3f}", f"{row.kept_per_frame:.3g}"]
         line += [f"{row.tokens:.0f}"] if result.has_points else []
+        line += [_percent(getattr(row, f"{name}_kept")) for name in judged]
         line += [_percent(row.tasks[task]["headline"] if task in row.tasks else None) for task in shown]
         if several:
             line += [*(_percent(row.suites.get(suite)) for suite in suites), _percent(row.mean), _percent(row.retained)]
