@@ -28,6 +28,15 @@ def grad_squares(parts: Mapping[str, Sequence[nn.Parameter]]) -> list[Tensor]:
     return squares
 
 
+def fill_gradients(parts: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    """Zeros for parameters without a gradient: AdamW would leave these out, while ZeRO knows no missing ones, and the
+    states of both would differ."""
+    for parameters in parts.values():
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
 def scale_grads(
     parts: Mapping[str, Sequence[nn.Parameter]], norms: Mapping[str, float], limit: float, per_part: bool
 ) -> None:

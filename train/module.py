@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ from stts.models.pruning.context import Pruning
 from stts.pruners.base import Positions
 
 from .checks import check_trainer, total_steps
-from .clipping import grad_squares, scale_grads
+from .clipping import fill_gradients, grad_squares, scale_grads
 from .lengths import planned_tokens
 from .live_export import export_live
 from .lora import Lora, add_lora
 from .loss import answer_loss
-from .parts import PARTS, check_rates, cosine, learning_parts, learns, parameter_groups
+from .parts import PARTS, check_rates, cosine, learning_parts, learns, parameter_groups, part_of_group
 from .precision import exact_conversions
-from .retention import Setting, make_retention
+from .retention import Setting, holds_vlm, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
-from .strategies import FSDP2, DeepSpeed, adamw, cut, widen
+from .strategies import FSDP2, DeepSpeed, adamw, allow_missing_gradients, cut, widen
 from .validation import Validation
 
 
@@ -52,7 +53,8 @@ class VideoFinetune(pl.LightningModule):
         model: Hugging Face folder or hub id of a supported family.
         pruner: registry name, or 'package.module:Class'; 'none' trains on every token.
         retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed. Or one per step: a range
-            {low, high} to draw from, or a schedule {from, to, steps, shape}; see train/retention.py.
+            {low, high} to draw from, a schedule {from, to, steps, shape}, or dense steps amid others {target,
+            dense_first, dense_every, dense_trains}; see train/retention.py.
         pruner_options: options of the pruner, on top of those that a trained `model` records for it.
         positions: of surviving tokens in the LLM: 'compact' renumbers, 'original' keeps their places; null: as a
             trained `model` records, else as the pruner declares.
@@ -132,12 +134,29 @@ class VideoFinetune(pl.LightningModule):
             add_lora(self.pruning.adapter.language_model, self.lora)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(learns(name, self.learning_rates, self.lora, self.pruning.adapter))
+        if holds_vlm(self.retention) and "scorer" not in self.parts():
+            raise ValueError(
+                f"retention_ratio={retention_ratio} trains the scorer alone in dense steps, but pruner={pruner!r} at "
+                f"scorer_lr={scorer_lr} has none that learns; use pruner='stts', a rate, or leave dense_trains out"
+            )
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
+        self._held: list[nn.Parameter] = []  # that learn, but not in the present batch
         self._validation = Validation()
         self._started, self._attached = time.perf_counter(), False
 
     # --- one step ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if holds_vlm(self.retention, self.global_step):
+            self._held = [p for part, group in self.parts().items() if part != "scorer" for p in group]
+            for parameter in self._held:
+                parameter.requires_grad_(False)
+
+    def on_after_backward(self) -> None:
+        for parameter in self._held:
+            parameter.requires_grad_(True)
+        self._held = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
@@ -213,9 +232,13 @@ class VideoFinetune(pl.LightningModule):
         groups = parameter_groups(self.parts(), self.learning_rates, self.weight_decay)
         optimizer = adamw(self.trainer, groups, betas=self.betas, eps=self.eps)
         total = total_steps(self.trainer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine(step, total, self.warmup_steps, self.min_lr_ratio)
-        )
+
+        def factor(part: str, step: int) -> float:
+            is_held = part != "scorer" and holds_vlm(self.retention, step)
+            return 0.0 if is_held else cosine(step, total, self.warmup_steps, self.min_lr_ratio)
+
+        factors = [partial(factor, part_of_group(group["name"])) for group in groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -223,6 +246,8 @@ class VideoFinetune(pl.LightningModule):
         if isinstance(self.trainer.strategy, DeepSpeed):
             return  # which clips by itself: see `optimizer_step`
         parts = self.parts()
+        if holds_vlm(self.retention, self.global_step):
+            fill_gradients(parts)
         squares = self.losses.close(self.device, grad_squares(parts))
         norms = {part: math.sqrt(square) for part, square in zip(parts, squares, strict=True)}
         self._end_step(norms)
@@ -263,6 +288,8 @@ class VideoFinetune(pl.LightningModule):
         widen(self, strategy, str(self.trainer.precision))
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
         self.pruning.run_all_modules(self.trainer.world_size > 1)
+        if holds_vlm(self.retention):
+            allow_missing_gradients(strategy)
         if isinstance(strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
             strategy.clip_per_part = self.clip_per_part and self.max_grad_norm is not None

@@ -5,7 +5,8 @@
     0.5                                                  the same in every step
     {low: 0.1, high: 0.7}                                drawn anew for every step: one checkpoint, many budgets
     {from: 1.0, to: 0.3, steps: 200, shape: cosine}      from dense to the target
-    {target: 0.25, dense_first: 80, dense_every: 10}     dense steps amid pruned ones, for a teacher that needs them
+    {target: 0.25, dense_first: 80, dense_every: 10}     dense steps amid pruned ones, for a teacher that needs them;
+                                                         dense_trains: scorer leaves the VLM alone in these
 
 The ratio is a pure function of the settings and the number of the optimizer step. So all ranks and all batches of a
 step agree without asking each other, and a resumed run goes on with the ratios it would have had."""
@@ -25,6 +26,7 @@ Setting = float | dict[str, Any]
 """What a config may say."""
 Spacing = Literal["uniform", "log"]
 Shape = Literal["linear", "cosine"]
+DenseTrains = Literal["everything", "scorer"]
 
 
 class Retention(Protocol):
@@ -153,6 +155,10 @@ class WithDense:
     dense_first: int = 0
     dense_every: int = 0
     """0: none after the first."""
+    dense_trains: DenseTrains = "everything"
+    """everything: dense steps train what the others train. scorer: they train the scorer alone; the tower then has no
+    backward pass, and no gradient of a weight of the VLM is computed. For AdamW it is a step of rate 0 with gradient 0,
+    whatever shares out the optimizer's states."""
 
     def __post_init__(self) -> None:
         for name, value in (("dense_first", self.dense_first), ("dense_every", self.dense_every)):
@@ -160,6 +166,10 @@ class WithDense:
                 raise ValueError(f"retention_ratio: {name}={value!r} must be a whole number of optimizer steps >= 0")
         if not self.dense_first and not self.dense_every:
             raise ValueError("retention_ratio: dense_first and dense_every are both 0; give one, or the target alone")
+        if self.dense_trains not in get_args(DenseTrains):
+            raise ValueError(
+                f"retention_ratio: dense_trains={self.dense_trains!r} must be one of {get_args(DenseTrains)}"
+            )
 
     @property
     def target(self) -> float:
@@ -172,11 +182,21 @@ class WithDense:
     @property
     def record(self) -> dict[str, Any] | None:
         pruned = self.pruned.record or self.pruned.target
-        return {"target": pruned, "dense_first": self.dense_first, "dense_every": self.dense_every}
+        steps = {name: getattr(self, name) for name in ("dense_first", "dense_every", "dense_trains")}
+        return {"target": pruned, **steps}
+
+    def is_dense(self, step: int) -> bool:
+        return step < self.dense_first or (self.dense_every > 0 and step % self.dense_every == 0)
 
     def at(self, step: int) -> float:
-        dense = step < self.dense_first or (self.dense_every > 0 and step % self.dense_every == 0)
-        return 1.0 if dense else self.pruned.at(step)
+        return 1.0 if self.is_dense(step) else self.pruned.at(step)
+
+
+def holds_vlm(rule: Retention, step: int | None = None) -> bool:
+    """Whether optimizer step `step` (None: any step of the run) trains the scorer alone."""
+    if not isinstance(rule, WithDense) or rule.dense_trains == "everything":
+        return False
+    return step is None or rule.is_dense(step)
 
 
 def make_retention(setting: Setting) -> Retention:
@@ -184,9 +204,10 @@ def make_retention(setting: Setting) -> Retention:
     if not isinstance(setting, Mapping):
         return Fixed(setting)
     if "target" in setting:
-        if unknown := sorted(set(setting) - {"target", "dense_first", "dense_every"}):
+        if unknown := sorted(set(setting) - {"target", "dense_first", "dense_every", "dense_trains"}):
             raise ValueError(
-                f"retention_ratio={dict(setting)}: {unknown} unknown beside target; known: dense_first, dense_every"
+                f"retention_ratio={dict(setting)}: {unknown} unknown beside target; known: dense_first, dense_every, "
+                "dense_trains"
             )
         steps = {name: value for name, value in setting.items() if name != "target"}
         return WithDense(pruned=make_retention(setting["target"]), **steps)

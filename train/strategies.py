@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -55,6 +55,19 @@ def widen(module: nn.Module, strategy: Strategy, precision: str) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad or everything:
             parameter.data = parameter.data.float()
+
+
+def allow_missing_gradients(strategy: Strategy) -> None:
+    """Before the strategy wraps the module: some steps will give a part of the parameters no gradient, on all ranks.
+
+    ValueError where the gradients of the step before would be taken for theirs."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+    if isinstance(strategy, DeepSpeed) and strategy.offload_optimizer:
+        raise ValueError(
+            "retention_ratio.dense_trains=scorer does not go with an offloaded optimizer, which keeps gradients of the "
+            "step before; use trainer.strategy=deepspeed_stage_2 or _stage_3, or dense_trains=everything"
+        )
 
 
 def is_cut(strategy: Strategy) -> bool:

@@ -20,18 +20,19 @@ class GradientOrder:
     finishes the newline before the word embedding, one with videos the other way round: ZeRO 1 and 2 then add the
     gradient of one to that of the other, without an error (seen in DeepSpeed 0.19.8). Here a gradient that comes early
     waits for its turn. The order is that of rank 0's first backward pass; during that pass it is about the reverse of
-    the model's.
+    the model's. Parameters that the step does not train (`requires_grad` is off) are left out.
 
-    ValueError where a parameter got no gradient: buckets would shift on that rank, again without an error."""
+    ValueError where another parameter got no gradient: buckets would shift on that rank, again without an error."""
 
     def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.names = list(parameters)
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self.number = {id(parameter): number for number, parameter in enumerate(parameters.values())}
         backwards = sorted(range(len(self.names)), key=lambda number: -number)
         self.order = sorted(backwards, key=lambda number: self.names[number].startswith("scorer."))  # in the tower
         self.known = False
         self.arrived: list[int] = []
         self.waiting: dict[int, tuple[Any, ...]] = {}
+        self.due: list[int] = []
         self.turn = 0
         self.begin = optimizer.backward_prologue
         self.give = optimizer.reduce_ready_partitions_and_remove_grads
@@ -43,25 +44,26 @@ class GradientOrder:
     def start(self) -> None:
         """Before each backward pass. Stage 1 ends only those that end an optimizer step."""
         self.arrived, self.waiting, self.turn = [], {}, 0
+        self.due = [number for number in self.order if self.parameters[number].requires_grad]
         self.begin()
 
     def arrive(self, *given: Any) -> None:
         number = self.number[id(given[0])]
         self.arrived.append(number)
         self.waiting[number] = given
-        while self.turn < len(self.order) and self.order[self.turn] in self.waiting:
-            self.give(*self.waiting.pop(self.order[self.turn]))
+        while self.turn < len(self.due) and self.due[self.turn] in self.waiting:
+            self.give(*self.waiting.pop(self.due[self.turn]))
             self.turn += 1
 
     def finish(self) -> None:
         """After a backward pass: every gradient has had its turn."""
-        if missing := sorted(set(self.order) - set(self.arrived)):
+        if missing := sorted(set(self.due) - set(self.arrived)):
             raise ValueError(
                 f"{len(missing)} parameters got no gradient on rank {torch.distributed.get_rank()}, the first is "
                 f"{self.names[missing[0]]}; ZeRO needs one for each that learns, on every rank: freeze its part, or "
                 "use it in every forward pass"
             )
-        if not self.known:
+        if not self.known and len(self.due) == len(self.order):
             arrived = [self.arrived]
             torch.distributed.broadcast_object_list(arrived)
             self.order, self.known = arrived[0], True

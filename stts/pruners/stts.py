@@ -169,13 +169,14 @@ class STTS(nn.Module):
         self, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Kept groups of every video, int64 (K,), and the weights of its groups, (G,) in (0, 1], whose logarithm is the
-        key bias; None where no video loses any, except in a step that learns: there the bias is 0 and its gradient too,
-        but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers weights along it).
-        `scores` are those of whole videos, also when `score` made them in pieces."""
+        key bias; None where no video loses any, except in a step that learns at a ratio below 1: there the bias is 0 and
+        its gradient too, but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers
+        weights along it). `scores` are those of whole videos, also when `score` made them in pieces."""
         scores_G = torch.cat(list(scores))
         indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
         prunable = [budget.num_kept < grid.num_groups for grid, budget in zip(grids, budgets, strict=True)]
-        if not any(prunable) and not (self.training and scores_G.requires_grad):
+        learning = self.training and scores_G.requires_grad and not is_dense(budgets)
+        if not any(prunable) and not learning:
             return indices, None
         free, ranges, num_ranges = [], [], 0
         for grid, prune in zip(grids, prunable, strict=True):
@@ -206,9 +207,8 @@ class STTS(nn.Module):
     def _watches(
         self, batch: _Batch, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
     ) -> list[Watch | None]:
-        """The teacher's look at every video, in passes that were to keep everything (`budget.retention_ratio`: a video
-        of one frame keeps everything in any pass)."""
-        if self.teacher is None or not self.training or any(budget.retention_ratio < 1 for budget in budgets):
+        """The teacher's look at every video, in dense passes."""
+        if self.teacher is None or not self.training or not is_dense(budgets):
             return [None] * len(grids)
         changes = torch.split(self._change(batch).clamp(0, 1), [grid.num_groups for grid in grids])
         return [
@@ -221,6 +221,11 @@ class STTS(nn.Module):
         if self.clamp_target:
             target_G = target_G.clamp(0, 1)
         return temporal.temporal_loss(scores_G, target_G, batch.prunable_G & (batch.previous_G >= 0))
+
+
+def is_dense(budgets: Sequence[Budget]) -> bool:
+    """Whether the pass was to keep everything, on every rank; a video of one frame keeps everything in any pass."""
+    return all(budget.retention_ratio >= 1 for budget in budgets)
 
 
 def choose(

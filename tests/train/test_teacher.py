@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from stts.pruners.teacher import Teacher, target_of
 from stts.tokens import Watched
 from stts_train.loss import answer_loss
 from stts_train.module import VideoFinetune
-from stts_train.retention import Sampled, make_retention
+from stts_train.parts import PARTS
+from stts_train.retention import Sampled, holds_vlm, make_retention
 from tests.train.test_module import FAST, batch_for, fit
 
 WEIGHTS: Any = {"answer": 1.0, "temporal": 0.5, "teacher": 1.0}
@@ -31,7 +33,7 @@ def seeded() -> None:
 
 def taught(folder: Path, **settings: Any) -> VideoFinetune:
     options = {"teacher": {"share": 0.2}} | settings.pop("pruner_options", {})
-    schedule = {"target": 0.5, "dense_first": 1, "dense_every": 2}
+    schedule = settings.pop("retention_ratio", {"target": 0.5, "dense_first": 1, "dense_every": 2})
     return VideoFinetune(
         str(folder), "stts", schedule, pruner_options=options, loss_weights=WEIGHTS, **{**FAST, **settings}
     )
@@ -105,6 +107,43 @@ def test_dense_steps_alternate_with_pruned_ones_and_are_logged(tiny_folder: Path
     assert trainer.callback_metrics["scorer_grad_norm"] > 0
 
 
+def test_dense_steps_may_leave_the_vlm_alone(tiny_folder: Path) -> None:
+    """Step 0 trains the scorer, by the same gradient as with the VLM learning beside it; step 1 everything."""
+    grads: dict[str, list[Tensor]] = {}
+    weights: list[dict[str, Tensor]] = []
+    towers: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+            towers.append(all(p.grad is None for p in pl_module.parts()["vit"]))
+            if trainer.global_step == 0:
+                grads[trains] = [grad.clone() for grad in scorer_grads(pl_module)]
+
+        def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    for trains in ("everything", "scorer"):
+        torch.manual_seed(0)
+        schedule = {"target": 0.5, "dense_first": 1, "dense_trains": trains}
+        module = taught(tiny_folder, retention_ratio=schedule, gradient_checkpointing=True)
+        weights.clear(), towers.clear()
+        trainer = fit(module, [batch_for(module)] * 2, callbacks=[Look()], log_every_n_steps=1)
+    assert any(grad.any() for grad in grads["scorer"])
+    torch.testing.assert_close(grads["scorer"], grads["everything"], rtol=1e-4, atol=1e-7)
+    assert towers == [True, False], "no gradient of the tower is computed in the dense step"
+    first, second = ({n for n in old if not torch.equal(old[n], new[n])} for old, new in pairwise(weights))
+    assert first and all(name.startswith("scorer.") for name in first)
+    assert any(name.startswith("model.") for name in second)
+    assert trainer.callback_metrics["vit_grad_norm"] > 0
+    assert all(p.requires_grad for part in module.parts().values() for p in part) and set(module.parts()) == set(PARTS)
+
+
+def test_without_a_scorer_there_is_nothing_to_train_alone(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="trains the scorer alone"):
+        taught(tiny_folder, retention_ratio={"target": 0.5, "dense_every": 2, "dense_trains": "scorer"}, scorer_lr=0)
+
+
 def first_gradient(module: VideoFinetune, groups: list[list[int]]) -> list[Tensor]:
     """Of the scorer after one optimizer step, over these clips in so many batches."""
     grads: list[list[Tensor]] = []
@@ -143,7 +182,10 @@ def test_the_schedule_by_hand() -> None:
     rule = make_retention({"target": 0.25, "dense_first": 2, "dense_every": 3})
     assert [rule.at(step) for step in range(8)] == [1.0, 1.0, 0.25, 1.0, 0.25, 0.25, 1.0, 0.25]
     assert rule.target == 0.25 and rule.highest == 1.0
-    assert rule.record == {"target": 0.25, "dense_first": 2, "dense_every": 3}
+    assert rule.record == {"target": 0.25, "dense_first": 2, "dense_every": 3, "dense_trains": "everything"}
+    assert not any(holds_vlm(rule, step) for step in (None, 0, 2))
+    held = make_retention({"target": 0.25, "dense_every": 3, "dense_trains": "scorer"})
+    assert [holds_vlm(held, step) for step in (None, 0, 1, 3)] == [True, True, False, True]
     elastic = make_retention({"target": {"low": 0.1, "high": 0.5}, "dense_every": 2})
     assert elastic.at(0) == 1.0 and elastic.at(1) == Sampled(low=0.1, high=0.5).at(1)
 
@@ -154,6 +196,7 @@ def test_the_schedule_by_hand() -> None:
         ({"target": 0.25}, "both 0"),
         ({"target": 0.25, "dense_every": -1}, "dense_every=-1"),
         ({"target": 0.25, "every": 2}, r"\['every'\] unknown"),
+        ({"target": 0.25, "dense_every": 2, "dense_trains": "nothing"}, "dense_trains='nothing'"),
         ({"target": 1.5, "dense_every": 2}, "1.5"),
     ],
 )

@@ -25,6 +25,7 @@ from stts.models.pruning.prompt import Prompt
 from stts.models.pruning.settings import Settings
 from stts.models.pruning.visual_pass import VisualPass
 from stts.pruners.base import Pruner
+from stts.tokens import Budget
 
 _EXPAND = "rows_per_prompt"
 """Keyword under which `generate` hands a forward call the number of its beams or samples."""
@@ -157,6 +158,9 @@ class Pruning(Settings):
         names = self._take_names(len(grids))
         budgets = self._plan(grids)
         is_whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
+        if blank:  # nothing of it is dropped; the ratio tells stages whether the passes of other ranks are dense
+            whole = Budget(visual.grids[0].num_groups, self.retention_ratio, True)
+            budgets = [[whole] for _ in self._setup.sites.all]
         in_pieces = pieces.needs_pieces(visual, self.chunk_frames, runs_all=runs_all)
         if is_whole and not runs_all and not in_pieces and self.adapter.runs_stock(visual):
             # dense is sacred: the stock code runs, untouched

@@ -52,7 +52,6 @@ class VisualPass(PassVideos):
         the prompt. chunk_frames: go through the videos in pieces of so many
         frames; None: all at once. notify: told where a phase begins."""
         if blank:
-            budgets = [[Budget(visual.grids[0].num_groups, 1.0, True)] for _ in setup.sites.all]
             names = Names([""], [None], None)
         super().__init__(setup, visual, budgets, names)
         self.prompt: Prompt | None = None
