@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -237,7 +238,7 @@ class VideoFinetune(pl.LightningModule):
             is_held = part != "scorer" and holds_vlm(self.retention, step)
             return 0.0 if is_held else cosine(step, total, self.warmup_steps, self.min_lr_ratio)
 
-        factors = [partial(factor, part_of_group(group["name"])) for group in groups]
+        factors: list[Callable[[int], float]] = [partial(factor, part_of_group(group["name"])) for group in groups]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -202,7 +202,7 @@ def test_loss_is_the_mean_over_the_groups_of_all_prunable_videos():
 @pytest.mark.parametrize("videos", [[make_video(1)], [make_video(4), make_video(1)]])
 def test_nothing_to_prune_means_a_bias_of_zero_and_a_zero_loss_that_keep_every_gradient(videos):
     stage = make(straight_through=True).train()
-    budgets = [Budget(video.grid.num_groups, 1.0) for video in videos]
+    budgets = [Budget(video.grid.num_groups, 0.5) for video in videos]
     kept = stage(videos, budgets)
     assert all((k.attention_bias_N == 0).all() and (k.gate_G == 1).all() for k in kept)
     loss = kept[0].losses["temporal"]
@@ -210,6 +210,15 @@ def test_nothing_to_prune_means_a_bias_of_zero_and_a_zero_loss_that_keep_every_g
     (loss + sum(k.attention_bias_N.sum() + k.gate_G.sum() for k in kept)).backward()
     with torch.no_grad():
         assert all(k.attention_bias_N is None and k.gate_G is None for k in stage(videos, budgets))
+    for name, parameter in stage.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_a_dense_pass_has_no_bias_and_a_zero_loss_that_keeps_every_gradient():
+    stage = make(straight_through=True).train()
+    [kept] = stage([make_video(4)], [Budget(24, 1.0)])
+    assert kept.attention_bias_N is None and kept.gate_G is None
+    kept.losses["temporal"].backward()
     for name, parameter in stage.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 

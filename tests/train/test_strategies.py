@@ -26,12 +26,17 @@ from tests.train.fits import live_inputs
 from tests.train.launch import CUTS, RATES, ROOT, TWO_RANKS, finish, logged, needs_deepspeed, run_all, start, strategy
 
 STEPS = 6
-LOSSES = ("train/answer_loss", "train/temporal_loss")
+LOSSES = ("train/answer_loss", "train/temporal_loss", "train/teacher_loss")
 FROZEN = {
     "": [],
     "lora": ["--model.lora={rank: 4}", "--model.vit_lr=0"],
     "scorer": ["--model.llm_lr=0", "--model.vit_lr=0", "--model.connector_lr=0"],
     "tower": ["--model.vit_lr=0"],
+    "teacher": [  # every second step trains the scorer alone
+        "--model.retention_ratio={target: 0.5, dense_every: 2, dense_trains: scorer}",
+        "--model.pruner_options.teacher={share: 0.2}",
+        "--model.loss_weights.teacher=1",
+    ],
 }
 NORMS = tuple(f"{part}_grad_norm" for part in PARTS)
 
@@ -98,7 +103,7 @@ def one_process(tiny_folder: Path, rows: Path, tmp_path_factory: pytest.TempPath
 def assert_same(out: Path, expected: Path, tolerance: float, name: str = "") -> None:
     for loss in LOSSES:
         values = logged(expected, loss)
-        assert len(values) >= 3
+        assert len(values) >= (0 if "teacher" in loss and "teacher" not in name else 3)
         np.testing.assert_allclose(logged(out, loss), values, atol=tolerance, rtol=0, err_msg=f"{name} {loss}")
     for part in NORMS:
         norms = logged(expected, part)
@@ -142,15 +147,20 @@ class Case:
         return [*strategy(self.strategy), *more, f"--trainer.max_steps={STEPS // self.per_step}"]
 
 
+def taught(*strategies: str) -> list[Case]:
+    return [Case(name, frozen="teacher") for name in strategies]
+
+
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 CASES = {
-    "torch": [Case("ddp"), Case("fsdp2"), Case("fsdp2", "bf16-mixed"), Case("fsdp2", frozen="lora")],
+    "torch": [Case("ddp"), Case("fsdp2"), Case("fsdp2", "bf16-mixed"), Case("fsdp2", frozen="lora"), *taught("ddp", "fsdp2")],
     "deepspeed": [
         *(Case(stage, precision) for stage in STAGES for precision in ("32-true", "bf16-mixed")),
         *(Case(stage, per_step=2) for stage in STAGES),
         *(Case(f"{stage}_offload") for stage in STAGES[1:]),
         Case("deepspeed_stage_2", frozen="lora"),
         *(Case("deepspeed_stage_3", frozen=frozen) for frozen in ("lora", "scorer", "tower")),
+        *taught(*STAGES),
     ],
 }
 
