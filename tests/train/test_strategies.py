@@ -153,7 +153,13 @@ def taught(*strategies: str) -> list[Case]:
 
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 CASES = {
-    "torch": [Case("ddp"), Case("fsdp2"), Case("fsdp2", "bf16-mixed"), Case("fsdp2", frozen="lora"), *taught("ddp", "fsdp2")],
+    "torch": [
+        Case("ddp"),
+        Case("fsdp2"),
+        Case("fsdp2", "bf16-mixed"),
+        Case("fsdp2", frozen="lora"),
+        *taught("ddp", "fsdp2"),
+    ],
     "deepspeed": [
         *(Case(stage, precision) for stage in STAGES for precision in ("32-true", "bf16-mixed")),
         *(Case(stage, per_step=2) for stage in STAGES),
