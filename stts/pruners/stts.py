@@ -169,9 +169,9 @@ class STTS(nn.Module):
         self, scores: Sequence[Tensor], grids: Sequence[Grid], budgets: Sequence[Budget]
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Kept groups of every video, int64 (K,), and the weights of its groups, (G,) in (0, 1], whose logarithm is the
-        key bias; None where no video loses any, except in a step that learns at a ratio below 1: there bias and gradient
-        are 0, but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers weights along
-        it). `scores` are those of whole videos, also when `score` made them in pieces."""
+        key bias; None where no video loses any, except in a step that learns at a ratio below 1: there bias and its
+        gradient are 0, but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers
+        weights along it). `scores` are those of whole videos, also when `score` made them in pieces."""
         scores_G = torch.cat(list(scores))
         indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
         prunable = [budget.num_kept < grid.num_groups for grid, budget in zip(grids, budgets, strict=True)]
