@@ -52,6 +52,25 @@ def test_the_configs_train_on_the_form_that_is_tested() -> None:
         assert form == {option: yaml.safe_load(value) for option, value in tested.items()}, name
 
 
+def test_arms_differ_in_the_choice_of_tokens_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms, steps, run_study = (load_script(f"study/{name}") for name in ("arms", "steps", "run_study"))
+    assert run_study.main(["--scale", "distractors", "--list"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    fits = [shlex.split(line) for line in lines if line.startswith("stts fit")]
+    scale = steps.SCALES["distractors"]
+    assert len(fits) == len(scale.arms) * len(scale.seeds)
+    shared = []
+    for words, arm in zip(fits, [arm for arm in scale.arms for _ in scale.seeds], strict=True):
+        own, out = arms.ARMS[arm].options, words.index("--out") + 1
+        place = next(n for n in range(len(words)) if tuple(words[n : n + len(own)]) == own)
+        shared.append(words[:out] + words[out + 1 : place] + words[place + len(own) : -4])
+        assert str(arms.TRAINED_AT) in own[own.index("--model.retention_ratio") + 1]
+    assert shared[1:] == shared[:-1] and "[3,5]" in shared[0], "the same otherwise, the seeds at the end apart"
+    assert all("--form.distractors '[3,5]'" in line for line in lines if line.startswith("stts data"))
+    page = load_script("study/report_arms").write_arms(arms.ArmsStudy(tmp_path / "runs", scale), tmp_path / "out")
+    assert page.read_text().count("not run") > 20 and not re.search(r"\d \[", page.read_text())
+
+
 def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
     study, report = load_script("study/steps"), load_script("study/report")
     page = report.write_report(study.Study(tmp_path / "runs", study.SCALES["cpu"]), tmp_path / "results").read_text()

@@ -37,14 +37,19 @@ COMMANDS = "commands.md"
 def write_report(study: Study, out: Path) -> Path:
     """README.md and its plots in `out`, the finding first, and `COMMANDS`, the commands behind each section."""
     results = {step.name: read_comparison(step.done) for step in study.steps() if step.done.name == "comparison.json"}
-    sections = [_pretrained(study, results), _equal_tokens(study, results, out), _by_family(study, results),
+    sections = [dense_and_controls(study, results), _equal_tokens(study, results, out), _by_family(study, results),
                 _equal_flops(study, results)]  # fmt: skip
     if study.scale.ablations:
         sections.append(_ablations(study, results))
     if study.scale.frames:
         sections.append(_scaling(study, results, out))
+    return write_page(study, out, [_TITLE, *_finding(study, results)], sections)
+
+
+def write_page(study: Study, out: Path, begin: Sequence[str], sections: Sequence[Section]) -> Path:
+    """`begin`, title and finding, above the sections; and beside it the commands."""
     head = _HEAD.format(command=study.command, runs=study.runs)
-    parts = [_TITLE, *_finding(study, results), head, *(section.shown for section in sections)]
+    parts = [*begin, head, *(section.shown for section in sections)]
     others = sorted({*out.glob("*.md"), *out.glob("*/README.md")} - {out / "README.md", out / COMMANDS})
     if others:
         links = (path.relative_to(out) for path in others)
@@ -133,19 +138,19 @@ class Section:
         return f"## {self.title}\n\n```bash\n{lines}\n```"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _steps(study: Study, stage: str, keep: Callable[[str], bool] = lambda name: True) -> list[Step]:
+def steps_of(study: Study, stage: str, keep: Callable[[str], bool] = lambda name: True) -> list[Step]:
     return [step for step in study.steps() if step.stage == stage and keep(step.name)]
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _pretrained(study: Study, results: Results) -> Section:
+def dense_and_controls(study: Study, results: Results) -> Section:
     shown = {"every token": "frozen", "single frame": "one_frame", "question only": "nothing"}
     families = sorted({record.family for result in results.values() if result for record in result.records})
     rows = []
@@ -160,9 +165,9 @@ def _pretrained(study: Study, results: Results) -> Section:
         f"The dense model ({which}) on the test clips; the same questions on clips frozen at their middle frame, and "
         "on the background alone. Chance is unweighted over families."
     )
-    steps = [*_steps(study, "data", lambda n: n.startswith("test")), *_steps(study, "pretrain"),
-             *_steps(study, "compare", lambda name: name in shown.values())]  # fmt: skip
-    return Section("The dense model and its controls", text, _table(["shown", "all", *families], rows), steps)
+    steps = [*steps_of(study, "data", lambda n: n.startswith("test")), *steps_of(study, "pretrain"),
+             *steps_of(study, "compare", lambda name: name in shown.values())]  # fmt: skip
+    return Section("The dense model and its controls", text, as_table(["shown", "all", *families], rows), steps)
 
 
 def _equal_tokens(study: Study, results: Results, out: Path) -> Section:
@@ -198,8 +203,8 @@ def _equal_tokens(study: Study, results: Results, out: Path) -> Section:
     if frozen is not None:
         write_whole(out / "retention.png", draw_retention(*_retention_curves(study, results)))
         text += "\n\n![accuracy over retention](retention.png)"
-    steps = [*_steps(study, "finetune"), *_steps(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
-    return Section("Accuracy at equal tokens", text, _table(["method", *map(str, ratios)], rows), steps)
+    steps = [*steps_of(study, "finetune"), *steps_of(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
+    return Section("Accuracy at equal tokens", text, as_table(["method", *map(str, ratios)], rows), steps)
 
 
 def _by_family(study: Study, results: Results) -> Section:
@@ -216,7 +221,7 @@ def _by_family(study: Study, results: Results) -> Section:
     ]
     names = " / ".join(sorted({record.family for record in frozen.records})) if frozen else NOT_RUN
     text = f"Percent right in {names}; mean over seeds where there are several. From the comparisons above."
-    return Section("By family", text, _table(["method", *map(str, ratios)], rows))
+    return Section("By family", text, as_table(["method", *map(str, ratios)], rows))
 
 
 def _equal_flops(study: Study, results: Results) -> Section:
@@ -229,7 +234,7 @@ def _equal_flops(study: Study, results: Results) -> Section:
         "Share of the dense model's FLOPs (ViT, pruner, connector and LLM), by linear interpolation between the ratios "
         'measured above; "-" outside of them. Methods that drop before or in the LLM pay the whole ViT.'
     )
-    table = _table(["method", *(f"{share:.0%}" for share in shares)], rows)
+    table = as_table(["method", *(f"{share:.0%}" for share in shares)], rows)
     return Section("Accuracy at equal FLOPs", text, table)
 
 
@@ -253,7 +258,7 @@ def _ablations(study: Study, results: Results) -> Section:
     if study.scale.ablate:
         text += f" Rows below `{study.shorter}` are as long as that, and paired with it."
     head = ["fine-tuned", "at 0.5", families, "minus", "dense"]
-    return Section("Ablations", text, _table(head, rows), _steps(study, "ablation"))
+    return Section("Ablations", text, as_table(head, rows), steps_of(study, "ablation"))
 
 
 def _scaling(study: Study, results: Results, out: Path) -> Section:
@@ -292,9 +297,9 @@ def _scaling(study: Study, results: Results, out: Path) -> Section:
                 for count in frames
             ]  # fmt: skip
             rows.append([f"{name} minus {title} at 16 frames", *cells])
-    steps = [*_steps(study, "data", lambda name: name.startswith("long")), *_steps(study, "scaling")]
+    steps = [*steps_of(study, "data", lambda name: name.startswith("long")), *steps_of(study, "scaling")]
     head = ["method", *(f"{count} frames" for count in frames)]
-    return Section("More frames at the same tokens", text, _table(head, rows), steps)
+    return Section("More frames at the same tokens", text, as_table(head, rows), steps)
 
 
 def _retention_curves(

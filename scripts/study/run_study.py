@@ -2,6 +2,7 @@
 
     python scripts/study/run_study.py --scale cpu --jobs 2    two hours on 2 CPU cores: 9 tokens a frame
     python scripts/study/run_study.py --scale wide --jobs 2   33 minutes: 36 tokens a frame
+    python scripts/study/run_study.py --scale distractors     change is not relevance: a rule and STTS, with a teacher
     python scripts/study/run_study.py --stages report         tables and plots of docs/results from what has been run
     python scripts/study/run_study.py --scale tiny            every stage in a minute, untrained: shows that it runs
     python scripts/study/run_study.py --model FOLDER          from another pretrained small VLM
@@ -43,7 +44,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import replace
 from pathlib import Path
 
+from arms import ArmsStudy
 from report import write_report
+from report_arms import write_arms
 from steps import ROOT, SCALES, STAGES, Step, Study, accelerate
 
 
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = replace(SCALES[args.scale], given=args.model or SCALES[args.scale].given)
     more = [f"--model {args.model}"] if args.model else []
     command = " ".join(["python scripts/study/run_study.py --scale", args.scale, *more, f"--runs {args.runs}"])
-    study = Study(args.runs, scale, accelerate(), command)
+    study = (ArmsStudy if scale.arms else Study)(args.runs, scale, accelerate(), command)
     wanted = [step for step in study.steps() if step.stage in args.stages]
     missing = [step for step in wanted if not study.is_there(step)]
     for number, step in enumerate(wanted, 1):
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code != 0:
                 return _failed(step, code)
     if "report" in args.stages and not args.list:
-        print(f"wrote {write_report(study, args.out)}")
+        written = write_arms(study, args.out) if isinstance(study, ArmsStudy) else write_report(study, args.out)
+        print(f"wrote {written}")
     return 0
 
 

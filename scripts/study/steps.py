@@ -15,6 +15,7 @@ SMALL = {  # form of the clips; configs/shapes_pretrain_small.yaml says the same
     "ask_by": "colour", "grid": "3", "num_glares": "1", "active_share": "0.75",
 }  # fmt: skip
 WIDE = SMALL | {"frame_size": "96"}  # configs/shapes_pretrain.yaml says the same
+DISTRACTORS = SMALL | {"num_glares": "0", "distractors": "[3,5]"}  # configs/shapes_pretrain_world.yaml: 2 to 5
 RIVAL = "novelty-elastic"
 LONG = "stts-long"
 LIKEWISE = "dense, fine-tuned likewise"
@@ -64,6 +65,8 @@ class Scale:
     """Sizes of the untrained VLM."""
     given: Path | None = None
     """A pretrained VLM to begin with; None: the stage `pretrain` makes one."""
+    arms: tuple[str, ...] = ()
+    """Names of arms.py that are fine-tuned in place of STTS at three ratios."""
     form: Mapping[str, str] = field(default_factory=SMALL.copy)
     """Of the clips that are tested."""
 
@@ -73,14 +76,21 @@ FROZEN = (  # what is compared: chosen, not the whole zoo, so that a new method 
     "holitom+inner", "stop-visionzip", "stop-fastvid", "stop-holitom", "tango", "tango+inner", "adatp", "fastv", "dart",
     "vidcom2",
 )  # fmt: skip
+
+
+def trained_on(form: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of `stts fit` for clips of this form; training asks more about a clip than testing does."""
+    pairs = ((f"--data.shapes.{name}", value) for name, value in form.items() if name != "questions_per_family")
+    return tuple(word for pair in pairs for word in pair)
+
+
 SCALED = ("uniform", "random", "novelty", "visionzip", "fastvid", "stop-holitom", "tango")  # of the long clips
 SCALES = {
     "cpu": Scale(
         num_test=250, num_long=100, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
         pruners=FROZEN, ablations=tuple(ABLATIONS), batch_size=30,
         given=Path("stts/assets/shapes_vlm"), form=SMALL, num_longer=2080,
-        fit=(*(word for name, value in SMALL.items() if name != "questions_per_family"
-               for word in (f"--data.shapes.{name}", value)),
+        fit=(*trained_on(SMALL),
              "--data.phases", "[{num_clips: 5600, questions_per_clip: 20}, {num_clips: 320, questions_per_clip: 20, "
              "num_sampled: 64}, {num_clips: 2400, questions_per_clip: 20}]",
              "--data.num_val_clips", "100", "--data.batch_size", "8", "--data.num_workers", "1",
@@ -93,6 +103,14 @@ SCALES = {
         pruners=("random", "uniform", "novelty", "visionzip", "fastvid", "holitom", "stop-holitom", "tango", "adatp",
                  "fastv", "dart", "vidcom2"),
         given=Path("stts/assets/shapes_vlm36"), form=WIDE,
+    ),
+    "distractors": Scale(
+        num_test=120, num_long=0, seeds=(0,), ratios=(0.25, 0.15), frames=(), ablations=(), batch_size=30,
+        pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
+        given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, arms=("evs", "stts", "teacher"),
+        fit=(*trained_on(DISTRACTORS), "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]",
+             "--data.num_val_clips", "50", "--data.batch_size", "8", "--data.num_workers", "0",
+             "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0, 1), ratios=(0.5, 0.2), frames=(8, 16), pruners=("random", "fastv"),
@@ -235,13 +253,18 @@ class Study:
         argv += ["--name", f"ShapesQA, {name}", *options]
         return Step(stage, name, tuple(argv), out / "comparison.json")
 
-    def _compare(self) -> list[Step]:
-        scale = self.scale
-        steps = [self._against("compare", "frozen", self.pretrained, scale.pruners, scale.ratios)]
+    def _of_the_pretrained(self) -> list[Step]:
+        """Every frozen pruner, and the controls."""
+        steps = [self._against("compare", "frozen", self.pretrained, self.scale.pruners, self.scale.ratios)]
         for show in ("one_frame", "nothing"):
             steps.append(
                 self._against("compare", show, self.pretrained, ["random"], [0.5], data=f"test-{show}/test")
             )  # fmt: skip
+        return steps
+
+    def _compare(self) -> list[Step]:
+        scale = self.scale
+        steps = self._of_the_pretrained()
         before = ["--baseline_model", str(self.pretrained)]
         for name in self.learned():
             ratios = [float(name.split("-")[1])] if "elastic" not in name else scale.ratios

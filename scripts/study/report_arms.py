@@ -1,0 +1,132 @@
+"""The page of a study with arms: what each way of choosing tokens answers, and what it keeps of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+
+from arms import ARMS, OURS, RIVAL, TRAINED_AT, ArmsStudy
+from cells import (
+    NOT_RUN,
+    Results,
+    best_frozen,
+    by_families,
+    find_row,
+    paired_points,
+    percent,
+    read_comparison,
+    spread,
+)
+from report import Section, as_table, dense_and_controls, steps_of, write_page
+
+from stts.eval.results.result import ComparisonResult
+from stts.eval.results.table import DENSE, Row
+
+_TITLE = "# Where change is not relevance"
+
+
+def write_arms(study: ArmsStudy, out: Path) -> Path:
+    """README.md in `out`, the finding first, and the commands beside it."""
+    results = {step.name: read_comparison(step.done) for step in study.steps() if step.done.name == "comparison.json"}
+    sections = [_at_equal_tokens(study, results), _families(study, results), dense_and_controls(study, results)]
+    return write_page(study, out, [_TITLE, *_finding(study, results)], sections)
+
+
+def _runs(study: ArmsStudy, results: Results, arm: str) -> list[ComparisonResult]:
+    found = (results[study.run_name(arm, seed)] for seed in study.scale.seeds)
+    return [result for result in found if result is not None]
+
+
+def _rows(study: ArmsStudy, results: Results, arm: str, ratio: float) -> list[Row]:
+    rows = (find_row(result, ARMS[arm].method, ratio) for result in _runs(study, results, arm))
+    return [row for row in rows if row is not None and row.accuracy is not None]
+
+
+def _minus(study: ArmsStudy, results: Results, arm: str, other: str, ratio: float) -> str:
+    """Paired by question and seed, in points; `other` is an arm, or a cell of the frozen comparison."""
+    cell = f"{ARMS[arm].method}@{ratio:g}"
+    if other not in ARMS:
+        return paired_points(_runs(study, results, arm), cell, results["frozen"], other)
+    their_cell = f"{ARMS[other].method}@{ratio:g}"
+    found = [
+        paired_points([results[study.run_name(arm, seed)]], cell, results[study.run_name(other, seed)], their_cell)
+        for seed in study.scale.seeds
+    ]
+    return "; ".join(found)
+
+
+def _finding(study: ArmsStudy, results: Results) -> list[str]:
+    if results["frozen"] is None or not all(_runs(study, results, arm) for arm in (OURS, RIVAL, "stts")):
+        return []
+    lines = []
+    for ratio in study.scale.ratios:
+        ours, rule, plain = (_rows(study, results, arm, ratio) for arm in (OURS, RIVAL, "stts"))
+        best = best_frozen(study, results, ratio)
+        lines.append(
+            f"At {ratio:.0%} of the tokens STTS with the teacher answers **{spread(ours).split()[0]} %**, the rule "
+            f"`{ARMS[RIVAL].method}` fine-tuned likewise {spread(rule).split()[0]} %, STTS as published "
+            f"{spread(plain).split()[0]} %, the best frozen pruner ({best.method if best else '-'}) "
+            f"{percent(best).split()[0]} %. Teacher minus rule, in points: "
+            f"{_minus(study, results, OURS, RIVAL, ratio)}."
+        )
+        lines.append(
+            f"Of the evidence the teacher's scorer keeps {_share(ours, 'evidence')} % there, the rule "
+            f"{_share(rule, 'evidence')} %, STTS as published {_share(plain, 'evidence')} %; of the distractors "
+            f"{_share(ours, 'distractors')}, {_share(rule, 'distractors')} and {_share(plain, 'distractors')} %."
+        )
+    lines.append(f"Every token, the VLM before fine-tuning: {percent(find_row(results['frozen'], DENSE))} %.")
+    number = len(study.scale.seeds)
+    lines.append(
+        f"{'One seed' if number == 1 else f'{number} seeds'}, a VLM of 0.9 M parameters, one synthetic world: "
+        "[how to read it](reading.md), and what has not been run."
+    )
+    return ["\n".join(f"* {line}" for line in lines)]
+
+
+def _share(rows: Iterable[Row | None], name: str) -> str:
+    values = [getattr(row, f"{name}_kept") for row in rows if row is not None]
+    known = [100 * value for value in values if value is not None]
+    return f"{fmean(known):.1f}" if known else NOT_RUN
+
+
+def _at_equal_tokens(study: ArmsStudy, results: Results) -> Section:
+    frozen, ratios = results["frozen"], study.scale.ratios
+    rows = [["every token", *(part for _ in ratios for part in (percent(find_row(frozen, DENSE)), "100.0", "100.0"))]]
+
+    def line(title: str, found: Iterable[list[Row]]) -> list[str]:
+        parts = ((spread(rows), _share(rows, "evidence"), _share(rows, "distractors")) for rows in found)
+        return [title, *(part for three in parts for part in three)]
+
+    for arm in study.scale.arms:
+        rows.append(line(f"**{ARMS[arm].title}**", (_rows(study, results, arm, ratio) for ratio in ratios)))
+    for name in study.scale.pruners:
+        found = (find_row(frozen, name, ratio) for ratio in ratios)
+        rows.append(line(name, ([] if row is None else [row] for row in found)))
+    others = [arm for arm in study.scale.arms if arm != RIVAL]
+    for other, title in ((RIVAL, ARMS[RIVAL].title), (DENSE, "every token")):
+        for arm in others:
+            points = (_minus(study, results, arm, other, ratio) for ratio in ratios)
+            rows.append([f"{ARMS[arm].title} minus {title}", *(part for one in points for part in (one, "", ""))])
+    head = [f"{name}{ratio:g}" for ratio in ratios for name in ("", "evidence kept at ", "distractors kept at ")]
+    text = (
+        f"In bold what was fine-tuned at {TRAINED_AT:g}, all on the same clips and for as many steps; below it pruners "
+        "on the VLM as it is. Evidence and distractors in percent of their cells beyond the first frame. The last rows "
+        "are paired by question, in points."
+    )
+    steps = [*steps_of(study, "finetune"), *steps_of(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
+    return Section("Accuracy and evidence at equal tokens", text, as_table(["method", *head], rows), steps)
+
+
+def _families(study: ArmsStudy, results: Results) -> Section:
+    frozen, ratios = results["frozen"], study.scale.ratios
+    rows = [["every token", *[by_families([frozen], DENSE)] * len(ratios)]]
+    for arm in study.scale.arms:
+        method = ARMS[arm].method
+        cells = (by_families(_runs(study, results, arm), f"{method}@{ratio:g}") for ratio in ratios)
+        rows.append([f"**{ARMS[arm].title}**", *cells])
+    for name in study.scale.pruners:
+        rows.append([name, *(by_families([frozen], f"{name}@{ratio:g}") for ratio in ratios)])
+    names = " / ".join(sorted({record.family for record in frozen.records})) if frozen else NOT_RUN
+    text = f"Percent right in {names}; mean over seeds where there are several."
+    return Section("By family", text, as_table(["method", *map(str, ratios)], rows))
