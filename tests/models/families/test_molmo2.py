@@ -29,7 +29,6 @@ from stts.models.families.molmo2 import pooling_windows
 from stts.models.families.tiny import make_tiny
 from stts.models.pruning.tower import run_tower
 from stts.pruners.base import PerVideo, keep_top
-from stts.pruners.registry import PRUNERS
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 from tests.conftest import answer_labels
 from tests.models.families import family_laws as laws
@@ -393,21 +392,6 @@ def test_signals_come_from_the_deepest_feature_block_and_are_pooled_over_what_li
         inside = window[window >= 0]
         torch.testing.assert_close(salience_G[row], received_N[inside].mean(), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(keys_GE[row], key_NE[inside].mean(0), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", sorted(PRUNERS))
-def test_every_pruner_of_the_registry_runs_in_forward_and_generate(tiny: Any, name: str) -> None:
-    model, processor = tiny
-    inputs = make_inputs(
-        processor, ["8 what colour is the circle ?", ROWS[1], "6 is there a cross ?"], padding_side="left"
-    )
-    with torch.no_grad(), stts.pruning(model, name, retention_ratio=0.5) as pruned:
-        logits = model(**inputs).logits
-        report = pruned.last
-        assert report is not None and torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
-        assert name == "none" or report.retention_measured < 0.6
-        tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_wrong_inputs_name_the_fix(tiny: Any) -> None:
