@@ -14,7 +14,10 @@ VERBS = {  # verb -> what it does, and the function that does it
     "init": ("write an untrained small VLM for ShapesQA", "stts.models.checkpoints.shapes_vlm:write_small_vlm"),
     "data shapes": ("write ShapesQA, a synthetic video QA set: --out DIR", "stts.data.shapes.files:shapes"),
     "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", "stts_train.cli:fit"),
-    "plan": ("memory, tokens and FLOPs of a training run before it starts, and what to change", "stts_train.plan:plan"),
+    "plan": (
+        "memory, tokens and FLOPs of a training run before it starts, and what to change",
+        "stts_train.plan_cli:plan",
+    ),
     "eval": (
         "one model and pruner on benchmarks or a file, in lmms-eval's formats; many ranks with torchrun",
         "stts.eval.evaluate:evaluate",

@@ -133,7 +133,7 @@ def _check_verb(words: list[str]) -> None:
     assert verb in cli.VERBS
     if verb in ("fit", "plan"):
         from stts_train.cli import ReadingCLI, read_config
-        from stts_train.plan_config import PlanCLI
+        from stts_train.plan_cli import PlanCLI
 
         rest = [word for word in rest if word != "--dry-run"]
         rest += [] if "--out" in rest else ["--out", "runs/x"]

@@ -93,7 +93,7 @@ class FitCLI(LightningCLI):
         trainer["callbacks"] = [
             ProgressLines(config["progress_every"]),
             SkipList(out),
-            Summary(),
+            Summary(self.config),
             Export(out),
             Throughput(config["peak_tflops"]),
             *([Overlays(out, every_picture)] if every_picture else []),

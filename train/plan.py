@@ -15,7 +15,7 @@ gradients too, stage 3 and fsdp2 everything; offloading moves the cut part to ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +33,11 @@ from stts.tokens import Grid
 from .batches import PREFETCH
 from .lora import Lora, add_lora
 from .parts import PARTS, learns, part_of
-from .plan_config import Run, read_run, read_strategy
+from .plan_config import Run, read_strategy
 from .plan_work import _Work
 
 GIB = 2**30
-_SPARE = 0.08  # of a GPU, for CUDA itself, NCCL and fragmentation: a rule of thumb, not a measurement
+SPARE = 0.08  # of a GPU, for CUDA itself, NCCL and fragmentation: a rule of thumb, not a measurement
 _BUCKET = 200_000_000  # elements of DeepSpeed's reduce and gather buckets, as Lightning sets them
 
 
@@ -213,7 +213,7 @@ def _shorter(run: Run, **change: Any) -> Run:
 
 def describe(run: Run, made: Plan) -> str:
     """The plan as text."""
-    room = round(run.gpu_gib * (1 - _SPARE) * GIB)
+    room = round(run.gpu_gib * (1 - SPARE) * GIB)
     count = made.parameters
     kept = "every token" if run.pruner == "none" else f"{run.pruner} keeping {run.retention_ratio:g}"
     lines = [f"{run.config.model_type}, {run.num_frames} frames a video, {kept}", ""]
@@ -221,9 +221,7 @@ def describe(run: Run, made: Plan) -> str:
     lines += [f"  {part:22}{count.learning[part]:>16,}{count.frozen[part]:>16,}" for part in PARTS]
     lines += ["", f"memory of one GPU ({run.strategy.name} on {run.gpus}, {run.precision})     GiB"]
     lines += [f"  {name:40}{size / GIB:>10.2f}" for name, size in made.memory.items() if size]
-    lines += [
-        f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({run.gpu_gib:g} less {_SPARE:.0%} to spare)"
-    ]
+    lines += [f"  {'all':40}{made.total / GIB:>10.2f}  of {room / GIB:.1f} ({run.gpu_gib:g} less {SPARE:.0%} to spare)"]
     lines += ["", "host memory, per rank                          GiB"] if made.host or made.ready else []
     lines += [f"  {'offloaded states':40}{made.host / GIB:>10.2f}"] if made.host else []
     if made.ready:
@@ -245,11 +243,3 @@ def describe(run: Run, made: Plan) -> str:
     for text, size in advise(run, room):
         lines.append(f"  {'fits' if size <= room else 'not enough':12}{size / GIB:>8.1f} GiB  {text}")
     return "\n".join(lines)
-
-
-def plan(argv: Sequence[str]) -> int:
-    """`stts plan`: 0 when the run fits, 1 when it does not."""
-    run = read_run(argv)
-    result = make_plan(run)
-    print(describe(run, result))
-    return 0 if result.total <= run.gpu_gib * (1 - _SPARE) * GIB else 1

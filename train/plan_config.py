@@ -1,19 +1,16 @@
-"""What `stts plan` reads from the configuration of a training run."""
+"""What a plan of memory and work depends on, read from the settings of a training run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
 from transformers import PretrainedConfig
 
 from stts.models.checkpoints.load import recorded_options
-from stts.models.families.published import config_of
 
-from .cli import ReadingCLI, read_config
 from .lora import Lora
 from .parts import PARTS
 from .retention import make_retention
@@ -48,51 +45,33 @@ class Run:
     gpus: int
     accumulate: int
     num_frames: int
-    frame_size: tuple[int, int]
-    """Pixels of the files, height and width; only where the family's resolution is free."""
     video_size: Mapping[str, int] | None
     batch_size: int
     max_tokens: int
-    text_tokens: int
-    """Of a conversation without its video."""
-    answer_tokens: int
     num_workers: int = 0
     """Loader processes per rank."""
+    frame_size: tuple[int, int] = (720, 1280)
+    """Pixels of the files, height and width; only where the family's resolution is free."""
+    text_tokens: int = 128
+    """Of a conversation without its video."""
+    answer_tokens: int = 32
     gpu_gib: float = 80.0
     """Memory of one GPU."""
 
 
-class PlanCLI(ReadingCLI):
-    """The parser of `stts fit` with the questions of `stts plan`."""
+def run_of(settings: Any, config: PretrainedConfig, *, gpus: int = 0, **assumed: Any) -> Run:
+    """The run of these settings of `stts fit` on a model of this config.
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        parser.prog = "stts plan"
-        parser.usage = "stts plan --config FILE.yaml [--gpus N] [--gpu_gib G] [options of stts fit]"
-        parser.add_argument("--gpus", type=int, default=0, help="GPUs in all; 0: devices x nodes of the config")
-        parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of one GPU")
-        parser.add_argument("--model_config", type=Path | None, help="config.json of a model that is not here")
-        parser.add_argument("--frame_size", type=str, default="720x1280", help="of the video files, height x width")
-        parser.add_argument("--text_tokens", type=int, default=128, help="of a conversation without its video")
-        parser.add_argument("--answer_tokens", type=int, default=32, help="how many of them are answers")
-
-
-def read_run(argv: Sequence[str]) -> Run:
-    """The run that a config describes. ValueError for settings `stts fit` would refuse, and for unknown models."""
-    config = read_config(argv, PlanCLI)
-    if config["gpus"] < 0 or config["gpu_gib"] <= 0:
-        raise ValueError(f"--gpus {config['gpus']} and --gpu_gib {config['gpu_gib']} must be above 0")
-    height, _, width = config["frame_size"].partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise ValueError(f"--frame_size {config['frame_size']} must be HEIGHTxWIDTH in pixels, such as 720x1280")
-    model, data, trainer = config["model"], config["data"], config["trainer"]
+    gpus: in all; 0: devices x nodes of the settings. assumed: fields of `Run` that no settings have, as `text_tokens`.
+    """
+    model, data, trainer = settings["model"], settings["data"], settings["trainer"]
     rates = {part: model[f"{part}_lr"] for part in PARTS if model[f"{part}_lr"]}
     lora = model["lora"]
     if lora is not None and not isinstance(lora, Lora):
         lora = Lora(**dict(lora))
     shapes = data["kind"] == "shapes"
     return Run(
-        config=config_of(model["model"], config["model_config"]),
+        config=config,
         pruner=model["pruner"],
         pruner_options=_options(model),
         retention_ratio=make_retention(_plain(model["retention_ratio"])).highest,
@@ -101,17 +80,14 @@ def read_run(argv: Sequence[str]) -> Run:
         checkpointing=model["gradient_checkpointing"],
         precision=str(trainer["precision"] or "32-true"),
         strategy=read_strategy(trainer["strategy"]),
-        gpus=config["gpus"] or _devices(trainer),
+        gpus=gpus or _devices(trainer),
         accumulate=trainer["accumulate_grad_batches"],
         num_frames=data["shapes"]["num_sampled"] if shapes else data["num_frames"],
-        frame_size=(int(height), int(width)),
         video_size=_plain(model["video_size"]),
         batch_size=data["batch_size"],
         max_tokens=data["max_tokens"],
-        text_tokens=config["text_tokens"],
-        answer_tokens=config["answer_tokens"],
         num_workers=data["num_workers"],
-        gpu_gib=config["gpu_gib"],
+        **assumed,
     )
 
 

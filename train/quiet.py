@@ -11,11 +11,16 @@ _WARNINGS = (
     "Total length of `list` across ranks is zero",  # no validation asked for
     "`gradient_checkpointing_enable` is deprecated",  # transformers 5.23; the new name is not in 5.5
     "Since DeepSpeed handles gradient clipping internally",  # Lightning, of a hook that does not clip there
+    "When saving the DeepSpeed Stage 3 checkpoint",  # Lightning, of a single file: `stts export` writes it
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # DeepSpeed 0.19 on torch 2.13
+    "Distutils was imported before Setuptools",  # torch's compiler of DeepSpeed's operators
+    "Setuptools is replacing distutils",  # the same
 )
 _LOGGED = (
     "\N{ELECTRIC LIGHT BULB} Tip:",  # Lightning, of its own products
     "`weights_only` was not set",  # Lightning, of loaders that get it from us where it matters
     "Setting accelerator to CPU",  # DeepSpeed
+    "MPU is not provided",  # DeepSpeed, of checkpoints of models that are cut by rows too
 )
 
 

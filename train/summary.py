@@ -1,7 +1,8 @@
-"""One line before the first step: what learns, on how many ranks, and how much a step is."""
+"""One line before the first step: what learns, on how many ranks, how much a step is, and what memory is planned."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,13 +10,18 @@ import lightning.pytorch as pl
 from .checkpoints import strategy_name
 from .console import print_rank_zero
 from .parts import PARTS, part_of
+from .plan import GIB, make_plan
+from .plan_config import run_of
 
 
 class Summary(pl.Callback):
-    """Prints parameters per part, strategy, ranks, batches and tokens per optimizer step."""
+    """Prints parameters per part, strategy, ranks, batches and tokens per optimizer step, and memory as `stts plan`
+    counts it, with its own assumptions on files and texts.
 
-    def __init__(self) -> None:
-        self.parameters = ""
+    settings: of the run, as parsed."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings, self.parameters, self.memory = settings, "", ""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Counts parameters here, while every rank still holds all of them."""
@@ -27,6 +33,12 @@ class Summary(pl.Callback):
                 frozen += parameter.numel()
         parts = [f"{part} {_short(number)}" for part, number in learning.items() if number]
         self.parameters = f"training {', '.join(parts)} parameters ({_short(frozen)} frozen)"
+        if trainer.is_global_zero:  # before the pruner's attention is switched on in the config
+            config = copy.deepcopy(pl_module.model.config)
+            planned = make_plan(run_of(self.settings, config, gpus=trainer.world_size))
+            host = planned.host + planned.ready
+            self.memory = f"memory planned per rank: {planned.total / GIB:.3g} GiB"
+            self.memory += f", and {host / GIB:.3g} of the host" if host else ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -36,7 +48,7 @@ class Summary(pl.Callback):
         unit = "tokens" if data.max_tokens else "samples"
         print_rank_zero(
             f"{self.parameters}; {strategy_name(trainer)} on {ranks} rank(s), {trainer.precision}; a step is {ranks} x "
-            f"{per_step} batches of {each}: {total:,} {unit}"
+            f"{per_step} batches of {each}: {total:,} {unit}; {self.memory}"
         )
 
 

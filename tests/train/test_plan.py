@@ -24,7 +24,8 @@ from stts_train.lora import Lora
 from stts_train.module import VideoFinetune
 from stts_train.parts import PARTS
 from stts_train.plan import advise, describe, make_plan
-from stts_train.plan_config import Run, read_run, read_strategy
+from stts_train.plan_cli import read_run
+from stts_train.plan_config import Run, read_strategy
 from tests.models.checkpoints.test_checkpoints import CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,8 @@ import pytest
 
 import stts_train.cli as cli
 from stts_train.checkpoints import Saved, choose, newest
+from stts_train.plan import GIB, make_plan
+from stts_train.plan_cli import read_run
 from tests.train.launch import (
     CUTS,
     RATES,
@@ -167,8 +169,12 @@ def test_other_settings_start_anew_and_set_old_checkpoints_aside(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    assert cli.fit(small(tiny_folder, out, "--model.llm_lr=2e-3", "--trainer.max_steps=2")) == 0
+    argv = small(tiny_folder, out, "--model.llm_lr=2e-3", "--trainer.max_steps=2")
+    assert cli.fit(argv) == 0
     text = capsys.readouterr().out
+    assert f"; memory planned per rank: {make_plan(read_run(argv)).total / GIB:.3g} GiB\n" in text, (
+        "as stts plan has it"
+    )
     assert "written with other settings (model.llm_lr, trainer.max_steps): starting anew" in text
     assert "step 1/2" in text and "step-00000002" in folders(out)
     assert {folder.name for folder in (out / "checkpoints-1").iterdir()} == folders(finished)
