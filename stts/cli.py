@@ -13,7 +13,7 @@ import stts
 VERBS = {  # verb -> what it does, and the function that does it
     "init": ("write an untrained small VLM for ShapesQA", "stts.models.checkpoints.shapes_vlm:write_small_vlm"),
     "data shapes": ("write ShapesQA, a synthetic video QA set: --out DIR", "stts.data.shapes.files:shapes"),
-    "fit": ("train or fine-tune: stts fit --config configs/shapes_stts.yaml", "stts_train.cli:fit"),
+    "fit": ("fine-tune: stts fit --model.model M --data.train x.jsonl, or --config FILE.yaml", "stts_train.start:fit"),
     "plan": (
         "memory, tokens and FLOPs of a training run before it starts, and what to change",
         "stts_train.plan_cli:plan",

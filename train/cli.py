@@ -28,6 +28,8 @@ from .loggers import make_loggers
 from .module import VideoFinetune
 from .overlays import Overlays
 from .quiet import silence
+from .recipe import high_rates
+from .row_check import check_rows, sources_of
 from .summary import Summary
 from .throughput import Throughput
 
@@ -75,6 +77,8 @@ class FitCLI(LightningCLI):
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept, beside the best")
 
     def before_instantiate_classes(self) -> None:
+        for line in high_rates(self.config["model"]):
+            print_rank_zero(line)
         self.settings = settings_of(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         self.saved, self.why = choose(self.config["resume"], Path(self.config["out"]), self.settings)
 
@@ -158,8 +162,11 @@ def fit(argv: Sequence[str]) -> int:
     try:
         if "--dry-run" in argv:
             argv.remove("--dry-run")
+            config = read_config(argv)
+            if all(Path(str(source["path"])).exists() for source in sources_of(config["data"])):
+                for line in check_rows(config["data"]).lines:
+                    print_rank_zero(f"rows: {line}")
             with tempfile.TemporaryDirectory() as scratch:
-                config = read_config(argv)
                 code = fit(rehearsal(argv, config, Path(scratch)))
             if code == 0:
                 print_rank_zero(f"rehearsed, and removed; {not_rehearsed(config)}")

@@ -4,7 +4,8 @@ The model becomes a tiny random one of its family (`stts/models/families/tiny.py
 clips, the machine one CPU process, the run two optimizer steps with validation and export. Everything else is as the
 config says: pruner and its options, losses, rates, LoRA, checkpointing, precision. Nothing is written to `out`.
 
-Where torchrun has started several processes, the rehearsal takes all of them, and the strategy of the config."""
+Where torchrun has started several processes, the rehearsal takes all of them, and the strategy of the config. Of the
+run's own data, where it is there, all rows are parsed and two decoded (`row_check.py`)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from typing import Any
 
 from stts.models.families.published import config_of
 from stts.models.families.tiny import write_tiny
+
+from .row_check import sources_of
 
 STEPS, _BATCH, _FRAMES = 2, 2, 8
 _CUT_FROM = 100  # elements: by DeepSpeed's default, stage 3 would leave every parameter of a tiny model whole
@@ -87,9 +90,7 @@ def not_rehearsed(config: Any) -> str:
     strategy = trainer["strategy"]
     if not isinstance(strategy, str):
         strategy = strategy["class_path"].rpartition(".")[2]
-    train = data.get("train")
-    sources = [source["path"] for source in train] if isinstance(train, list) else [train]
-    files = [file for file in (*sources, data.get("val")) if file] if data["kind"] != "shapes" else []
-    named = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files]
+    files = [file for file in (*(source["path"] for source in sources_of(data)), data.get("val")) if file]
+    named = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files if data["kind"] != "shapes"]
     machine = [f"trainer.strategy={strategy}"] if ranks() == 1 else []
     return "left out: " + ", ".join([f"the weights of {config['model']['model']}", *named, *machine])
