@@ -218,16 +218,6 @@ def embeds_of(kwargs: Mapping[str, Any], inner: Any) -> Tensor:
     return embeds
 
 
-def check_placeholders(kind: str, places: int, filled: int) -> None:
-    """ValueError unless the prompt has as many placeholders of this kind ("image", "video") as features fill."""
-    if places != filled:
-        raise ValueError(
-            f"the prompt has {places} {kind} placeholders, the {kind} input fills {filled}; build both with the same "
-            "processor call (`load_vlm` gives the processor the layout of the model's videos) and do not truncate the "
-            "prompt"
-        )
-
-
 def layer_sizes(text: Any) -> dict[str, Any]:
     """Fields of `HostInfo` for one layer of the LLM, from its config."""
     rope = getattr(text, "rope_parameters", None) or {}

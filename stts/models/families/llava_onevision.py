@@ -30,9 +30,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from stts.data.video.stream import StreamedPixels
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, as_block, check_placeholders, embeds_of, layer_sizes, run_device
+from stts.models.families.base import Part, TinySizes, as_block, embeds_of, layer_sizes, run_device
 from stts.models.families.llava_layout import STOCK, VideoLayout, lay_out
-from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual, check_placeholders
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 

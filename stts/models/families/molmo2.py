@@ -11,6 +11,7 @@ length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +26,21 @@ from stts.models.families.base import (
     Part,
     TinySizes,
     as_block,
-    check_placeholders,
     embeds_of,
     layer_sizes,
     run_device,
     run_inside,
 )
-from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.visual import (
+    Block,
+    Connected,
+    Placed,
+    TowerInput,
+    TowerOutput,
+    Visual,
+    flat_features,
+    place_groups,
+)
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
 
@@ -326,39 +335,20 @@ class Molmo2(Molmo2Facts):
             place_BL = (x_BLd == patch_d).all(-1)
         else:
             place_BL = input_ids == patch
-        num_image_tokens, device = sum(map(len, connected.images)), x_BLd.device
-        rows = [x_BLd.new_zeros(0, x_BLd.shape[-1]), *connected.images]
-        flags = [torch.ones(num_image_tokens, dtype=torch.bool, device=device)]
-        numbers = [torch.full((num_image_tokens,), -1, device=device)]
-        cells = [torch.full((num_image_tokens,), -1, device=device)]
-        for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
-            keep = torch.ones(grid.num_groups, dtype=torch.bool, device=device)
-            if index_K is not None:
-                index_K = index_K.sort().values
-                keep = torch.zeros_like(keep).index_fill(0, index_K, True)
-                x_Kd = x_Kd.new_zeros(grid.num_groups, x_Kd.shape[-1]).index_copy(0, index_K, x_Kd)
-            rows.append(x_Kd)
-            flags.append(keep)
-            numbers.append(torch.full((grid.num_groups,), video, device=device))
-            cells.append(torch.arange(grid.num_groups, device=device))
-        features = torch.cat([x.to(x_BLd) for x in rows])
-        check_placeholders("visual", int(place_BL.sum()), len(features))
-        none_BL = torch.full_like(place_BL, -1, dtype=torch.long)
+        none_BL = torch.zeros_like(place_BL)
+        image_BL, video_BL = (none_BL, place_BL) if visual.grids else (place_BL, none_BL)
+        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual.grids, kept)
+        features_Vd = flat_features(x_BLd, connected.images, connected.videos)
         arguments = {
             "input_ids": None,
-            "inputs_embeds": x_BLd + torch.zeros_like(x_BLd).masked_scatter(place_BL[..., None], features),
+            "inputs_embeds": x_BLd.flatten(0, 1).index_add(0, place_V, features_Vd).view_as(x_BLd),
             # `Prompt` has the 2-D mask; a ready 4-D one keeps the stock code from making one for the full prompt
             "attention_mask": x_BLd.new_zeros(1, 1, 1, 1),
         }
         kinds_BL = kwargs.get("mm_token_type_ids")
         if kinds_BL is not None and len(kinds_BL) != len(x_BLd):  # beams: once per row
             kinds_BL = kinds_BL[:: len(kinds_BL) // len(x_BLd)]
-        return arguments, Placed(
-            torch.ones_like(place_BL).masked_scatter(place_BL, torch.cat(flags)),
-            none_BL.masked_scatter(place_BL, torch.cat(numbers)),
-            none_BL.masked_scatter(place_BL, torch.cat(cells)),
-            None if kinds_BL is None else kinds_BL.to(device) == 1,
-        )
+        return arguments, replace(placed, both_BL=None if kinds_BL is None else kinds_BL.to(x_BLd.device) == 1)
 
     def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
         return x_RMd

@@ -11,6 +11,7 @@ left in the prompt, Y = merge units of all frames.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,17 @@ from transformers.vision_utils import get_vision_position_ids
 
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
-from stts.models.families.base import Part, TinySizes, check_placeholders, embeds_of, layer_sizes, run_device
-from stts.models.families.visual import Block, Connected, Placed, TowerInput, TowerOutput, Visual
+from stts.models.families.base import Part, TinySizes, embeds_of, layer_sizes, run_device
+from stts.models.families.visual import (
+    Block,
+    Connected,
+    Placed,
+    TowerInput,
+    TowerOutput,
+    Visual,
+    flat_features,
+    place_groups,
+)
 from stts.packing.segments import Segments
 from stts.pruners.base import HostInfo
 from stts.tokens import Grid
@@ -317,35 +327,14 @@ class QwenVision(QwenFacts):
         x_BLd = embeds_of(kwargs, self.inner)
         masks = self.inner.get_placeholder_mask(kwargs.get("input_ids"), inputs_embeds=x_BLd)
         image_BL, video_BL = (mask.squeeze(-1) for mask in masks)
-        counts = [grid.num_groups for grid in visual.grids]
-        tiles = [t * h * w // self.side**2 for t, h, w in visual.image_args["images"]]
-        for kind, mask_BL, number in (("image", image_BL, sum(tiles)), ("video", video_BL, sum(counts))):
-            check_placeholders(kind, int(mask_BL.sum()), number)
-        device = x_BLd.device
-        cell_G = torch.cat([torch.arange(0), *map(torch.arange, counts)]).to(device)
-        video_G = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long)).to(device)
-        keep_G = torch.zeros(len(cell_G), dtype=torch.bool, device=device)
-        for mine_G, index_K in zip(keep_G.split(counts), kept, strict=True):
-            mine_G[slice(None) if index_K is None else index_K] = True
-        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, keep_G)
-        none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
-        place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
-
-        def flat(images: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
-            return torch.cat([x_BLd[0, :0], *images, *videos]).to(x_BLd)
-
-        x_Nd = x_BLd.masked_fill(~keep_BL[..., None], 0).flatten(0, 1)
-        x_Nd = x_Nd.index_copy(0, place_V, flat(connected.images, connected.videos))
+        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual.grids, kept)
+        x_Nd = x_BLd.masked_fill(~placed.keep_BL[..., None], 0).flatten(0, 1)
+        x_Nd = x_Nd.index_copy(0, place_V, flat_features(x_BLd, connected.images, connected.videos))
         arguments: dict[str, Any] = {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}
         if kwargs.get("position_ids") is None:
             arguments["position_ids"] = self._positions(kwargs, x_BLd, visual)
-        return arguments, Placed(
-            keep_BL,
-            none_BL.masked_scatter(video_BL, video_G),
-            none_BL.masked_scatter(video_BL, cell_G),
-            early=tuple(flat(*layer) for layer in connected.early),
-            early_V=place_V,
-        )
+        early = tuple(flat_features(x_BLd, *layer) for layer in connected.early)
+        return arguments, replace(placed, early=early, early_V=place_V)
 
     def finish(self, x_RMd: Tensor, late_RM: Tensor) -> Tensor:
         return x_RMd

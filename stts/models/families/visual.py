@@ -5,7 +5,7 @@ Shape suffixes beside those of `stts.tokens`: V = visual tokens in the prompt, B
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +24,17 @@ class Visual:
     pixels: Tensor
     """As the family's patch embedding takes it; or `StreamedPixels` in its place, which `loaded` makes into that."""
     frames: tuple[int, ...]
-    """Patches of every frame (image tile, temporal patch), in the order of `pixels`."""
+    """Rows of every frame (image tile, temporal patch) in the tower, in the order of `pixels`: its patches, and class
+    tokens in front of them."""
     num_tiles: int
     """Leading frames that belong to images; they are never pruned."""
     grids: tuple[Grid, ...]
     """Groups of every video; its frames follow those of the video before."""
     image_args: dict[str, Any]
     """What the adapter needs to lay out features (sizes, counts)."""
+    class_tokens: int = 0
+    """Leading rows of every frame that are no patches: they belong to no group, stay when groups are dropped, and are
+    counted nowhere but in FLOPs."""
 
     @property
     def streamed(self) -> bool:
@@ -47,7 +51,7 @@ class Visual:
 
     @property
     def patches_per_video(self) -> list[int]:
-        """Patches of each video, all its frames together."""
+        """Rows of each video, all its frames together."""
         sizes, start = [], self.num_tiles
         for grid in self.grids:
             sizes.append(sum(self.frames[start : start + grid.t]))
@@ -142,3 +146,40 @@ class Placed:
             early_V,
             None if self.late_BL is None else self.late_BL.repeat_interleave(times, 0),
         )
+
+
+def check_placeholders(kind: str, places: int, filled: int) -> None:
+    """ValueError unless the prompt has as many placeholders of this kind ("image", "video") as features fill."""
+    if places != filled:
+        raise ValueError(
+            f"the prompt has {places} {kind} placeholders, the {kind} input fills {filled}; build both with the same "
+            "processor call (`load_vlm` gives the processor the layout of the model's videos) and do not truncate the "
+            "prompt"
+        )
+
+
+def place_groups(
+    image_BL: Tensor, video_BL: Tensor, images: Sequence[Tensor], grids: Sequence[Grid], kept: Sequence[Tensor | None]
+) -> tuple[Tensor, Placed]:
+    """Where features go in a prompt whose placeholders are groups and nothing else (no newlines).
+
+    image_BL, video_BL: bool, placeholders of images and of videos; images: features of each; kept: cells kept of each
+    video, None: all. Returns int64 places in the flattened prompt of all features, images first, and what lies where.
+    ValueError for counts that differ."""
+    device, counts = video_BL.device, [grid.num_groups for grid in grids]
+    for kind, mask_BL, number in (("image", image_BL, sum(map(len, images))), ("video", video_BL, sum(counts))):
+        check_placeholders(kind, int(mask_BL.sum()), number)
+    cell_G = torch.cat([torch.arange(0), *map(torch.arange, counts)]).to(device)
+    video_G = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long)).to(device)
+    keep_G = torch.zeros(len(cell_G), dtype=torch.bool, device=device)
+    for mine_G, index_K in zip(keep_G.split(counts), kept, strict=True):
+        mine_G[slice(None) if index_K is None else index_K] = True
+    keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, keep_G)
+    none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
+    place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
+    return place_V, Placed(keep_BL, none_BL.masked_scatter(video_BL, video_G), none_BL.masked_scatter(video_BL, cell_G))
+
+
+def flat_features(x_BLd: Tensor, images: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:
+    """Features (V, d) of images and videos in the order of `place_groups`, in the dtype of the prompt."""
+    return torch.cat([x_BLd[0, :0], *images, *videos]).to(x_BLd)
