@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from stts.data.shapes.clips import vocabulary
-from tests.models.families import qwen_tiny, test_molmo2
+from tests.models.families import qwen_tiny, test_internvl, test_molmo2
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "molmo2")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "molmo2", "internvl")
 _QWEN = (
     "{% for message in messages %}SYSTEM<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
@@ -25,6 +25,12 @@ _QWEN = (
 _SYSTEM = (
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nyou are a helpful assistant<|im_end|>\n"
     "{% endif %}"
+)
+_INTERNVL = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<video>\n{% elif part['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _MOLMO2 = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] != 'text' %}"
@@ -45,13 +51,19 @@ def write_family(family: str, folder: Path) -> Path:
         extra = [f"<{name}>" for name in test_molmo2.EXTRA.split()]
         tokenizer = _tokenizer(folder, ["<|im_start|>", "<|im_end|>"], extra)
         return test_molmo2.write_molmo2(folder, tokenizer, _MOLMO2)
+    if family == "internvl":
+        special = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+        return _write(folder, *test_internvl.make(tokenizer=_tokenizer(folder, special, []), template=_INTERNVL))
     vision: dict[str, dict[str, Any]] = {
         "qwen2_5_vl": {"window_size": 16, "fullatt_block_indexes": [1, 4, 7], "tokens_per_second": 2},
         "qwen3_vl": {"deepstack_visual_indexes": [5, 6], "num_position_embeddings": 36},
     }
     template = _QWEN.replace("SYSTEM", _SYSTEM if family == "qwen2_5_vl" else "")
     tokenizer = _tokenizer(folder, qwen_tiny.SPECIAL, [])
-    model, processor = qwen_tiny.make(family, folder, tokenizer, template, **vision[family])
+    return _write(folder, *qwen_tiny.make(family, folder, tokenizer, template, **vision[family]))
+
+
+def _write(folder: Path, model: Any, processor: Any) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

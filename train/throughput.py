@@ -130,8 +130,8 @@ class FlopMeter:
             vit = self.shape.at(grid).vit
             kept = report.kept_patches[video] if report.kept_patches else None
             for block in range(self.pruning.adapter.host.vit_depth):
-                is_dense = kept is None or drop_after is None or block <= drop_after
-                squares = grid.t * vit.patches**2 if is_dense else sum(n * n for n in kept or ())
+                is_dense, more = kept is None or drop_after is None or block <= drop_after, vit.class_tokens
+                squares = grid.t * (vit.patches + more) ** 2 if is_dense else sum((n + more) ** 2 for n in kept or ())
                 if block in vit.windowed:
                     squares = squares * sum(n * n for n in vit.windows) // vit.patches**2
                 total += 4 * squares * vit.width

@@ -22,7 +22,7 @@ from transformers import ProcessorMixin
 
 from stts.data.datasets import Example, Skipped
 from stts.data.frame_times import LATE_S, time_instruction, timed, video_metadata, with_times
-from stts.data.processors import traits_of
+from stts.data.processors import join_rows, traits_of
 from stts.data.rows import Message, Sample
 from stts.data.video.stream import VALUES, StreamedPixels, stand_in
 
@@ -246,7 +246,12 @@ class Collator:
         return self.processor.apply_chat_template(content, add_generation_prompt=ask, tokenize=False)
 
     def _process(self, texts: list[str], videos: list[Example], examples: list[Example]) -> dict[str, Any]:
-        reads_times = traits_of(self.processor).reads_times
+        traits, side = traits_of(self.processor), "right" if self.training else "left"
+        if traits.row_by_row and len(texts) > 1:
+            rows = zip(texts, examples, strict=True)
+            parts = [self._process([text], [one] if one.has_video else [], [one]) for text, one in rows]
+            return join_rows(parts, self.processor.tokenizer, side)
+        reads_times = traits.reads_times
         media: dict[str, Any] = {"return_mm_token_type_ids": True} if reads_times else {}
         if videos:
             # The layout is named, not guessed: a clip 3 pixels high would be read as channels first.
@@ -256,11 +261,11 @@ class Collator:
             media |= {"videos": [self._frames(video) for video in videos], "videos_kwargs": options}
         if any(example.images for example in examples):
             media["images"] = [list(example.images) for example in examples if example.images]
-        side = "right" if self.training else "left"
+        media |= {"return_tensors": "pt"} if traits.row_by_row else {}
         streams = [video.stream for video in videos if video.stream is not None]
         if streams and (len(streams) < len(videos) or self.training):
             raise ValueError("streamed videos are for evaluation, and not beside others in a batch; set stream=False")
-        # No return_tensors: the processor would stack videos of unequal length, and fail.
+        # No return_tensors otherwise: the processor would stack videos of unequal length, and fail.
         with stand_in(self.processor, streams) if streams else nullcontext():
             values = self.processor(text=texts, padding=True, padding_side=side, **media)
         inputs = {name: _to_tensor(value) for name, value in values.items() if not streams or name != VALUES}

@@ -54,7 +54,7 @@ class LlmShape:
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
-    """A tower whose frames (or temporal patches of two) attend to themselves only, without a class token."""
+    """A tower whose frames (or temporal patches of two) attend to themselves only."""
 
     width: int
     blocks: int
@@ -68,6 +68,8 @@ class VitShape:
     """Values of a patch at each of its pixels: colours, times the frames of a temporal patch."""
     gated: bool = False
     """Like `LlmShape.gated`."""
+    class_tokens: int = 0
+    """Beside the patches of a frame in every block, whatever is dropped."""
     windowed: frozenset[int] = frozenset()
     """Blocks whose patches attend inside `windows` only."""
     window_side: int = 0
@@ -168,10 +170,10 @@ def tokens_per_layer(entry: int, cuts: Sequence[int], counts: Sequence[int], lay
 
 
 def vit_block_flops(shape: VitShape, num_patches: int, block: int = 0) -> int:
-    """Block number `block` on `num_patches` patches of one frame.
+    """Block number `block` on `num_patches` patches of one frame, and its class tokens.
 
     Survivors are taken to be spread over windows like the patches before the drop; unevenly they cost a little more."""
-    n, d = num_patches, shape.width
+    n, d = num_patches + shape.class_tokens, shape.width
     pairs = n * n
     if block in shape.windowed:
         pairs = pairs * sum(window**2 for window in shape.windows) // shape.patches**2

@@ -103,6 +103,8 @@ class HostInfo:
     norm_eps: float = 1e-6
     newline_per_row: bool = False
     """A newline token follows every row of every frame (LLaVA-Video); False: one after the whole video, or none."""
+    class_token: bool = False
+    """The tower has one, whose attention is the salience of patches."""
     mrope: bool = False
     probe_head: bool = False
     text_tower: bool = False

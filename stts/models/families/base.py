@@ -33,6 +33,7 @@ ADAPTERS = {
     "qwen2_5_vl": "stts.models.families.qwen2_5_vl:Qwen2_5VL",
     "qwen3_vl": "stts.models.families.qwen3_vl:Qwen3VL",
     "molmo2": "stts.models.families.molmo2:Molmo2",
+    "internvl": "stts.models.families.internvl:InternVL",
 }
 TESTED_TRANSFORMERS = ((5, 17), (6, 0))
 
@@ -255,7 +256,7 @@ def run_inside(module: nn.Module, function: Callable[..., Tensor], *args: Any) -
         before = own.get(name)
         own[name] = function
         try:
-            result: Tensor = module(*args)
+            result: Tensor = nn.Module.__call__(module, *args)  # a class may repeat its calls in the backward pass
         finally:
             if before is None:
                 del own[name]

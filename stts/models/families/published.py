@@ -99,6 +99,37 @@ def _molmo2(width: int, mlp: int, theta: float) -> Parts:
     }  # fmt: skip
 
 
+def _internvl(llm: str, width: int, mlp: int, layers: int, heads: int, kv_heads: int, rows: int, rope: Parts) -> Parts:
+    """With InternViT-300M-448px-V2_5, the tower of all but the largest."""
+    text = {
+        "model_type": llm, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": rows, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False, "rope_parameters": rope, "bos_token_id": 151643, "eos_token_id": 151645,
+        "max_position_embeddings": 32768 if llm == "qwen2" else 40960,
+    }  # fmt: skip
+    vision = {
+        "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+        "num_hidden_layers": 24, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
+        "norm_type": "layer_norm", "use_qk_norm": False, "use_mean_pooling": True,
+    }  # fmt: skip
+    return {
+        "model_type": "internvl", "dtype": "bfloat16", "text_config": text, "vision_config": vision,
+        "image_token_id": 151667 if llm == "qwen2" else 151671, "image_seq_length": 256, "downsample_ratio": 0.5,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def _internvl3(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Parts:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    return _internvl("qwen2", width, mlp, layers, heads, kv_heads, 151674, rope)
+
+
+def _internvl3_5(width: int, mlp: int, layers: int, heads: int) -> Parts:
+    parts = _internvl("qwen3", width, mlp, layers, heads, 8, 151936, {**_ROPE, "rope_theta": 1e6})
+    parts["text_config"]["head_dim"] = 128
+    return parts
+
+
 PUBLISHED: dict[str, Parts] = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _llava_onevision(896, 4864, 24, 14, 2, 152000, True),
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": _llava_onevision(3584, 18944, 28, 28, 4, 152128, False),
@@ -108,6 +139,11 @@ PUBLISHED: dict[str, Parts] = {
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, False, 27, 1152, 4304, [8, 16, 24]),
     "allenai/Molmo2-4B": _molmo2(2560, 9728, 5e6),
     "allenai/Molmo2-8B": _molmo2(4096, 12288, 1e6),
+    "OpenGVLab/InternVL3-1B-hf": _internvl3(896, 4864, 24, 14, 2),
+    "OpenGVLab/InternVL3-2B-hf": _internvl3(1536, 8960, 28, 12, 2),
+    "OpenGVLab/InternVL3-8B-hf": _internvl3(3584, 18944, 28, 28, 4),
+    "OpenGVLab/InternVL3_5-1B-HF": _internvl3_5(1024, 3072, 28, 16),
+    "OpenGVLab/InternVL3_5-8B-HF": _internvl3_5(4096, 12288, 36, 32),
 }
 """By hub id."""
 

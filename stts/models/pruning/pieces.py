@@ -123,7 +123,8 @@ def _encode_video(
         connected = now.setup.adapter.connect(tower, part, [cells])
         note(tower, part, connected.videos)
         rows.append([connected.videos[0], *(layer[0] for _, layer in connected.early)])
-        lengths.append(torch.tensor(part.frames) if tower.lengths_F is None else tower.lengths_F.cpu())
+        rows_F = torch.tensor(part.frames) if tower.lengths_F is None else tower.lengths_F.cpu()
+        lengths.append(rows_F - part.class_tokens)
         del tower, connected, part
     collector.end_of_video()
     return [torch.cat(column) for column in zip(*rows, strict=True)], torch.cat(lengths).tolist()
@@ -157,7 +158,7 @@ def _run(
     def decide(x_SD: Tensor) -> Drop:
         bias_S = None if weight_G is None else key_bias(weight_G, group_GW, len(x_SD))
         piece = now.video(video, x_SD, grid=part.grids[0], group_GW=group_GW)
-        return to_drop([Kept(cells, attention_bias_N=bias_S)], [piece], 0)
+        return to_drop([Kept(cells, attention_bias_N=bias_S)], [piece], 0, part.class_tokens)
 
     return now.setup.tower(embedded, adapter.blocks(), adapter.taps(), stage.site, decide), cells
 

@@ -29,6 +29,11 @@ class SiglipSource:
 
     def check(self, host: HostInfo) -> None:
         """ValueError unless the head takes patches as wide as this host's tower makes them."""
+        if host.class_token:
+            raise ValueError(
+                f"the tower of {host.family} has a class token, so it is no SigLIP tower; leave siglip out, salience "
+                "is that token's attention"
+            )
         width = self.head.probe.shape[-1]
         if width != host.vit_width:
             raise ValueError(

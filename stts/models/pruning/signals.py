@@ -55,6 +55,14 @@ def mean_query_attention(q_FUHE: Tensor, k_FUHE: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def class_attention(q_FUHE: Tensor, k_FUHE: Tensor) -> Tensor:
+    """(F, N) fp32: attention of the class token, which comes first in each frame, mean over heads (VisionZip, arXiv
+    2412.04467; FasterVLM, arXiv 2412.01818)."""
+    width = q_FUHE.shape[-1]
+    q_FHE = q_FUHE[:, 0].float() * width**-0.5
+    return torch.einsum("fhe,fkhe->fhk", q_FHE, k_FUHE.float()).softmax(-1).mean(1)
+
+
 class Collector:
     """Signals of one forward pass.
 
@@ -206,6 +214,9 @@ class Collector:
         if signal == "keys":
             self.sources[signal] = f"keys of {self._where}, mean over heads"
             return pool(k_TUHE.float().mean(2))
+        if visual.class_tokens:
+            self.sources[signal] = f"attention of the class token in {self._where}, mean over heads"
+            return pool(class_attention(q_TUHE, k_TUHE))
         if signal == "attn":
             self.sources[signal] = f"attention of {self._where}, mean over heads and queries"
             return pool(received_attention(q_TUHE, k_TUHE))

@@ -164,8 +164,9 @@ def ask(stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> l
     return everything
 
 
-def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches: int) -> Drop:
-    """A stage's groups as a decision about patches: a patch lives as long as any kept group needs it."""
+def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches: int, class_tokens: int = 0) -> Drop:
+    """A stage's groups as a decision about patches: a patch lives as long as any kept group needs it, and so many class
+    tokens in front of each frame live always."""
     keep, bias, gate = [], [], []
     for kept, video in zip(row, videos, strict=True):
         assert video.group_GW is not None
@@ -175,6 +176,7 @@ def to_drop(row: Sequence[Kept], videos: Sequence[VideoTokens], num_tile_patches
         alive[rows_KW.flatten()] = True  # -1 falls into the spare last place
         if len(kept.index_K) == len(video.group_GW):
             alive[:] = True  # nothing is dropped: patches that belong to no group stay as context
+        alive[:-1].view(video.grid.t, -1)[:, :class_tokens] = True
         keep.append(alive[:-1])
         if kept.attention_bias_N is not None:
             bias.append(kept.attention_bias_N)

@@ -100,7 +100,8 @@ class VisualPass(PassVideos):
         with collector.capture():
             tower = self._run_tower()
         if tower.lengths_F is not None:
-            frames = tower.lengths_F[visual.num_tiles :].split([grid.t for grid in self.grids])
+            lengths_F = tower.lengths_F[visual.num_tiles :] - visual.class_tokens
+            frames = lengths_F.split([grid.t for grid in self.grids])
             self.report.kept_patches = [part.tolist() for part in frames]
         return tower, adapter.connect(tower, visual, self.cells)
 
@@ -129,7 +130,7 @@ class VisualPass(PassVideos):
             is_whole = all(len(kept.index_K) == grid.num_groups for kept, grid in zip(row, self.grids, strict=True))
             if is_whole and all(kept.attention_bias_N is None for kept in row):
                 return None
-            return to_drop(row, videos, sizes[0])
+            return to_drop(row, videos, sizes[0], visual.class_tokens)
 
         with collector.capture():
             return self.setup.tower(embedded, adapter.blocks(), adapter.taps(), stage.site, decide)

@@ -53,6 +53,11 @@ CHECKPOINTS = {
     "Qwen/Qwen3-VL-8B-Instruct": Facts(8_767_123_696, (8, 16, 24, 26), 6, None, 4),
     "allenai/Molmo2-4B": Facts(4_850_869_200, (24, 18), 16, 81, 9),
     "allenai/Molmo2-8B": Facts(8_661_703_120, (24, 18), 16, 81, 9),
+    "OpenGVLab/InternVL3-1B-hf": Facts(938_193_024, (23,), 21, 256, 4),
+    "OpenGVLab/InternVL3-2B-hf": Facts(2_088_957_440, (23,), 21, 256, 4),
+    "OpenGVLab/InternVL3-8B-hf": Facts(7_944_373_760, (23,), 21, 256, 4),
+    "OpenGVLab/InternVL3_5-1B-HF": Facts(1_060_897_792, (23,), 21, 256, 4),
+    "OpenGVLab/InternVL3_5-8B-HF": Facts(8_528_318_464, (23,), 21, 256, 4),
 }
 
 

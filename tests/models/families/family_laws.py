@@ -41,8 +41,19 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 def video_places(model: Any, inputs: Inputs, counts: Sequence[int]) -> list[list[int]]:
     """Places of the video placeholders, split into videos of so many groups."""
-    found = (inputs["input_ids"] == model.config.video_token_id).flatten().nonzero().squeeze(1)
+    found = placeholders(model, inputs).flatten().nonzero().squeeze(1)
     return [part.tolist() for part in found.split(list(counts))]
+
+
+def placeholders(model: Any, inputs: Inputs) -> Tensor:
+    """bool (B, L): placeholders of videos."""
+    ids, config = inputs["input_ids"], model.config
+    if "image_sizes" not in inputs or hasattr(config, "video_token_id"):
+        video_BL: Tensor = ids == config.video_token_id
+        return video_BL
+    place_BL = ids == config.image_token_id  # one token for images and videos
+    tiles_M, is_video_M = inputs["image_sizes"].T
+    return place_BL.masked_scatter(place_BL, is_video_M.bool().repeat_interleave(tiles_M * config.image_seq_length))
 
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ def checkpointing_changes_nothing(model: Any, inputs: Inputs, inside: nn.Module)
 
 def a_cut_prompt_is_refused(model: Any, inputs: Inputs) -> None:
     """One row whose last placeholders are cut away."""
-    last = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[-1])
+    last = int(placeholders(model, inputs)[0].nonzero()[-1])
     cut = {
         name: value[:, :last] if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape else value
         for name, value in inputs.items()
