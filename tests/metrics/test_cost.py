@@ -265,19 +265,24 @@ def test_qwen_towers_from_their_configs() -> None:
 def test_a_dense_tower_costs_what_a_profiler_counts(family: str, tmp_path: Path) -> None:
     """Tower and connector of the stock model, matrix products alone, on 2 temporal patches or frames."""
     model, _ = load_vlm(write_family(family, tmp_path / family))
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] = {}
     if family == "molmo2":
         grid = Grid(2, 3, 3)
         windows = torch.randint(0, 98, (18, 9))
         inputs = {"video_token_pooling": windows, "video_grids": torch.tensor([[2, 3, 3]])}
         pixels = torch.randn(2, 49, 588)
+    elif family == "internvl":
+        grid, pixels = Grid(2, 4, 4), torch.randn(2, 3, 32, 32)
     else:
         grid = Grid(2, 3, 5)
         inputs = {"video_grid_thw": torch.tensor([[2, 6, 10]])}
         pixels = torch.randn(120, 96)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.get_video_features(pixel_values_videos=pixels, **inputs)
+        if family == "internvl":
+            model.get_image_features(pixel_values=pixels)
+        else:
+            model.get_video_features(pixel_values_videos=pixels, **inputs)
     shape = vlm_shape(model.config).at(grid)
     cost = video_cost(shape, num_frames=2, llm_tokens=0, num_cells=grid.num_groups)
     assert cost.total == counter.get_total_flops() > 0

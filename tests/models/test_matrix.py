@@ -21,7 +21,7 @@ from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs
 from tests.models.checkpoints import test_llava_video
-from tests.models.families import qwen_tiny, test_molmo2
+from tests.models.families import qwen_tiny, test_internvl, test_molmo2
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Inputs = Callable[[Any, str], dict[str, Any]]
@@ -63,6 +63,12 @@ FAMILIES: dict[str, tuple[Callable[[Path], tuple[Any, Any]], Inputs]] = {
         lambda folder: load_vlm(test_molmo2.write_molmo2(folder)),
         lambda processor, side: test_molmo2.make_inputs(
             processor, ["3 what ?", "- how ?", "5 is ?"], padding_side=side
+        ),
+    ),
+    "InternVL": (
+        lambda folder: test_internvl.make(),
+        lambda processor, side: test_internvl.make_inputs(
+            processor, ["v what ?", "- how ?", "iw is ?"], padding_side=side
         ),
     ),
 }

@@ -10,7 +10,7 @@ the prompt, so neither says what is a video. `prepare_processor` makes it add `i
 image or video in the order of the prompt, and 1 for a video. The stock class has an argument of this name, which it
 does not read.
 
-Shape suffixes beside those of `stts.tokens`: F = frames and tiles, W = 4 patches of a group, B = rows, L = prompt
+Shape suffixes beside those of `stts.tokens`: W = 4 patches of a group, B = rows, L = prompt
 length, V = visual tokens left in the prompt, M = images and videos.
 """
 
