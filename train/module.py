@@ -52,7 +52,7 @@ class VideoFinetune(pl.LightningModule):
 
     Args:
         model: Hugging Face folder or hub id of a supported family.
-        pruner: registry name, or 'package.module:Class'; 'none' trains on every token.
+        pruner: registry name, 'package.module:Class' or 'file.py:Class'; 'none' trains on every token.
         retention_ratio: fraction of visual tokens the LLM sees, in (0, 1]: kept, not removed. Or one per step: a range
             {low, high} to draw from, a schedule {from, to, steps, shape}, or dense steps amid others {target,
             dense_first, dense_every, dense_trains}; see train/retention.py.

@@ -27,7 +27,8 @@ def export(
         scorer_only: write the scorer alone, without model weights.
         merge: put a scorer alone together with the weights of its base.
         base_model: folder or hub id with the weights a scorer alone belongs to.
-        pruner: name of the folder's pruner, where it is 'module:Class'; with --from_reference whose release it is.
+        pruner: name of the folder's pruner, where it is your own ('module:Class' or 'file.py:Class'); with
+            --from_reference whose release it is.
         from_reference: checkpoint of the release of STTS, or of --pruner visionselector or cacovid.
         retention_ratio: fraction kept, for --from_reference; null: 0.5.
         from_llava_video: make the original files of LLaVA-Video (FOLDER) a stock folder.

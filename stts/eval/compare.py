@@ -42,7 +42,7 @@ from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import render_csv, render_markdown, render_text
 from stts.eval.run_config import RunConfig, check_answers, notes_on_tasks, resumable
 from stts.models.pruning.siglip import SiglipSource
-from stts.pruners.registry import PRUNERS
+from stts.pruners.registry import check_name
 from stts.tokens import Grid
 
 Match = Literal["tokens", "flops", "both"]
@@ -58,8 +58,8 @@ class CompareConfig(RunConfig):
     pruners: tuple[str, ...] = (
         "stts", "random", "visionzip", "fastvid", "holitom", "tango", "vidcom2", "fastv"
     )  # fmt: skip
-    """Names (see `stts pruners`) or module:Class. Dense is always run, so `none` adds nothing. all: every one there is,
-    of the learned ones that which the model's folder was trained with."""
+    """Names (see `stts pruners`), module:Class or file.py:Class. Dense is always run, so `none` adds nothing. all:
+    every one there is, of the learned ones that which the model's folder was trained with."""
     pruner_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by pruner, such as {tango: {compat: official}, fastvid: {variant: lv}}."""
     retention_ratios: tuple[float, ...] = (0.5, 0.25, 0.1)
@@ -98,8 +98,7 @@ class CompareConfig(RunConfig):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"--{flag} {list(values)} must name at least one value, each once")
         for name in self.pruners:
-            if name not in PRUNERS and ":" not in name:
-                raise ValueError(f"--pruners: {name!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class")
+            check_name(name)
         unknown = sorted(set(self.pruner_options) - (set(self.pruners) - {"none"}))
         if unknown:
             raise ValueError(f"--pruner_options: {unknown} are not among --pruners {list(self.pruners)}")

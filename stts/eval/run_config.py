@@ -22,7 +22,8 @@ from stts.eval.answering.run_folder import PARTIAL, file_stamps
 from stts.models.checkpoints.load import as_recorded, load_vlm, pruner_settings, recorded_pruner
 from stts.models.families.base import host_info
 from stts.models.pruning.siglip import SiglipSource, load_siglip
-from stts.pruners.registry import PRUNERS
+from stts.pruners.own import source_of
+from stts.pruners.registry import check_name
 
 Positions = Literal["original", "compact"]
 _RECORDED: dict[str, Any] = {"num_frames": 16, "sampler": None, "max_fps": None, "exact": True, "positions": None}
@@ -203,9 +204,14 @@ class RunConfig:
         return {
             **settings,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "files": file_stamps(self.model, self.siglip, *folders),
+            "files": file_stamps(self.model, self.siglip, *folders, *self._own_pruners()),
             "questions": {task.name: dict(task.loaded.files) for task in tasks},
         }
+
+    def _own_pruners(self) -> list[Path | None]:
+        """Files of pruners that are not in the registry: changed code is another run."""
+        names = getattr(self, "pruners", None) or [getattr(self, "pruner", None) or "none"]
+        return [source_of(name) for name in names]
 
     def load(self, ranks: Ranks) -> tuple[PreTrainedModel, ProcessorMixin, SiglipSource | None]:
         """The model on this rank's device, its processor, and what makes the signals it lacks."""
@@ -258,8 +264,8 @@ class EvalConfig(RunConfig):
     command with a larger --limit asks what is new."""
 
     pruner: str | None = None
-    """Name (see `stts pruners`) or module:Class; none: every token. None: the one that the model's folder was trained
-    with, else none."""
+    """Name (see `stts pruners`), module:Class or file.py:Class; none: every token. None: the one that the model's
+    folder was trained with, else none."""
     pruner_options: dict[str, Any] = field(default_factory=dict)
     """Options of the pruner, such as {compat: official}."""
     retention_ratio: float | None = None
@@ -272,10 +278,8 @@ class EvalConfig(RunConfig):
     """Questions answered at once."""
 
     def __post_init__(self) -> None:
-        if self.pruner is not None and self.pruner not in PRUNERS and ":" not in self.pruner:
-            raise ValueError(
-                f"--pruner {self.pruner!r} is unknown; known: {', '.join(PRUNERS)}; your own: module:Class"
-            )
+        if self.pruner is not None:
+            check_name(self.pruner)
         if self.pruner == "none" and (self.pruner_options or self.retention_ratio is not None):
             raise ValueError("--retention_ratio and --pruner_options say nothing without a --pruner; name one")
         super().__post_init__()

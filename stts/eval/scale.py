@@ -32,7 +32,7 @@ class ScaleConfig(CompareConfig):
     multiples: tuple[int, ...] = (1, 2, 4)
     """Of num_frames, the frames that the model was trained with: how many frames each point shows."""
     pruners: tuple[str, ...] = ("stts", "holitom", "visionzip")
-    """Names (see `stts pruners`) or module:Class. Dense is always run."""
+    """Names (see `stts pruners`), module:Class or file.py:Class. Dense is always run."""
     retention_ratios: tuple[float, ...] = (0.7, 0.5, 0.3, 0.2)
     """Fractions of visual tokens kept, each in (0, 1]; not used by --mode budget."""
     batch_size: int = 1

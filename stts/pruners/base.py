@@ -194,8 +194,8 @@ def with_newlines(index_K: Tensor, grid: Grid, rule: Newlines) -> Tensor:
 def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:
     """Keep the `num_kept` highest-scoring groups, in their original order.
 
-    Order matters: positions are gathered with `index_K`, so an unsorted index would hand the LLM a shuffled video.
-    Ties go to the earlier group, on every device."""
+    scores_G: any floating dtype; reported in fp32. Order matters: positions are gathered with `index_K`, so an unsorted
+    index would hand the LLM a shuffled video. Ties go to the earlier group, on every device."""
     num_groups = video.num_groups
     if scores_G.shape != (num_groups,):
         raise ValueError(
@@ -205,4 +205,4 @@ def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:
     if not 1 <= num_kept <= num_groups:
         raise ValueError(f"num_kept={num_kept} is outside [1, {num_groups}]; see budget.plan")
     ranked_G = torch.sort(scores_G, descending=True, stable=True).indices
-    return Kept(index_K=ranked_G[:num_kept].sort().values, scores_G=scores_G)
+    return Kept(index_K=ranked_G[:num_kept].sort().values, scores_G=scores_G.float())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from stts.pruners.base import HostInfo, Pruner, Stage
 from stts.pruners.chain import Chain
-from stts.pruners.check import check_pruner
+from stts.pruners.check import HOST, check_pruner
+from stts.pruners.own import write_template
 from stts.pruners.registry import PRUNERS, make_pruner
 from stts.pruners.stop import SToP
 
@@ -26,7 +28,8 @@ EXAMPLE_HOST = HostInfo(
 """The listings show layers as in an LLM of 28 layers, for which most are published."""
 
 _LEGEND = """vit 3>4: decides on the output of block 3, drops behind block 4; llm 2-16: drops before LLM layers 2 to 16.
-Papers are arXiv numbers. One method and its options: stts pruners NAME; its promises: stts pruners --check NAME."""
+Papers are arXiv numbers. One method and its options: stts pruners NAME; its promises: stts pruners --check NAME;
+a first method of your own: stts pruners --new my_pruner.py."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,39 @@ def _line(name: str) -> PrunerLine:
     )
 
 
-def pruners(name: str | None = None, /, *, check: str | None = None, matrix: bool = False) -> str | int:
-    """List the pruners, show one of them, or check your own.
+def pruners(
+    name: str | None = None,
+    /,
+    *,
+    check: str | None = None,
+    options: dict[str, Any] | None = None,
+    new: Path | None = None,
+    matrix: bool = False,
+) -> str | int:
+    """List the pruners, show one of them, start one of your own, or check it.
 
     Args:
-        name: show this pruner: a name as listed, or module:Class.
-        check: try the promises of this pruner, a name as listed or module:Class.
+        name: show this pruner: a name as listed, file.py:Class or module:Class.
+        check: try the promises of this pruner: a name as listed, file.py:Class or module:Class.
+        options: options of the pruner that is shown or checked, as in '{compat: official}'.
+        new: write a commented method to start from to this file, such as my_pruner.py.
         matrix: which pruner runs on which family.
     """
-    if (name is not None) + (check is not None) + matrix > 1:
-        raise ValueError("stts pruners takes one of NAME, --check NAME and --matrix")
+    if (name is not None) + (check is not None) + (new is not None) + matrix > 1:
+        raise ValueError("stts pruners takes one of NAME, --check NAME, --new FILE.py and --matrix")
+    if options and name is None and check is None:
+        raise ValueError(f"--options {options} need a pruner: give its NAME or --check NAME")
+    if new is not None:
+        own = write_template(new)
+        return f"wrote {new}; try it: stts pruners --check {own}, and under --pruner {own} wherever a name is taken"
     if matrix:
         return (
             f"{MATRIX.read_text(encoding='utf-8')}\nall: fit, forward and generate, as run by the tests on tiny models"
         )
     if check is None:
-        return describe_pruners() if name is None else describe_pruner(name)
-    promises = check_pruner(lambda host: make_pruner(check, host))
+        return describe_pruners() if name is None else describe_pruner(name, options)
+    make_pruner(check, HOST, **(options or {}))  # a name or an option that is not there is no broken promise
+    promises = check_pruner(lambda host: make_pruner(check, host, **(options or {})))
     for promise in promises:
         print(f"{'ok    ' if promise.ok else 'FAILED'}  {promise.name} ({promise.found})")
     return 0 if all(promise.ok for promise in promises) else 1
@@ -109,10 +128,10 @@ def describe_pruners() -> str:
     return "\n".join([*lines, "", _LEGEND])
 
 
-def describe_pruner(name: str) -> str:
+def describe_pruner(name: str, options: Mapping[str, Any] | None = None) -> str:
     """What one method does, from its docstring, and its options as they are where the LLM has 28 layers."""
     blocks = []
-    for part in _parts(make_pruner(name, EXAMPLE_HOST)):
+    for part in _parts(make_pruner(name, EXAMPLE_HOST, **(options or {}))):
         sources = filter(None, (type(part), getattr(type(part), "for_host", None)))
         parameters = {k: v for source in sources for k, v in inspect.signature(source).parameters.items()}
         options = [

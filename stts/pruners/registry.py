@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -24,6 +24,7 @@ from stts.pruners.framefusion import FrameFusion
 from stts.pruners.holitom import HoliTom, HoliTomInner
 from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
+from stts.pruners.own import is_own, load_own
 from stts.pruners.prunevid import PruneVid
 from stts.pruners.simple import Dense, Random, Uniform
 from stts.pruners.stop import SToP
@@ -103,24 +104,29 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
 }
 
 
+def check_name(name: str) -> None:
+    """ValueError unless `name` is in the registry or has the form of one's own; says which name comes near."""
+    if name in PRUNERS or is_own(name):
+        return
+    close = difflib.get_close_matches(name, PRUNERS, n=1)
+    near = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(
+        f"unknown pruner {name!r}; {near}known: {', '.join(PRUNERS)}; your own: 'file.py:Class' or 'module:Class'"
+    )
+
+
 def make_pruner(name: str, host: HostInfo, **options: Any) -> Pruner:
-    """A pruner for this host by registry name, or your own by dotted path `package.module:Class`; `options` go to it.
+    """A pruner for this host by registry name, or your own as `file.py:Class` or `package.module:Class`; `options` go
+    to it.
 
     ValueError for a name that is neither, and for an option the method does not have."""
+    check_name(name)
     if name in PRUNERS:
         try:
             return PRUNERS[name](host, **options)
         except TypeError as error:
             raise ValueError(f"pruner {name!r} does not take the options {sorted(options)}: {error}") from error
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"unknown pruner {name!r}; known: {', '.join(PRUNERS)}; your own: 'package.module:Class'")
-    try:
-        method = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"pruner {name!r} could not be loaded ({error}); expected an importable 'module:Class'"
-        ) from error
+    method = load_own(name)
     try:
         pruner = method.for_host(host, **options) if hasattr(method, "for_host") else method(**options)
     except TypeError as error:

@@ -162,7 +162,7 @@ def visualize(
         video: video file, or a folder with its frames as pictures.
         question: what to ask about it.
         model: model folder or hub id.
-        pruner: name (see `stts pruners`) or module:Class; null: the model's own, else tango.
+        pruner: name (see `stts pruners`), module:Class or file.py:Class; null: the model's own, else tango.
         retention_ratio: fraction kept; null: the model's own, else 0.5.
         num_frames: frames, at most; null: as the model was trained, else 16.
         sampler: how frames are chosen; null: as trained, else uniform_inclusive.

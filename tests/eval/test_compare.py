@@ -417,7 +417,7 @@ def test_times_leave_out_the_first_and_short_batches(config: CompareConfig) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pruners": ("unifrom",)}, "--pruners: 'unifrom' is unknown; known: none, random"),
+        ({"pruners": ("unifrom",)}, "unknown pruner 'unifrom'; did you mean 'uniform'\\? known: none, random"),
         ({"pruners": ()}, r"--pruners \[\] must name"),
         ({"retention_ratios": ()}, r"--retention_ratios \[\] must name"),
         ({"retention_ratios": (0.5, 0.5)}, "each once"),
@@ -488,7 +488,7 @@ def test_command_line(config: CompareConfig, capsys: pytest.CaptureFixture[str])
     ]  # fmt: skip
     assert "Options: random seed=3." in shown and "--exact false" in shown
     assert main([*args, "--pruners", "[nothing]"]) == 2
-    assert capsys.readouterr().err.startswith("error: --pruners: 'nothing' is unknown")
+    assert capsys.readouterr().err.startswith("error: unknown pruner 'nothing'")
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "--model"])
     assert stopped.value.code == 2

@@ -35,7 +35,7 @@ class Pruning(Settings):
     """A pruner attached to one stock model, as a context manager, or with `attach` and `detach` for long use.
 
     model: a stock model of a supported family; its weights, class and forward code are not touched.
-    pruner: registry name, 'module:Class', or an object with `stages`.
+    pruner: registry name, 'module:Class' or 'file.py:Class', or an object with `stages`.
     retention_ratio: fraction of visual tokens kept, in (0, 1]; may be reassigned between passes.
     exact: stages return exactly the planned count (False: a release's own count).
     positions: 'compact' renumbers survivors, 'original' keeps their places; None: as the first stage declares. Stages
