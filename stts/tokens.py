@@ -185,7 +185,8 @@ class Watched:
     losses: Mapping[str, Tensor]
     """0 in value; their gradients are made in the backward pass."""
     values: Mapping[str, Tensor]
-    """By name of the loss: a scalar that holds its value once the backward pass is through."""
+    """Scalars that hold their values once the backward pass is through: of each loss under its name, and what else
+    is to be logged."""
     objective: Objective
     """Form of the answer loss that the gradients should be of."""
 

@@ -162,7 +162,7 @@ class VideoFinetune(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
         losses = self._forward(batch)
-        late = {} if self.pruning.last is None else self.pruning.last.late_losses
+        late = {} if self.pruning.last is None else self.pruning.last.late_values
         total = self.losses.add(batch, losses, self.device, self.global_step, late)
         self._log_batch(batch)
         # Ranks are averaged, and so are the batches of a step: what each contributes to the sum is scaled up before.
@@ -270,6 +270,7 @@ class VideoFinetune(pl.LightningModule):
                 "gradient", {f"{part}_grad_norm": norm for part, norm in norms.items()}, self.global_step
             )
         values = {f"train/{name}_loss": value for name, value in self.losses.values.items()}
+        values |= {f"train/{name}": value for name, value in self.losses.other_values.items()}
         self.log_dict(values | {f"{part}_grad_norm": norm for part, norm in norms.items()}, batch_size=1)
 
     # --- start and end -----------------------------------------------------------------------------------------------

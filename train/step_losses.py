@@ -94,6 +94,8 @@ class StepLosses:
         self._mean_over |= {loss.name: loss.mean_over for loss in extra}
         self.values: dict[str, float] = {}
         """Of the step that was closed last, over all ranks, by name, before their weights; empty for a blank step."""
+        self.other_values: dict[str, float] = {}
+        """Of that step: numbers that stages gave for the log, means over its videos."""
         self.stop_requested = False
         """Set by a signal handler: this process was told to stop."""
         self.stop = False
@@ -114,8 +116,8 @@ class StepLosses:
         late: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
     ) -> Tensor:
         """The part of the step's total that this batch gives: sum over names of weight * share * loss. `at`: number of
-        the optimizer step, from 0, for weights that follow a ramp. late: for losses whose value only the backward pass
-        makes, the scalars per video that will hold it.
+        the optimizer step, from 0, for weights that follow a ramp. late: the scalars per
+        video that will hold a value once the backward pass has made it, of losses and of other numbers to log.
 
         ValueError for a loss without a weight."""
         # Indexing, not .get(): a loss without a weight must fail on step 0, not train silently at zero.
@@ -137,7 +139,8 @@ class StepLosses:
         for name, value in parts.items():
             part = value.detach().float()
             self._sums[name] = self._sums[name] + part if name in self._sums else part
-            self._late += [(name, shares["videos"] / len(late[name]), value) for value in late.get(name, ())]
+        for name, held in late.items():
+            self._late += [(name, shares["videos"] / len(held), value) for value in held]
         self._uids += batch.uids
         weights = {name: weight_at(self.weights[name], at) for name in parts}
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
@@ -155,19 +158,22 @@ class StepLosses:
         """At the end of the step, on every rank: sum up, in one collective, and wait for the device, once.
 
         Returns `squares`, scalars, summed over ranks. `values` and `stop` are those of the step afterwards."""
-        step, names = self._step, sorted(self.weights)
+        step = self._step
         assert step is not None, "close() follows add()"
         own = [step.next_tokens, step.next_videos, float(self.stop_requested)]
         for name, share, late in self._late:
-            self._sums[name] = self._sums[name] + share * late.float()
+            self._sums[name] = self._sums.get(name, 0.0) + share * late.float()
         self._late = []
+        names = sorted({*self.weights, *self._sums})  # equal on all ranks, which take steps of one kind
         sums = [self._sums.get(name, 0.0) for name in names]
         row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in (*own, *sums, *squares)])
         tokens, videos, stop, *rest = sum_over_ranks(row).tolist()
         self._known = (tokens, videos) if step.has_next else None
         self.stop = stop > 0
         values = dict(zip(names, rest, strict=False))
-        self.values = {name: values[name] for name in self._sums} if self._totals[0] else {}
+        logged = {name: values[name] for name in self._sums} if self._totals[0] else {}
+        self.values = {name: value for name, value in logged.items() if name in self.weights}
+        self.other_values = {name: value for name, value in logged.items() if name not in self.weights}
         return rest[len(names) :]
 
     @property

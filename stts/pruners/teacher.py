@@ -45,16 +45,17 @@ class Teacher:
             raise ValueError(f"teacher: share={self.share} must be in (0, 1): the fraction of groups that are targets")
 
     def watch(self, scores_G: Tensor, change_G: Tensor, per_frame: int) -> Watch:
-        """For `Kept.watch` of a video that keeps every group: features unchanged, and the loss `teacher`.
+        """For `Kept.watch` of a video that keeps every group: features unchanged, the loss `teacher`, and for the log
+        `teacher_agreement`, the share of targets that are among as many highest scores (random scores: `share`).
 
         scores_G: fp32 in (0, 1), with gradient. change_G: in [0, 1]. per_frame: groups of the first frame."""
         change_G = change_G if self.weight == "change" else torch.ones_like(change_G)
 
         def watch(x_Gd: Tensor) -> Watched:
-            bce = scores_G.new_zeros(())
+            values = {name: scores_G.new_zeros(()) for name in ("teacher", "teacher_agreement")}
             taught: Any = _Teach.apply  # torch leaves it without types
-            features_Gd, loss = taught(x_Gd, scores_G, change_G, bce, per_frame, self.share)
-            return Watched(features_Gd, {"teacher": loss}, {"teacher": bce}, self.objective)
+            features_Gd, loss = taught(x_Gd, scores_G, change_G, values, per_frame, self.share)
+            return Watched(features_Gd, {"teacher": loss}, values, self.objective)
 
         return watch
 
@@ -68,13 +69,17 @@ def make_teacher(settings: Mapping[str, Any] | Teacher | None) -> Teacher | None
     return Teacher(**settings)
 
 
-def target_of(x_Gd: Tensor, grad_Gd: Tensor, change_G: Tensor, per_frame: int, share: float) -> Tensor:
-    """(G,) fp32, 1 for the taught groups; norms in fp32, because squares of 16-bit gradients underflow."""
-    importance_G = grad_Gd.float().norm(dim=-1) * x_Gd.float().norm(dim=-1) * change_G.float()
-    number = max(1, round(share * (len(importance_G) - per_frame)))
-    target_G = torch.zeros_like(importance_G)
-    if len(importance_G) > per_frame:
-        target_G[importance_G[per_frame:].topk(number).indices + per_frame] = 1
+def importance(x_Gd: Tensor, grad_Gd: Tensor) -> Tensor:
+    """(G,) fp32 in 16-bit training too, where squares of gradients underflow."""
+    return grad_Gd.float().norm(dim=-1) * x_Gd.float().norm(dim=-1)
+
+
+def highest(value_G: Tensor, per_frame: int, share: float) -> Tensor:
+    """(G,) fp32: 1 for the `share` of groups behind the first frame with the largest values, at least one; else 0."""
+    number = max(1, round(share * (len(value_G) - per_frame)))
+    target_G = torch.zeros_like(value_G)
+    if len(value_G) > per_frame:
+        target_G[value_G[per_frame:].topk(number).indices + per_frame] = 1
     return target_G
 
 
@@ -87,21 +92,29 @@ class _Teach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_Gd: Tensor, scores_G: Tensor, change_G: Tensor, bce: Tensor, per_frame: int, share: float
+        ctx: Any,
+        x_Gd: Tensor,
+        scores_G: Tensor,
+        change_G: Tensor,
+        values: Mapping[str, Tensor],
+        per_frame: int,
+        share: float,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_Gd, scores_G, change_G)
-        ctx.bce, ctx.per_frame, ctx.share = bce, per_frame, share
+        ctx.values, ctx.per_frame, ctx.share = values, per_frame, share
         return x_Gd.view_as(x_Gd), scores_G.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_Gd, weight = grads
         x_Gd, scores_G, change_G = ctx.saved_tensors
-        target_G = target_of(x_Gd, grad_Gd, change_G, ctx.per_frame, ctx.share)
+        target_G = highest(importance(x_Gd, grad_Gd) * change_G.float(), ctx.per_frame, ctx.share)
         taught_G = torch.arange(len(scores_G), device=scores_G.device) >= ctx.per_frame
         error_G = torch.where(taught_G, scores_G - target_G, 0.0)  # dBCE/dlogit
         likelihood_G = torch.where(target_G > 0, scores_G, 1 - scores_G).clamp_min(1e-12)
-        ctx.bce.copy_(torch.where(taught_G, -likelihood_G.log(), 0.0).mean())
+        ctx.values["teacher"].copy_(torch.where(taught_G, -likelihood_G.log(), 0.0).mean())
+        chosen_G = highest(scores_G, ctx.per_frame, ctx.share)
+        ctx.values["teacher_agreement"].copy_((chosen_G * target_G).sum() / target_G.sum().clamp_min(1))
         # The sigmoid's own backward multiplies by s (1 - s), so that a saturated score stays finite.
         slope_G = (scores_G * (1 - scores_G)).clamp_min(1e-12)
         return grad_Gd, weight * error_G / (slope_G * len(scores_G)), None, None, None, None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.teacher import Teacher, make_teacher, target_of
+from stts.pruners.teacher import Teacher, highest, importance, make_teacher
 from stts.tokens import Budget
 from tests.pruners.test_stts import make, make_video
 
@@ -52,6 +52,9 @@ def test_the_gradient_is_that_of_bce_on_a_fixed_target(parts: dict[str, Tensor],
     assert again.grad is not None
     torch.testing.assert_close(logit.grad, again.grad, rtol=1e-6, atol=1e-6 * scale)
     torch.testing.assert_close(watched.values["teacher"], loss.detach())
+    chosen = (logit[PER_FRAME:].topk(3).indices + PER_FRAME).tolist()
+    shared = set(chosen) & set(target.nonzero().flatten().tolist())
+    assert watched.values["teacher_agreement"].item() == pytest.approx(len(shared) / 3)
 
 
 def test_the_importance_is_the_finite_difference_of_the_answer(parts: dict[str, Tensor]) -> None:
@@ -66,8 +69,8 @@ def test_the_importance_is_the_finite_difference_of_the_answer(parts: dict[str, 
         weight = torch.arange(1.0, 13.0, dtype=torch.double)
         numeric.view(-1)[place] = ((up.cos() - down.cos()) * weight).sum() / 2e-5
     torch.testing.assert_close(grad.double(), numeric, rtol=1e-3, atol=1e-3)
-    ones = torch.ones(12)
-    assert torch.equal(target_of(x, grad, ones, PER_FRAME, 0.3), target_of(x, numeric, ones, PER_FRAME, 0.3))
+    ours, theirs = (highest(importance(x, one), PER_FRAME, 0.3) for one in (grad, numeric))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("value", [-40.0, 40.0])

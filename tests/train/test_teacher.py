@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stts.data.collate import Collator, Step
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.pruners.teacher import Teacher, target_of
+from stts.pruners.teacher import Teacher, highest, importance
 from stts.tokens import Watched
 from stts_train.loss import answer_loss
 from stts_train.module import VideoFinetune
@@ -74,10 +74,12 @@ def test_one_backward_pass_gives_the_gradient_of_the_explicit_loss(
         (losses["answer"] + losses["teacher"]).backward()
     ours = [grad.clone() for grad in scorer_grads(module)]
     assert module.pruning.last is not None and len(seen) == 3
-    values = module.pruning.last.late_losses["teacher"]
+    values = module.pruning.last.late_values["teacher"]
 
     module.zero_grad()
-    targets = [target_of(x, x.grad, change, first, 0.2) for x, _, change, first in seen if x.grad is not None]
+    targets = [
+        highest(importance(x, x.grad) * change, first, 0.2) for x, _, change, first in seen if x.grad is not None
+    ]
     seen.clear()
     with module.pruning:
         module._forward(batch)
@@ -104,6 +106,7 @@ def test_dense_steps_alternate_with_pruned_ones_and_are_logged(tiny_folder: Path
     trainer = fit(module, [batch_for(module)] * 5, callbacks=[look])
     assert look.rows == [(1.0, True), (0.5, False)] * 2 + [(1.0, True)]
     assert trainer.callback_metrics["train/teacher_loss"] > 0.05, "the value of the backward pass, not of the forward"
+    assert 0 <= trainer.callback_metrics["train/teacher_agreement"] <= 1
     assert trainer.callback_metrics["scorer_grad_norm"] > 0
 
 

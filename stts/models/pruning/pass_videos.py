@@ -102,7 +102,8 @@ class PassVideos:
         for one in (one for one in watched if one is not None):
             for name, loss in one.losses.items():
                 report.losses[name] = report.losses.get(name, 0) + loss / count
-                report.late_losses.setdefault(name, []).append(one.values[name])
+            for name, value in one.values.items():
+                report.late_values.setdefault(name, []).append(value)
             report.objective = one.objective
         return [x if one is None else one.x_Kd for x, one in zip(features, watched, strict=True)]
 

@@ -26,8 +26,9 @@ class Report:
     none did."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unweighted, by name."""
-    late_losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Of those of `losses` that are 0 until the backward pass: their values per video, once it is through."""
+    late_values: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Per video, once the backward pass is through: values of those of `losses` that are 0 until then, and other
+    numbers to be logged."""
     objective: Objective = "log_prob"
     """Form of the answer loss that a stage asked for."""
     kept_patches: list[list[int]] | None = None
