@@ -55,7 +55,7 @@ def test_every_config_parses(config: Path, tiny_folder: Path, files: Path, tmp_p
 
 
 def test_there_are_configs_for_the_quick_start() -> None:
-    assert {"shapes_pretrain", "shapes_stts", "shapes_tiny"} <= {path.stem for path in CONFIGS}
+    assert {"shapes_pretrain", "shapes_stts", "shapes_teacher", "shapes_tiny"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.slow
