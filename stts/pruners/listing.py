@@ -134,12 +134,12 @@ def describe_pruner(name: str, options: Mapping[str, Any] | None = None) -> str:
     for part in _parts(make_pruner(name, EXAMPLE_HOST, **(options or {}))):
         sources = filter(None, (type(part), getattr(type(part), "for_host", None)))
         parameters = {k: v for source in sources for k, v in inspect.signature(source).parameters.items()}
-        options = [
+        shown = [
             f"  {k} = {getattr(part, k, v.default)!r}"
             for k, v in parameters.items()
             if v.kind is not v.VAR_KEYWORD and k != "host" and v.default is not v.empty
         ]
-        blocks.append("\n".join([f"{type(part).__name__}: {_doc(part)}", "", "Options:", *(options or ["  none"])]))
+        blocks.append("\n".join([f"{type(part).__name__}: {_doc(part)}", "", "Options:", *(shown or ["  none"])]))
     return "\n\n".join(blocks)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stts.command_line import parse_config
+from stts.cli import main
+from stts.command_line import parse
 from stts.eval.answering.questions import open_tasks
 from stts.eval.benchmarks.tasks import SUITES, TASKS
-from stts.eval.compare import CompareConfig, main
+from stts.eval.compare import compare
 from stts.pruners.registry import PRUNERS
 from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_longvideobench, test_mlvu, test_videomme
@@ -23,9 +24,7 @@ PAPERS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_file_needs_model_data_and_out_only(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     given = ["--model", str(tiny_folder), "--data_root", str(tmp_path), "--out", str(tmp_path / "out")]
-    config = CompareConfig(
-        **parse_config(CompareConfig, "stts compare", ["--config", str(FOLDER / f"{name}.yaml"), *given])
-    )
+    [config], _ = parse(compare, "stts compare", ["--config", str(FOLDER / f"{name}.yaml"), *given])
     tasks = [task for entry in config.tasks for task in SUITES.get(entry, (entry,))]
     assert set(tasks) <= set(TASKS) and set(config.pruners) <= set(PRUNERS)
     for task in tasks:
@@ -57,7 +56,7 @@ def test_adatp_as_published_on_small_benchmarks(
         str(tmp_path / "out"),
     ]
     args += ["--data_root", str(tmp_path / "benchmarks"), "--limit=2", "--num_frames=4", "--retention_ratios=0.8"]
-    code = main([*args, "--max_new_tokens=2"])
+    code = main(["compare", *args, "--max_new_tokens=2"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "adatp (our reconstruction)" in shown.out and "mlvu_dev %" in shown.out and "retained" in shown.out
