@@ -29,7 +29,7 @@ _TAUGHT = (
     "--model.pruner_options.answer_gradient", "false",
 )  # fmt: skip
 _PLAIN = ("--model.retention_ratio", str(TRAINED_AT))
-_DENSE_STEPS = f"{{target: {TRAINED_AT}, dense_first: 32, dense_every: 10}}"
+_DENSE_STEPS = f"{{target: {TRAINED_AT}, dense_first: 32, dense_every: 10, dense_trains: scorer}}"
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         "evs": Arm("evs (a rule)", "evs", (*_PLAIN, "--model.pruner", "evs", "--model.pruner_options", "null")),
