@@ -17,7 +17,7 @@ vlm="stts/assets/shapes_vlm" # pretrained by configs/shapes_pretrain_small.yaml
 out="runs/quickstart"
 
 step "1/4 drawing ShapesQA, MP4 clips with questions, into $out/data"
-"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 200 \
+"$stts" data shapes --out "$out/data" --train 3000 --val 100 --test 150 \
   --form.families '[order,count,flash]' --form.families_per_clip 3 --form.questions_per_family 2 \
   --form.ask_by colour --form.num_glares 1 --form.active_share 0.75
 
@@ -25,8 +25,10 @@ step "2/4 fine-tuning $vlm with STTS into $out/stts"
 "$stts" fit --config configs/shapes_stts.yaml --model.model "$vlm" --out "$out/stts"
 
 step "3/4 comparing dense, learned and training-free at equal token budgets"
-"$stts" compare --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" \
-  --out "$out/compare" --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' \
+# as two processes of one thread each, which share the questions; the answers are those of one process
+OMP_NUM_THREADS=1 "$VENV/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 -m stts.cli compare \
+  --model "$out/stts/model" --baseline_model "$vlm" --data "$out/data/test.jsonl" --out "$out/compare" \
+  --pruners '[stts,visionzip,fastvid,holitom,stop-holitom,tango,vidcom2,fastv,novelty,random]' \
   --retention_ratios '[0.5,0.3]' --save_kept 20 --name 'ShapesQA, small LLaVA-OneVision'
 
 step "4/4 writing the report"
