@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,13 +11,11 @@ import stts
 from stts.models.families.llava_onevision import pooling_cells
 from stts.models.pruning import stages
 from tests.conftest import answer_labels, make_inputs
+from tests.models.families import family_laws as laws
+from tests.models.families.family_laws import grads
 
 ROWS = ["v what colour is the circle ?", "- how many squares are there ?", "i which colour ?", "v is there a cross ?"]
 NAMES = ["uniform", "random", "novelty"]
-
-
-def grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_pooling_cells_are_the_stock_bilinear_resize() -> None:
@@ -37,44 +34,13 @@ def test_pooling_cells_are_the_stock_bilinear_resize() -> None:
 
 def test_dense_training_path_matches_stock_logits_and_gradients(tiny: Any) -> None:
     model, processor = tiny
-    inputs = make_inputs(processor, ROWS)
-    labels = answer_labels(inputs)
-    stock = model(**inputs, labels=labels)
-    stock.loss.backward()
-    expected = grads(model)
-    model.zero_grad()
-    model.train()  # no dropout in these configs; training mode takes our own path even for `none`
-    with stts.pruning(model, "none", retention_ratio=1.0):
-        ours = model(**inputs, labels=labels, use_cache=False)
-        ours.loss.backward()
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(ours.logits[real], stock.logits[real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.loss, stock.loss, atol=1e-5, rtol=1e-5)
-    got = grads(model)
-    assert expected.keys() <= got.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    laws.training_path_equals_stock(model, make_inputs(processor, ROWS))
 
 
 @pytest.mark.parametrize("name", ["none", *NAMES, "stts", "random-vit"])
 def test_dense_is_sacred_and_detaching_restores_every_bit(tiny: Any, name: str) -> None:
     model, processor = tiny
-    inputs = make_inputs(processor, ROWS)
-    before = copy.deepcopy(model.state_dict())
-    config = model.config.to_dict()
-    with torch.no_grad():
-        stock = model(**inputs).logits
-        with stts.pruning(model, name, retention_ratio=1.0) as pruned:
-            assert torch.equal(model(**inputs).logits, stock), "at retention 1.0 the stock code runs"
-            assert pruned.last is not None and pruned.last.retention_measured == 1.0
-        with stts.pruning(model, name, retention_ratio=0.5) as pruned:
-            changed = model(**inputs).logits
-        assert torch.equal(changed, stock) == (name == "none")
-        assert torch.equal(model(**inputs).logits, stock)
-    assert model.config.to_dict() == config
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    assert not [hook for hook in hooks if getattr(hook, "__module__", "").startswith("stts")]
+    laws.dense_is_sacred(model, make_inputs(processor, ROWS, padding_side="left"), name)
 
 
 def test_entering_twice_and_errors_inside_leave_the_model_clean(tiny: Any) -> None:
