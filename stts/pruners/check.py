@@ -79,7 +79,8 @@ def _try_stage(stage: Stage) -> Iterator[tuple[str, str, str]]:
     video = example_video(stage, GRIDS[3])
     half = Budget(12 if stage.site.kind == "vit" else video.num_groups // 2, 0.5, exact=True)
     for field in ("x_ND", "salience_G"):
-        if (value := getattr(video, field)) is not None:
+        read = field != "x_ND" or getattr(stage, "reads_features", True)
+        if read and (value := getattr(video, field)) is not None:
             bad = replace(video, **{field: value.clone().index_fill_(0, torch.tensor([1]), torch.nan)})
             yield f"NaN in {field}", "NaN is refused", _refusal(stage, bad, half)
     more = replace(half, num_kept=video.num_groups + 1, retention_ratio=1.0)

@@ -33,6 +33,7 @@ class FastV(PerVideo):
 
     signals: ClassVar[frozenset[Signal]] = frozenset({"last_row"})
     positions: ClassVar[Positions] = "original"
+    reads_features: ClassVar[bool] = False
 
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:

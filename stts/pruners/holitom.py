@@ -1,14 +1,15 @@
 """HoliTom: merge what stands still, rank what moves by attention; and its second stage inside the LLM.
 
-Shape suffixes beside those of `stts.tokens`: W = windows, C = cluster centres, M = groups that move, R = groups that
-are dropped, Q = static places of a window.
+Shape suffixes beside those of `stts.tokens`: W = windows, B = windows with static places, Q = static places of a window,
+padded to the most of any, C = cluster centres, M = groups that move, R = groups that are dropped.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,16 @@ from torch import Tensor
 from stts.pruners import ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+
+
+class Still(NamedTuple):
+    """Static places of a window."""
+
+    start: int
+    end: int
+    """Behind its last frame."""
+    num_places: int
+    num_centres: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,51 +88,88 @@ class HoliTom(PerVideo):
         windows, gain = ops.temporal_windows(similarity_TP > tau, self.max_window)
         ratio = min(budget.retention_ratio / ((num_groups - gain) / num_groups), 1.0)
         stays_TP = ops.is_static(video, similarity_TP, tau if self.static_tau is None else self.static_tau)
-        static_WP = torch.stack([stays_TP[start : end - 1].all(0) & (end - start > 1) for start, end in windows])
-        num_static_W = static_WP.sum(1).tolist()
+        static_WP = ops.static_places(stays_TP, windows)
+        num_static = static_WP.sum(1).tolist()
+        num_moving = [math.ceil((num_places - n) * ratio) for n in num_static]
 
-        size_W = torch.tensor([end - start for start, end in windows])
-        num_moving_W = torch.tensor([math.ceil((num_places - n) * ratio) for n in num_static_W])
-        window_T = torch.arange(len(windows)).repeat_interleave(size_W).to(salience_G.device)
-        num_moving_T = num_moving_W.to(salience_G.device)[window_T]
-        index_M = _most_attended(salience_G.view(-1, num_places), static_WP[window_T], num_moving_T)
+        window_T = torch.arange(len(windows)).repeat_interleave(torch.tensor([end - start for start, end in windows]))
+        window_T = window_T.to(salience_G.device)
+        num_moving_T = torch.tensor(num_moving, device=salience_G.device)[window_T]
+        total = sum(n * (end - start) for n, (start, end) in zip(num_moving, windows, strict=True))
+        index_M = _most_attended(salience_G.view(-1, num_places), static_WP[window_T], num_moving_T, total)
 
-        place_WP = ops.top(static_WP.to(torch.uint8), num_places)  # static places first, ascending
-        merged = [
-            self._merge_static(video, start, end, place_P[:num_static], round(num_static * ratio))
-            for (start, end), place_P, num_static in zip(windows, place_WP, num_static_W, strict=True)
-            if round(num_static * ratio)
+        sets = [
+            Still(start, end, n, centres)
+            for (start, end), n in zip(windows, num_static, strict=True)
+            if (centres := round(n * ratio))
         ]
-        index_K = torch.cat([index_M, *(index_C for index_C, _, _ in merged)])
-        x_KD = torch.cat([video.x_ND[index_M], *(x_CD for _, x_CD, _ in merged)]) if merged else None
-        score_K = torch.cat([torch.full_like(salience_G[index_M], torch.inf), *(score_C for _, _, score_C in merged)])
-        place_K = index_K
-        if self.compat == "official" and not self.newline_per_row:
-            moves_K = torch.arange(len(index_K), device=index_K.device) < len(index_M)
-            place_K = index_K + num_groups * (2 * window_T[index_K // num_places] + moves_K)
-        order_K = place_K.argsort()
-        kept = Kept(index_K=index_K[order_K], x_KD=None if x_KD is None else x_KD[order_K])
-        if budget.exact or not len(index_K):
-            return ops.fit_count(video, kept, budget.num_kept, salience_G, score_K[order_K])
-        return kept
+        merged = self._merge_static(video, static_WP[window_T], sets)
+        index_C, x_CD, score_C = (torch.cat(column) for column in zip(*merged, strict=True)) if merged else (None,) * 3
+        index_K, score_K = index_M, torch.full_like(salience_G[index_M], torch.inf)
+        if index_C is not None:
+            index_K, order_K = torch.cat([index_M, index_C]).sort()
+            score_K = torch.cat([score_K, score_C])[order_K]
+        kept = Kept(index_K=index_K)
+        in_order = budget.exact or not len(index_K)
+        if in_order:
+            kept = ops.fit_count(video, kept, budget.num_kept, salience_G, score_K)
+        if index_C is None:
+            return kept
+        kept = replace(kept, x_KD=ops.features_of(video.x_ND, kept.index_K, index_C, x_CD))
+        if in_order or self.compat != "official" or self.newline_per_row:
+            return kept
+        moves_K = score_K.isinf()
+        order_K = (kept.index_K + num_groups * (2 * window_T[kept.index_K // num_places] + moves_K)).argsort()
+        return Kept(index_K=kept.index_K[order_K], x_KD=kept.x_KD[order_K])
 
     def _merge_static(
-        self, video: VideoTokens, start: int, end: int, place_Q: Tensor, num_centres: int
+        self, video: VideoTokens, static_TP: Tensor, sets: Sequence[Still]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Groups of the centres, their tokens, and the density scores they were chosen by; sets of alike size together.
+
+        static_TP: for each frame the static places of its window."""
+        x_TN = video.x_ND.reshape(video.grid.t, -1)
+        merged = []
+        for group in ops.alike([still.num_places for still in sets]):
+            chosen = [sets[n] for n in group]
+            set_T = torch.full((video.grid.t,), -1)
+            for number, still in enumerate(chosen):
+                set_T[still.start : still.end] = number
+            mean_BN, _ = ops.cluster_mean(x_TN, set_T.to(x_TN.device), len(chosen))
+            start_B, _, size_B, num_B = torch.tensor(chosen, device=x_TN.device).unbind(1)
+            most = max(still.num_places for still in chosen)
+            # Static places first, ascending; behind them padding.
+            place_BQ = ops.top(static_TP[start_B].to(torch.uint8), most)
+            y_BPD = mean_BN.view(len(chosen), video.grid.per_frame, -1)
+            y_BQD = y_BPD.gather(1, place_BQ[..., None].expand(-1, -1, y_BPD.shape[-1]))
+            centre_BQ, x_BQD, score_BQ = self._cluster(video, y_BQD, place_BQ, size_B, num_B)
+            row_C = centre_BQ.flatten().nonzero_static(size=sum(still.num_centres for still in chosen))[:, 0]
+            index_BQ = start_B[:, None] * video.grid.per_frame + place_BQ
+            x_CD = x_BQD.flatten(0, 1)[row_C].to(video.x_ND.dtype)
+            merged.append((index_BQ.flatten()[row_C], x_CD, score_BQ.flatten()[row_C]))
+        return merged
+
+    def _cluster(
+        self, video: VideoTokens, y_BQD: Tensor, place_BQ: Tensor, size_B: Tensor, num_B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Groups of the centres, their tokens, and the density scores they were chosen by."""
-        x_TPD = video.x_ND.reshape(video.grid.t, video.grid.per_frame, -1)[start:end]
-        y_QD = x_TPD.mean(0, dtype=torch.float32)[place_Q]
+        """Which of the first `size_B` tokens of each set are its `num_B` centres, (B, Q); blended tokens; scores."""
+        num_sets, most, width = y_BQD.shape
+        number_Q = torch.arange(most, device=y_BQD.device)
         with torch.no_grad():
-            distance_QQ = ops.distances(y_QD[None])[0] / math.sqrt(y_QD.shape[1])
-            score_Q = ops.density_peaks(distance_QQ[None], min(self.num_neighbours, num_centres), count_self=True)[0]
-            score_Q = ops.rank_density(video, score_Q, place_Q)
-            centre_C = ops.top(score_Q, num_centres).sort().values
-            cluster_Q = distance_QQ[:, centre_C].argmin(1)
-            cluster_Q[centre_C] = -1  # the mean is that of the other members
-        mean_CD, count_C = ops.cluster_mean(y_QD, cluster_Q, num_centres)
-        centre_CD = y_QD[centre_C]
-        x_CD = torch.where(count_C[:, None] > 0, self.beta * centre_CD + (1 - self.beta) * mean_CD, centre_CD)
-        return start * video.grid.per_frame + place_Q[centre_C], x_CD.to(video.x_ND.dtype), score_Q[centre_C]
+            valid_BQ = number_Q < size_B[:, None]
+            distance_BQQ = ops.distances(y_BQD) / math.sqrt(width)
+            score_BQ = ops.density_peaks(
+                distance_BQQ, self.num_neighbours, count_self=True, valid_BN=valid_BQ, fewer_B=num_B
+            )
+            score_BQ = ops.rank_density(video, score_BQ, place_BQ)
+            first_BQ = number_Q < num_B[:, None]
+            centre_BQ = torch.zeros_like(first_BQ).scatter_(1, ops.top(score_BQ, most), first_BQ)
+            nearest_BQ = distance_BQQ.masked_fill_(~centre_BQ[:, None, :], torch.inf).argmin(-1)
+            cluster_BQ = nearest_BQ + most * torch.arange(num_sets, device=y_BQD.device)[:, None]
+            cluster_BQ = cluster_BQ.masked_fill(centre_BQ | ~valid_BQ, -1)  # the mean is that of the other members
+        mean_ND, count_N = ops.cluster_mean(y_BQD.flatten(0, 1), cluster_BQ.flatten(), num_sets * most)
+        blend_BQD = self.beta * y_BQD + (1 - self.beta) * mean_ND.view_as(y_BQD)
+        return centre_BQ, torch.where(count_N.view_as(valid_BQ)[..., None] > 0, blend_BQD, y_BQD), score_BQ
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """At most: windows of two frames in which nothing moves cost the most."""
@@ -129,11 +177,11 @@ class HoliTom(PerVideo):
         return 8 * grid.num_groups * width + 2 * static * grid.per_frame * width  # norms, cosines, two means; distances
 
 
-def _most_attended(salience_TP: Tensor, static_TP: Tensor, num_moving_T: Tensor) -> Tensor:
-    """(M,) groups, increasing: in each frame the given number of places that move, by attention."""
+def _most_attended(salience_TP: Tensor, static_TP: Tensor, num_moving_T: Tensor, total: int) -> Tensor:
+    """(M,) groups, increasing: in each frame the given number of places that move, by attention; `total` in all."""
     ranked_TP = ops.top(salience_TP.masked_fill(static_TP, -torch.inf), salience_TP.shape[1])
     first_TP = torch.arange(salience_TP.shape[1], device=salience_TP.device) < num_moving_T[:, None]
-    return torch.zeros_like(static_TP).scatter(1, ranked_TP, first_TP).flatten().nonzero()[:, 0]
+    return torch.zeros_like(static_TP).scatter(1, ranked_TP, first_TP).flatten().nonzero_static(size=total)[:, 0]
 
 
 def published_tau(retention_ratio: float) -> float:
@@ -175,10 +223,10 @@ class HoliTomInner(PerVideo):
         index_K = keep_top(video, salience_G, budget.num_kept).index_K
         dropped_G = torch.ones_like(video.cell_G, dtype=torch.bool)
         dropped_G[index_K] = False
-        index_R = dropped_G.nonzero()[:, 0]
+        index_R = dropped_G.nonzero_static(size=video.num_groups - budget.num_kept)[:, 0]
         x_GD = video.x_ND.float()
         unit_GD = F.normalize(x_GD.detach(), dim=-1)
-        target_R = (unit_GD[index_R] @ unit_GD[index_K].T).argmax(1)
+        target_R = ops.nearest(unit_GD[index_R][None], unit_GD[index_K][None])[0]
         sorted_R, order_R = target_R.sort(stable=True)
         to_come_R = torch.empty_like(order_R)  # sources, this one included, that the same target has yet to take
         to_come_R[order_R] = torch.searchsorted(sorted_R, sorted_R, right=True) - torch.arange(

@@ -6,9 +6,12 @@ frame, R = run length.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +19,11 @@ from torch import Tensor
 from stts.tokens import Grid, Kept, Signal, VideoTokens
 
 _T = TypeVar("_T")
+
+CACHED = 2**20
+"""Elements that a CPU keeps in its cache from one operation to the next."""
+FEW_PAIRS = 2**18
+"""Pairs of points whose distances cost less than starting the operators once more."""
 
 
 def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
@@ -27,11 +35,18 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
     ranking is decided by ties."""
     if x_ND.shape[0] != grid.num_groups:
         raise ValueError(f"got {x_ND.shape[0]} tokens for {grid} = {grid.num_groups}; this needs the full grid")
-    x_TPD = x_ND.float().view(grid.t, grid.per_frame, -1)
+    x_TPD = x_ND.view(grid.t, grid.per_frame, -1)
+    # One product of two whole videos leaves the cache of a CPU before its sum is taken: 2.5 times as long.
+    block = max(1, CACHED // x_TPD[0].numel()) if x_ND.device.type == "cpu" else grid.t
+    cosines = [_cosines(x_TPD[max(0, t - 1) : t + block].float()) for t in range(0, grid.t, block)]
+    return torch.cat([x_ND.new_zeros(grid.per_frame, dtype=torch.float32), *cosines])
+
+
+def _cosines(x_TPD: Tensor) -> Tensor:
+    """((T - 1) P,) of every frame but the first with the one before."""
     norm_TP = torch.linalg.vector_norm(x_TPD, dim=-1).clamp_min(1e-12)
-    s_TP = x_TPD.new_zeros(x_TPD.shape[:2])
-    s_TP[1:] = torch.linalg.vecdot(x_TPD[1:], x_TPD[:-1]) / (norm_TP[1:] * norm_TP[:-1])
-    return s_TP.flatten()
+    dot_TP: Tensor = torch.linalg.vecdot(x_TPD[1:], x_TPD[:-1])
+    return (dot_TP / (norm_TP[1:] * norm_TP[:-1])).flatten()
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
@@ -181,21 +196,44 @@ def temporal_windows(static_TP: Tensor, max_window: int = 1024) -> tuple[list[tu
     histogram_TR = torch.zeros(num_frames - 1, num_frames, dtype=torch.long, device=static_TP.device)
     histogram_TR.scatter_add_(1, run_TP, torch.ones_like(run_TP))
     longer_TR = histogram_TR.flip(1).cumsum(1).flip(1)  # [t, r]: places whose run that ends at t has at least r steps
-    counts = longer_TR.tolist()
-    best, start_of = [0], []  # best[i] = gain of the first i frames
-    for last in range(num_frames):
-        gain, start = best[last], last
-        for length in range(2, min(last + 1, max_window) + 1):
-            with_window = best[last + 1 - length] + counts[last - 1][length - 1] * (length - 1)
-            if with_window > gain:
-                gain, start = with_window, last + 1 - length
-        best.append(gain)
-        start_of.append(start)
+    step_R = torch.arange(num_frames, device=static_TP.device)
+    gain_TR = (longer_TR * step_R)[:, : max_window].cpu().numpy()  # [t, r]: of a window of r + 1 frames that ends at t + 1
+    best = np.zeros(num_frames + 1, dtype=np.int64)  # of the first i frames
+    start_of = np.zeros(num_frames, dtype=np.int64)
+    for last in range(1, num_frames):  # a recurrence, on the host
+        longest = min(last + 1, max_window)
+        total_R = best[last + 1 - longest : last + 1][::-1] + gain_TR[last - 1, :longest]
+        steps = int(total_R.argmax())  # the first of equals is the shortest
+        best[last + 1], start_of[last] = total_R[steps], last - steps
     windows, end = [], num_frames
     while end:
-        windows.append((start_of[end - 1], end))
-        end = start_of[end - 1]
-    return windows[::-1], best[-1]
+        windows.append((int(start_of[end - 1]), end))
+        end = int(start_of[end - 1])
+    return windows[::-1], int(best[-1])
+
+
+def static_places(static_TP: Tensor, windows: Sequence[tuple[int, int]]) -> Tensor:
+    """bool (W, P): places static over all pairs of frames of a window; none in a window of one frame.
+
+    static_TP: bool (T - 1, P), as for `temporal_windows`."""
+    broken_TP = F.pad((~static_TP).cumsum(0), (0, 0, 1, 0))  # [t]: pairs before frame t that are not static
+    start_W, end_W = torch.tensor(windows, device=static_TP.device).unbind(1)
+    return (broken_TP[end_W - 1] == broken_TP[start_W]) & (end_W - start_W > 1)[:, None]
+
+
+def alike(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of sets of points, divided so that the sets of a group may be padded to its largest.
+
+    All in one group where comparing pairs then costs at most twice what it must, or little; else the sets above a half,
+    a quarter and an eighth of the largest are apart, so that there are four groups at most."""
+    if not sizes:
+        return []
+    pairs, largest = sum(size**2 for size in sizes), max(sizes)
+    if len(sizes) * largest**2 <= max(FEW_PAIRS, 2 * pairs):
+        return [list(range(len(sizes)))]
+    octave = [min(3, int(math.log2(largest / size))) if size else 3 for size in sizes]
+    groups = [[n for n, own in enumerate(octave) if own == number] for number in range(4)]
+    return [group for group in groups if group]
 
 
 # --- clusters ------------------------------------------------------------------------------------------------------
@@ -205,13 +243,19 @@ def distances(x_BND: Tensor) -> Tensor:
     """(B, N, N) fp32 Euclidean distances; the diagonal is exactly 0.
 
     By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
-    x_BND = x_BND.float()
-    x_BND = x_BND - x_BND.mean(1, keepdim=True)
+    x_BND = _centred(x_BND)
     square_BN = x_BND.square().sum(-1)
-    squares_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * x_BND @ x_BND.transpose(1, 2)
+    squares_BNN = torch.matmul(x_BND, x_BND.transpose(1, 2)).mul_(-2)
+    squares_BNN += square_BN[:, :, None]
+    squares_BNN += square_BN[:, None, :]
     squares_BNN = torch.maximum(squares_BNN, squares_BNN.transpose(1, 2))  # a product is not symmetric to the last bit
     squares_BNN.diagonal(dim1=1, dim2=2).zero_()
-    return squares_BNN.clamp_min(0).sqrt()
+    return squares_BNN.clamp_min_(0).sqrt_()
+
+
+def _centred(x_BND: Tensor) -> Tensor:
+    x_BND = x_BND.float()
+    return x_BND - x_BND.mean(1, keepdim=True)
 
 
 def density_peaks(
@@ -230,26 +274,89 @@ def density_peaks(
     to the points there are, and to `fewer_B` where given. valid_BN: bool, False at padding, which scores -inf. Equally
     dense: the earlier is denser (the releases break ties by noise), so the result is the same on every device and every
     run."""
-    num_points = distance_BNN.shape[-1]
-    valid_BN = torch.ones_like(distance_BNN[..., 0], dtype=torch.bool) if valid_BN is None else valid_BN
-    masked_BNN = distance_BNN.masked_fill(~valid_BN[:, None, :], torch.inf)
-    skip = 0 if count_self else 1
-    sorted_BNK = masked_BNN.topk(min(num_neighbours + skip, num_points), dim=-1, largest=False).values[..., skip:]
-    finite_BNK = sorted_BNK.isfinite()
-    if fewer_B is not None:
-        finite_BNK &= torch.arange(sorted_BNK.shape[-1], device=fewer_B.device) < fewer_B[:, None, None]
-    near_BNK = sorted_BNK.masked_fill(~finite_BNK, 0)
-    sparse_BN = near_BNK.square().sum(-1) / finite_BNK.sum(-1).clamp_min(1)  # ranked itself: exp(-x) may underflow
-    rho_BN = torch.exp(-sparse_BN)
-    order_BN = torch.sort(sparse_BN.masked_fill(~valid_BN, torch.inf), dim=-1, stable=True).indices
+    return _peaks(lambda: [(0, distance_BNN)], num_neighbours, count_self, valid_BN, fewer_B)
+
+
+def density_peaks_of(
+    x_BND: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None
+) -> Tensor:
+    """(B, N) `density_peaks` of points.
+
+    Where the distances of all pairs would be more than twice as large as the points, they are computed twice, in blocks
+    of rows half as large."""
+    num_points, width = x_BND.shape[1:]
+    if num_points**2 * len(x_BND) <= max(FEW_PAIRS, 2 * x_BND.numel()):
+        return density_peaks(distances(x_BND), num_neighbours, count_self=count_self, valid_BN=valid_BN)
+    x_BND = _centred(x_BND)
+    square_BN = x_BND.square().sum(-1)
+    block = max(1, width // 2, FEW_PAIRS // (num_points * len(x_BND)))
+
+    def blocks() -> Iterable[tuple[int, Tensor]]:
+        for start in range(0, num_points, block):
+            rows = slice(start, start + block)
+            squares_BRN = torch.matmul(x_BND[:, rows], x_BND.transpose(1, 2)).mul_(-2)
+            squares_BRN += square_BN[:, rows, None]
+            squares_BRN += square_BN[:, None, :]
+            squares_BRN.diagonal(start, 1, 2).zero_()
+            yield start, squares_BRN.clamp_min_(0).sqrt_()
+
+    return _peaks(blocks, num_neighbours, count_self, valid_BN, None)
+
+
+def _peaks(
+    blocks: Callable[[], Iterable[tuple[int, Tensor]]],
+    num_neighbours: int,
+    count_self: bool,
+    valid_BN: Tensor | None,
+    fewer_B: Tensor | None,
+) -> Tensor:
+    """`density_peaks`; blocks: rows of the distances and the number of the first, called once for each of two passes.
+
+    Further shape suffix: R = rows of a block."""
+    skip, sparse, widest = 0 if count_self else 1, [], []
+    for start, distance_BRN in blocks():
+        masked_BRN, inner_BRN = distance_BRN, distance_BRN
+        if valid_BN is not None:
+            row_BR1 = valid_BN[:, start : start + distance_BRN.shape[1], None]
+            masked_BRN = distance_BRN.masked_fill(~valid_BN[:, None, :], torch.inf)
+            inner_BRN = distance_BRN.masked_fill(~(valid_BN[:, None, :] & row_BR1), 0)
+        widest.append(inner_BRN.amax((1, 2)))
+        number = min(num_neighbours + skip, distance_BRN.shape[2])
+        near_BRK = masked_BRN.topk(number, dim=-1, largest=False).values[..., skip:]
+        finite_BRK = near_BRK.isfinite()
+        if fewer_B is not None:
+            finite_BRK &= torch.arange(near_BRK.shape[-1], device=fewer_B.device) < fewer_B[:, None, None]
+        near_BRK = near_BRK.masked_fill(~finite_BRK, 0)
+        sparse.append(near_BRK.square().sum(-1) / finite_BRK.sum(-1).clamp_min(1))
+    sparse_BN = torch.cat(sparse, 1)  # ranked itself: exp(-x) may underflow
+    ranked_BN = sparse_BN if valid_BN is None else sparse_BN.masked_fill(~valid_BN, torch.inf)
+    order_BN = torch.sort(ranked_BN, dim=-1, stable=True).indices
     rank_BN = torch.empty_like(order_BN).scatter_(
-        -1, order_BN, torch.arange(num_points, device=order_BN.device).expand_as(order_BN)
+        -1, order_BN, torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
     )
-    denser_BNN = rank_BN[:, None, :] < rank_BN[:, :, None]
-    delta_BN = masked_BNN.masked_fill(~denser_BNN, torch.inf).amin(-1)
-    widest_B = distance_BNN.masked_fill(~(valid_BN[:, None, :] & valid_BN[:, :, None]), 0).amax((1, 2))
+    delta = []
+    for start, distance_BRN in blocks():
+        sparser_BRN = rank_BN[:, None, :] >= rank_BN[:, start : start + distance_BRN.shape[1], None]
+        delta.append(distance_BRN.masked_fill(sparser_BRN, torch.inf).amin(-1))  # padding is the sparsest
+    delta_BN, widest_B = torch.cat(delta, 1), torch.stack(widest).amax(0)
     delta_BN = torch.where(delta_BN.isfinite(), delta_BN, widest_B[:, None])
-    return (rho_BN * delta_BN).masked_fill(~valid_BN, -torch.inf)
+    score_BN = torch.exp(-sparse_BN) * delta_BN
+    return score_BN if valid_BN is None else score_BN.masked_fill(~valid_BN, -torch.inf)
+
+
+def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) -> Tensor:
+    """(B, N) int64 number of the centre with the largest x . c, less `less_BC` where given; the first on ties.
+
+    In blocks of rows where the products of all would be larger than the tokens; fp32."""
+    num_sets, num_centres, width = centre_BCD.shape
+    block = max(1, max(FEW_PAIRS, x_BND.numel() // 2) // (num_sets * num_centres))
+    found = []
+    for x_BRD in x_BND.split(block, dim=1):
+        product_BRC = torch.matmul(x_BRD.float(), centre_BCD.transpose(1, 2))
+        if less_BC is not None:
+            product_BRC -= less_BC[:, None, :]
+        found.append(product_BRC.argmax(-1))
+    return torch.cat(found, 1)
 
 
 def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -300,17 +407,29 @@ def fit_count(
     if not 1 <= num_kept <= video.num_groups:
         raise ValueError(f"num_kept={num_kept} is outside [1, {video.num_groups}]; see budget.plan")
     index_K, x_KD = kept.index_K, kept.x_KD
+    take_K = torch.arange(len(index_K), device=index_K.device)
     if len(index_K) > num_kept:
-        order = torch.sort(salience_G[index_K], descending=True, stable=True).indices
+        take_K = torch.sort(salience_G[index_K], descending=True, stable=True).indices
         if merged_score_K is not None:
-            order = order[torch.sort(merged_score_K[order], descending=True, stable=True).indices]
-        chosen = order[:num_kept].sort().values
-        index_K, x_KD = index_K[chosen], None if x_KD is None else x_KD[chosen]
+            take_K = take_K[torch.sort(merged_score_K[take_K], descending=True, stable=True).indices]
+        take_K = take_K[:num_kept].sort().values
     elif len(index_K) < num_kept:
         free_G = torch.ones(video.num_groups, dtype=torch.bool, device=index_K.device)
         free_G[index_K] = False
         ranked_G = top(salience_G.float().masked_fill(~free_G, -torch.inf), num_kept - len(index_K))
+        take_K = torch.arange(num_kept, device=index_K.device)
         index_K = torch.cat([index_K, ranked_G])
         x_KD = None if x_KD is None else torch.cat([x_KD, video.x_ND[ranked_G].to(x_KD.dtype)])
-    index_K, order = index_K.sort()
-    return replace(kept, index_K=index_K, x_KD=None if x_KD is None else x_KD[order])
+    index_K, order = index_K[take_K].sort()
+    return replace(kept, index_K=index_K, x_KD=None if x_KD is None else x_KD[take_K[order]])
+
+
+def features_of(x_ND: Tensor, index_K: Tensor, index_C: Tensor, merged_CD: Tensor) -> Tensor:
+    """(K, D) tokens of the kept groups `index_K`, increasing; those found in `index_C` have their merged features.
+
+    One copy of what is kept; no host synchronisation."""
+    num_kept = len(index_K)
+    place_C = torch.searchsorted(index_K, index_C)
+    found_C = index_K[place_C.clamp_max(num_kept - 1)] == index_C
+    x_KD = x_ND[F.pad(index_K, (0, 1))]  # the last row takes what is not kept
+    return x_KD.index_copy_(0, torch.where(found_C, place_C, num_kept), merged_CD.to(x_ND.dtype))[:num_kept]
