@@ -1,6 +1,6 @@
 """HoliTom: merge what stands still, rank what moves by attention; and its second stage inside the LLM.
 
-Shape suffixes beside those of `stts.tokens`: W = windows, B = windows with static places, Q = static places of a window,
+Shape suffixes beside those of `stts.tokens`: W = windows, B = windows with static places, Q = static places of one,
 padded to the most of any, C = cluster centres, M = groups that move, R = groups that are dropped.
 """
 

@@ -36,10 +36,16 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
     if x_ND.shape[0] != grid.num_groups:
         raise ValueError(f"got {x_ND.shape[0]} tokens for {grid} = {grid.num_groups}; this needs the full grid")
     x_TPD = x_ND.view(grid.t, grid.per_frame, -1)
-    # One product of two whole videos leaves the cache of a CPU before its sum is taken: 2.5 times as long.
-    block = max(1, CACHED // x_TPD[0].numel()) if x_ND.device.type == "cpu" else grid.t
+    block = frame_block(x_TPD)
     cosines = [_cosines(x_TPD[max(0, t - 1) : t + block].float()) for t in range(0, grid.t, block)]
     return torch.cat([x_ND.new_zeros(grid.per_frame, dtype=torch.float32), *cosines])
+
+
+def frame_block(x_TPD: Tensor) -> int:
+    """Frames to work on at a time: all, or on a CPU what stays in its cache from one operator to the next.
+
+    The cosines of a video of 90 MB take 2.5 times as long where its products go through memory."""
+    return max(1, CACHED // x_TPD[0].numel()) if x_TPD.device.type == "cpu" else max(1, len(x_TPD))
 
 
 def _cosines(x_TPD: Tensor) -> Tensor:
@@ -197,7 +203,9 @@ def temporal_windows(static_TP: Tensor, max_window: int = 1024) -> tuple[list[tu
     histogram_TR.scatter_add_(1, run_TP, torch.ones_like(run_TP))
     longer_TR = histogram_TR.flip(1).cumsum(1).flip(1)  # [t, r]: places whose run that ends at t has at least r steps
     step_R = torch.arange(num_frames, device=static_TP.device)
-    gain_TR = (longer_TR * step_R)[:, : max_window].cpu().numpy()  # [t, r]: of a window of r + 1 frames that ends at t + 1
+    gain_TR = (
+        (longer_TR * step_R)[:, :max_window].cpu().numpy()
+    )  # [t, r]: of a window of r + 1 frames that ends at t + 1
     best = np.zeros(num_frames + 1, dtype=np.int64)  # of the first i frames
     start_of = np.zeros(num_frames, dtype=np.int64)
     for last in range(1, num_frames):  # a recurrence, on the host
@@ -243,8 +251,7 @@ def distances(x_BND: Tensor) -> Tensor:
     """(B, N, N) fp32 Euclidean distances; the diagonal is exactly 0.
 
     By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
-    x_BND = _centred(x_BND)
-    square_BN = x_BND.square().sum(-1)
+    x_BND, square_BN = _centred(x_BND)
     squares_BNN = torch.matmul(x_BND, x_BND.transpose(1, 2)).mul_(-2)
     squares_BNN += square_BN[:, :, None]
     squares_BNN += square_BN[:, None, :]
@@ -253,9 +260,11 @@ def distances(x_BND: Tensor) -> Tensor:
     return squares_BNN.clamp_min_(0).sqrt_()
 
 
-def _centred(x_BND: Tensor) -> Tensor:
+def _centred(x_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 points less their mean, and their squared lengths (by the norm, which writes no squares to memory)."""
     x_BND = x_BND.float()
-    return x_BND - x_BND.mean(1, keepdim=True)
+    x_BND = x_BND - x_BND.mean(1, keepdim=True)
+    return x_BND, torch.linalg.vector_norm(x_BND, dim=-1).square()
 
 
 def density_peaks(
@@ -277,9 +286,7 @@ def density_peaks(
     return _peaks(lambda: [(0, distance_BNN)], num_neighbours, count_self, valid_BN, fewer_B)
 
 
-def density_peaks_of(
-    x_BND: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None
-) -> Tensor:
+def density_peaks_of(x_BND: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None) -> Tensor:
     """(B, N) `density_peaks` of points.
 
     Where the distances of all pairs would be more than twice as large as the points, they are computed twice, in blocks
@@ -287,8 +294,7 @@ def density_peaks_of(
     num_points, width = x_BND.shape[1:]
     if num_points**2 * len(x_BND) <= max(FEW_PAIRS, 2 * x_BND.numel()):
         return density_peaks(distances(x_BND), num_neighbours, count_self=count_self, valid_BN=valid_BN)
-    x_BND = _centred(x_BND)
-    square_BN = x_BND.square().sum(-1)
+    x_BND, square_BN = _centred(x_BND)
     block = max(1, width // 2, FEW_PAIRS // (num_points * len(x_BND)))
 
     def blocks() -> Iterable[tuple[int, Tensor]]:
@@ -348,7 +354,7 @@ def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) ->
     """(B, N) int64 number of the centre with the largest x . c, less `less_BC` where given; the first on ties.
 
     In blocks of rows where the products of all would be larger than the tokens; fp32."""
-    num_sets, num_centres, width = centre_BCD.shape
+    num_sets, num_centres, _ = centre_BCD.shape
     block = max(1, max(FEW_PAIRS, x_BND.numel() // 2) // (num_sets * num_centres))
     found = []
     for x_BRD in x_BND.split(block, dim=1):

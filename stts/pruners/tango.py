@@ -1,14 +1,15 @@
 """Tango: salient and merged tokens per window of frames, chosen by features that know place and second.
 
-Shape suffixes beside those of `stts.tokens`: W = windows, B = parts of windows, A = places of a part, Q = frames of all
-parts, M = what stays of a part, L = what the salient ones leave, C = centres.
+Shape suffixes beside those of `stts.tokens`: W = windows, Q = frames of all parts, M = rows that stay, C = rows whose
+features change.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +17,14 @@ from torch import Tensor
 
 from stts.pruners import ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
-from stts.pruners.st_rope import merge_context, select_salient, st_rope
+from stts.pruners.st_rope import st_rope
+from stts.pruners.tango_pools import Part, divide, merge_context, pool_rows, rows_of, select_salient
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 SINKS_ONEVISION = (28, 27, 41, 169, 11, 12)
 """Places of the 14x14 grid that are salient in every video."""
 SINKS_LLAVA_VIDEO = (26, 157, 11)
 """The same on the 13x13 grid."""
-
-
-class Tokens(NamedTuple):
-    """Of a video, or of one frame that stands for a window."""
-
-    x_ND: Tensor
-    z_ND: Tensor
-    """`st_rope` features."""
-    salience_N: Tensor
-
-
-class Piece(NamedTuple):
-    """What stays of a part of a window."""
-
-    index_M: Tensor
-    """Rows of its tokens."""
-    x_MD: Tensor
-    score_M: Tensor
-    """Density score of a merged token, +inf of any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,28 +89,49 @@ class Tango(PerVideo):
         x_GD, device = video.x_ND.detach(), video.x_ND.device
         second_T = torch.arange(grid.t) if video.timestamps_T is None else video.timestamps_T
         z_GD = st_rope(x_GD, grid, second_T.to(device), self.section, self.base_time, self.base_space)
-        tokens = Tokens(video.x_ND, z_GD, self.salience(video))
-        cell_TP = torch.arange(grid.num_groups, device=device).view(grid.t, -1)
         similarity_TP = ops.neighbour_similarity(x_GD, grid).view(grid.t, -1)[1:]  # [t]: frames t and t + 1
         tau = self.tau if self.tau is not None else 0.65 if ratio < 0.125 else 0.8
         windows, _ = ops.temporal_windows(similarity_TP > tau)
+        static_WP = ops.static_places(similarity_TP > self.static_tau, windows)
+        num_static = static_WP.sum(1).tolist()
+        still = [window for window, number in zip(windows, num_static, strict=True) if number]
+        tokens = rows_of(video, self.salience(video), z_GD, still)
+        row_QP, parts = pool_rows(windows, static_WP, num_static), self.parts(windows, num_static, video, ratio)
 
-        pieces = []
-        alone = [start for start, end in windows if end - start == 1]
-        if alone:
-            pieces.append(self._keep_of_part(tokens, cell_TP[alone, None], ratio))
-        long = [window for window in windows if window[1] - window[0] > 1]
-        if long:
-            static_WP = torch.stack([(similarity_TP[a : b - 1] > self.static_tau).all(0) for a, b in long])
-            order_WP = torch.sort(~static_WP, dim=1, stable=True).indices  # static places first
-            for (start, end), order_P, num_static in zip(long, order_WP, static_WP.sum(1).tolist(), strict=True):
-                pieces += self._keep_of_window(tokens, cell_TP[start:end, order_P], num_static, ratio)
-        index_M, x_MD, score_M = (torch.cat(column) for column in zip(*pieces, strict=True))
-        index_K, order_K = index_M.sort()
-        kept = Kept(index_K=index_K, x_KD=x_MD[order_K].to(video.x_ND.dtype))
-        if not budget.exact:
-            return kept
-        return ops.fit_count(video, kept, budget.num_kept, tokens.salience_N, score_M[order_K])
+        pools = [part.frame for part in parts for _ in range(part.num_frames)]
+        chosen_QP = select_salient(tokens, row_QP, pools, self.expansion, self.num_neighbours)
+        divided = divide(row_QP, chosen_QP, parts, self.expansion)
+        row_M = divided.settled_M
+        row_C = row_M[: sum(divided.settled[: len(still)])]  # means over time, and what others are merged into
+        x_CD, score_M = tokens.still(row_C), torch.full((len(row_M),), torch.inf, device=device)
+        if divided.pools:
+            swapped = self.compat == "official"
+            place_C, value_CD, score_C = merge_context(
+                tokens, divided.open_L, divided.pools, self.num_neighbours, self.beta, swapped=swapped
+            )
+            centre_C = divided.open_L[place_C]
+            row_M, row_C = torch.cat([row_M, centre_C]), torch.cat([row_C, centre_C])
+            x_CD, score_M = torch.cat([x_CD, value_CD]), torch.cat([score_M, score_C])
+        index_K, order_K = tokens.cell_R[row_M].sort()
+        kept = Kept(index_K=index_K)
+        if budget.exact:
+            kept = ops.fit_count(video, kept, budget.num_kept, tokens.salience_R[: video.num_groups], score_M[order_K])
+        return replace(kept, x_KD=ops.features_of(video.x_ND, kept.index_K, tokens.cell_R[row_C], x_CD))
+
+    def parts(
+        self, windows: Sequence[tuple[int, int]], num_static: Sequence[int], video: VideoTokens, ratio: float
+    ) -> list[Part]:
+        """Static places of every window that has some, then the moving places of every window."""
+        still, moving = [], []
+        for (start, end), number in zip(windows, num_static, strict=True):
+            num_frames, num_places, raised = end - start, video.grid.per_frame, ratio
+            if num_frames > 1:
+                size = num_frames * num_places
+                raised = min(1.0, ratio * size / (size - (num_frames - 1) * number))
+            for parts, frames, places in ((still, 1, number), (moving, num_frames, num_places - number)):
+                num_kept = math.ceil(places * raised)
+                parts.append(Part(frames, places, num_kept, math.floor(num_kept * (1 - self.context_share))))
+        return [part for part in still if part.num_places] + moving
 
     def salience(self, video: VideoTokens) -> Tensor:
         """(G,) fp32, 0 at sinks: these can still be merged."""
@@ -141,55 +145,6 @@ class Tango(PerVideo):
             )
         sink_I = torch.tensor(self.sinks, device=salience_G.device)
         return salience_G.view(video.grid.t, -1).index_fill(1, sink_I, 0.0).flatten()
-
-    def _keep_of_window(self, tokens: Tokens, cell_FP: Tensor, num_static: int, ratio: float) -> list[Piece]:
-        """What stays of frames whose first `num_static` columns are static."""
-        num_frames, num_places = cell_FP.shape
-        size = cell_FP.numel()
-        ratio = min(1.0, ratio * size / (size - (num_frames - 1) * num_static))
-        pieces = []
-        if num_static:
-            cell_FA = cell_FP[:, :num_static]
-            still = Tokens(
-                tokens.x_ND[cell_FA].float().mean(0), tokens.z_ND[cell_FA[0]], tokens.salience_N[cell_FA].mean(0)
-            )
-            row_A = torch.arange(num_static, device=cell_FP.device)
-            piece = self._keep_of_part(still, row_A[None, None], ratio)
-            pieces.append(piece._replace(index_M=cell_FA[0, piece.index_M]))
-        if num_static < num_places:
-            pieces.append(self._keep_of_part(tokens, cell_FP[None, :, num_static:], ratio))
-        return pieces
-
-    def _keep_of_part(self, tokens: Tokens, row_BFA: Tensor, ratio: float) -> Piece:
-        """What stays of B parts of F frames with P places each; `row_BFA` are rows of `tokens`."""
-        batch, num_frames, num_places = row_BFA.shape
-        num_kept = math.ceil(num_places * ratio)
-        num_salient = math.floor(num_kept * (1 - self.context_share))
-        num_context = num_frames * (num_kept - num_salient)
-
-        row_QA = row_BFA.flatten(0, 1)
-        place_QK = select_salient(
-            tokens.z_ND, tokens.salience_N, row_QA, num_salient, self.expansion, self.num_neighbours
-        )
-        taken_QA = torch.zeros_like(row_QA, dtype=torch.bool).scatter(1, place_QK, True)
-        salient_M = row_QA.gather(1, place_QK).flatten()
-        num_left = num_frames * (num_places - place_QK.shape[1]) if num_context else 0
-        left_BL = torch.sort(taken_QA.view(batch, -1), dim=1, stable=True).indices[:, :num_left]
-        left_BL = row_BFA.flatten(1).gather(1, left_BL)
-        x_LD = tokens.x_ND[left_BL.flatten()]
-        score_L = torch.full((len(x_LD),), torch.inf, device=x_LD.device)
-        if num_left > num_context:
-            x_BLD, z_BLD = x_LD.view(batch, num_left, -1), tokens.z_ND[left_BL]
-            centre_BC, x_BCD, score_BC = merge_context(
-                x_BLD, z_BLD, num_context, self.num_neighbours, self.beta, swapped=self.compat == "official"
-            )
-            left_BL = left_BL.gather(1, centre_BC)
-            x_LD, score_L = x_BCD.flatten(0, 1), score_BC.flatten()
-        return Piece(
-            torch.cat([salient_M, left_BL.flatten()]),
-            torch.cat([tokens.x_ND[salient_M].float(), x_LD.float()]),
-            torch.cat([score_L.new_full((len(salient_M),), torch.inf), score_L]),
-        )
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Upper bound: one window without static places, in which distances are dearest."""
@@ -236,7 +191,7 @@ class TangoInner(PerVideo):
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         kept = keep_top(video, ops.need(video.salience_G, "last_row", video).float(), budget.num_kept)
         unit_GD = F.normalize(video.x_ND.detach().float(), dim=-1)
-        target_G = (unit_GD @ unit_GD[kept.index_K].T).argmax(-1)
+        target_G = ops.nearest(unit_GD[None], unit_GD[kept.index_K][None])[0]
         target_G[kept.index_K] = torch.arange(budget.num_kept, device=target_G.device)
         mean_KD, _ = ops.cluster_mean(video.x_ND, target_G, budget.num_kept)
         x_KD = torch.lerp(mean_KD, video.x_ND[kept.index_K].float(), self.beta)

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from stts.pruners import ops
-from stts.pruners.st_rope import find_centres, merge_context, nearest_centre, sections, select_salient, st_rope
+from stts.pruners.st_rope import sections, st_rope
 from stts.pruners.tango import Tango
+from stts.pruners.tango_pools import clusters
 from stts.tokens import Budget, Grid, VideoTokens
 from tests.golden.conftest import Case, cases
+from tests.tango_points import merged, salient_places
 
 
 def run_name(ratio: float, tau: float, context_share: float) -> str:
@@ -119,7 +121,7 @@ def test_one_frame(case):
     expected_K = case["stage.salient_only.frame0.r0.2.kept"]
     z_GD = st_rope(video.x_ND, video.grid, video.timestamps_T)
     salience_G = method(case).salience(video)
-    place_BK = select_salient(z_GD, salience_G, video.cell_G[None], len(expected_K), 1.5, 7)
+    place_BK = salient_places(z_GD, salience_G, video.cell_G[None], len(expected_K), 1.5, 7)
     assert torch.equal(place_BK[0], expected_K)
 
 
@@ -134,10 +136,10 @@ def test_one_window(case):
 @pytest.mark.parametrize("case", STAGES, ids=str)
 def test_centres_clusters_and_merged_values(case):
     x_BND, z_BND = (case[name][:2].flatten(0, 1)[None] for name in ("features", "st_rope"))
-    by_score_BC, _, distance_BNN = find_centres(z_BND, 9, 7)
+    found = clusters(z_BND, None, torch.ones(1, 9, dtype=torch.bool), 7)
+    by_score_BC = torch.empty_like(found.rank_BC).scatter_(1, found.rank_BC, found.centre_BC)
     assert torch.equal(by_score_BC[0], case["stage.dpc.input_frames01.centers_by_score"])
-    cluster_BN = nearest_centre(distance_BNN, by_score_BC.sort(1).values)
-    assert torch.equal(cluster_BN[0], case["stage.dpc.assign_to_sorted_centers"])
-    centre_BC, value_BCD, _ = merge_context(x_BND, z_BND, 9, 7, 0.6)
+    assert torch.equal(found.cluster_BL[0], case["stage.dpc.assign_to_sorted_centers"])
+    centre_BC, value_BCD, _ = merged(x_BND, z_BND, 9, 7, 0.6)
     assert torch.equal(centre_BC, by_score_BC.sort(1).values)
     close(value_BCD[0], case["stage.merge.tokens"])

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 from stts.budget import plan
 from stts.pruners.base import HostInfo
 from stts.pruners.naive.tango import tango as naive_tango
-from stts.pruners.st_rope import merge_context, sections, select_salient, st_rope
+from stts.pruners.st_rope import sections, st_rope
 from stts.pruners.tango import Tango, TangoInner
 from stts.tokens import Budget, Grid, Kept, VideoTokens
+from tests.tango_points import merged, salient_places
 
 HOST = HostInfo(
     family="llava_onevision", vit_width=8, vit_mlp=8, vit_heads=1, vit_depth=26, lowest_tap=25, llm_width=8,
@@ -100,29 +101,29 @@ def test_widths_that_cannot_be_turned_are_refused():
 def test_of_two_alike_only_the_more_salient_stays():
     z_N1, row_BP = torch.tensor([[0.0], [0.1], [1.0], [9.0]]), torch.arange(4)[None]
     salience_N = torch.tensor([0.5, 0.4, 0.3, 0.0])  # two wanted: floor(1.5 * 2) = 3 candidates
-    assert select_salient(z_N1, salience_N, row_BP, 2, 1.5, 7).tolist() == [[0, 2]]
+    assert salient_places(z_N1, salience_N, row_BP, 2, 1.5, 7).tolist() == [[0, 2]]
     salience_N = torch.tensor([0.4, 0.5, 0.3, 0.0])
-    assert select_salient(z_N1, salience_N, row_BP, 2, 1.5, 7).tolist() == [[1, 2]]
+    assert salient_places(z_N1, salience_N, row_BP, 2, 1.5, 7).tolist() == [[1, 2]]
 
 
 def test_one_salient_token_is_the_most_salient():
     z_N1, salience_N = torch.tensor([[0.0], [0.1], [1.0]]), torch.tensor([0.2, 0.5, 0.5])
-    assert select_salient(z_N1, salience_N, torch.arange(3)[None], 1, 1.5, 7).tolist() == [[1]]
-    assert select_salient(z_N1, salience_N, torch.arange(3)[None], 0, 1.5, 7).shape == (1, 0)
+    assert salient_places(z_N1, salience_N, torch.arange(3)[None], 1, 1.5, 7).tolist() == [[1]]
+    assert salient_places(z_N1, salience_N, torch.arange(3)[None], 0, 1.5, 7).shape == (1, 0)
 
 
 def test_salient_tokens_of_many_frames_are_those_of_each():
     draw = torch.Generator().manual_seed(0)
     z_ND, salience_N = torch.randn(60, 6, generator=draw), torch.rand(60, generator=draw)
     row_BP = torch.randperm(60, generator=draw).view(5, 12)
-    together = select_salient(z_ND, salience_N, row_BP, 4, 1.5, 7)
+    together = salient_places(z_ND, salience_N, row_BP, 4, 1.5, 7)
     for row_P, place_K in zip(row_BP, together, strict=True):
-        assert torch.equal(select_salient(z_ND, salience_N, row_P[None], 4, 1.5, 7)[0], place_K)
+        assert torch.equal(salient_places(z_ND, salience_N, row_P[None], 4, 1.5, 7)[0], place_K)
 
 
 def test_centres_speak_for_their_clusters():
     x_BND = torch.tensor([[[50.0], [20.0], [10.0]]])
-    centre_BC, value_BCD, score_BC = merge_context(x_BND, torch.tensor([[[1.0], [0.1], [0.0]]]), 2, 7, 0.6)
+    centre_BC, value_BCD, score_BC = merged(x_BND, torch.tensor([[[1.0], [0.1], [0.0]]]), 2, 7, 0.6)
     assert centre_BC.tolist() == [[0, 1]]
     # Alone: itself. Two members: w = max(1/2, 0.6), 0.6 * 20 + 0.4 * 15 = 18.
     assert_close(value_BCD, torch.tensor([[[50.0], [18.0]]]))
@@ -131,17 +132,17 @@ def test_centres_speak_for_their_clusters():
 
 def test_the_release_writes_values_in_the_order_of_the_scores():
     x_BND = torch.tensor([[[50.0], [20.0], [10.0]]])
-    centre_BC, value_BCD, _ = merge_context(x_BND, torch.tensor([[[1.0], [0.1], [0.0]]]), 2, 7, 0.6, swapped=True)
+    centre_BC, value_BCD, _ = merged(x_BND, torch.tensor([[[1.0], [0.1], [0.0]]]), 2, 7, 0.6, swapped=True)
     assert centre_BC.tolist() == [[0, 1]]
     assert_close(value_BCD, torch.tensor([[[18.0], [50.0]]]))  # the densest, 1, gets the value of the first centre
 
 
 def test_equal_points_leave_no_cluster_empty():
     x_BND = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
-    centre_BC, value_BCD, _ = merge_context(x_BND, torch.zeros(1, 4, 2), 2, 7, 0.5)
+    centre_BC, value_BCD, _ = merged(x_BND, torch.zeros(1, 4, 2), 2, 7, 0.5)
     assert centre_BC.tolist() == [[0, 1]]
     assert_close(value_BCD, torch.tensor([[[0.5 + 0.5 * 8 / 3], [2.0]]]))  # 0 with 2 and 3; 1 owns itself
-    assert select_salient(torch.zeros(4, 2), torch.ones(4), torch.arange(4)[None], 2, 2.0, 7).tolist() == [[0, 1]]
+    assert salient_places(torch.zeros(4, 2), torch.ones(4), torch.arange(4)[None], 2, 2.0, 7).tolist() == [[0, 1]]
 
 
 # --- whole videos by hand ------------------------------------------------------------------------------------------
@@ -201,10 +202,10 @@ def test_too_many_merged_tokens_go_before_salient_ones():
     video = clip(Grid(1, 4, 5))
     natural_K = run(Tango(), video, 0.5, exact=False).index_K  # 10: 6 salient, 4 merged
     z_GD = st_rope(video.x_ND, video.grid, video.timestamps_T)
-    salient_K = select_salient(z_GD, video.salience_G, torch.arange(20)[None], 6, 1.5, 7)[0]
+    salient_K = salient_places(z_GD, video.salience_G, torch.arange(20)[None], 6, 1.5, 7)[0]
     merged_C = natural_K[~torch.isin(natural_K, salient_K)]
     left_L = torch.arange(20)[~torch.isin(torch.arange(20), salient_K)]
-    centre_BC, _, score_BC = merge_context(video.x_ND[None, left_L], z_GD[None, left_L], 4, 7, 0.6)
+    centre_BC, _, score_BC = merged(video.x_ND[None, left_L], z_GD[None, left_L], 4, 7, 0.6)
     assert torch.equal(left_L[centre_BC[0]], merged_C)
 
     [nine], [six], [five] = (Tango()([video], [Budget(num_kept, 0.5, exact=True)]) for num_kept in (9, 6, 5))
