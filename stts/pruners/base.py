@@ -153,14 +153,14 @@ def check_finite(videos: Sequence[VideoTokens], *, features: bool = True) -> Non
     """ValueError naming the video whose features or salience hold NaN or infinity; one host synchronisation in all.
 
     features: False: only the salience is looked at, for a stage that reads nothing else."""
-    given = [[x for x in (video.x_ND if features else None, video.salience_G) if x is not None] for video in videos]
+    tensors = [[x for x in (video.x_ND if features else None, video.salience_G) if x is not None] for video in videos]
     # One value that is not finite makes the sum so, and a sum is read twice as fast as two extremes.
-    sums = [torch.sum(x, dtype=torch.float32) for row in given for x in row]
+    sums = [torch.sum(x, dtype=torch.float32) for row in tensors for x in row]
     if not sums or torch.stack(sums).isfinite().all().item():
         return
     bad = [
         video.uid or f"number {i}"
-        for i, (video, row) in enumerate(zip(videos, given, strict=True))
+        for i, (video, row) in enumerate(zip(videos, tensors, strict=True))
         if not all(x.isfinite().all() for x in row)  # huge values may only have a sum that overflows
     ]
     if bad:

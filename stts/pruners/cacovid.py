@@ -147,7 +147,8 @@ class CaCoVID(nn.Module):
         num_by_score = int(share * total + 1e-9)
         if self.compat != "official" or budget.exact:
             cap = min(grid.per_frame, math.ceil(share * spread * total / grid.t))
-            return ops.share_out(p_T.tolist(), num_by_score, cap) if num_by_score else [0] * grid.t
+            shares: list[int] = ops.share_out(p_T, num_by_score, cap).tolist()
+            return shares
         ratio = budget.retention_ratio
         size = share * ratio * grid.num_groups
         cap = int(share * grid.per_frame * spread * ratio)

@@ -1,7 +1,7 @@
 """FastVID: dense segments of a video keep salient tokens, and density peaks that absorb the rest.
 
-Shape suffixes beside those of `stts.tokens`: C = width of a frame feature, B = anchor frames whose segments are
-equally long, M = anchors of an anchor frame, padded to the most of any, Q = tokens of such a segment.
+Shape suffixes beside those of `stts.tokens`: B = anchor frames, M = anchors of one, padded to the most of any, C =
+all anchors (of `frame_TC`: width of a frame feature), E = pairs of an anchor frame and a frame of its segment.
 """
 
 from __future__ import annotations
@@ -9,18 +9,39 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 Variant = Literal["ov", "lv", "qw"]
+
+
+class Anchors(NamedTuple):
+    """An anchor frame."""
+
+    segment: range
+    frame: int
+    number: int
+    """Anchors chosen of it."""
+
+
+class Pair(NamedTuple):
+    """An anchor frame and a frame of its segment."""
+
+    number: int
+    """Of the anchor frame."""
+    frame: int
+    itself: bool
+    skipped: bool
+
 
 log = logging.getLogger(__name__)
 
@@ -101,23 +122,17 @@ class FastVID(PerVideo):
         first_TP = torch.arange(places, device=device) < torch.tensor(num_salient, device=device)[:, None]
         salient_TP = torch.zeros_like(first_TP).scatter_(1, place_TP, first_TP)
 
-        groups: dict[int, list[tuple[int, int, int]]] = {}  # segments of equal length are merged in one batch
-        for segment, _ in segments:
-            anchors = [(segment.start, t, num_anchors[t]) for t in segment if num_anchors[t]]
-            groups.setdefault(len(segment), []).extend(anchors)
-        order = [t for group in groups.values() for _, t, _ in group]
-        scores = torch.split(self._densities(video, salient_TP, order), [len(group) for group in groups.values()])
-        salient_K = salient_TP.flatten().nonzero().squeeze(1)
-        parts = [(salient_K, video.x_ND[salient_K], salience_N.new_full(salient_K.shape, torch.inf))]
-        parts += [
-            self._anchors(video, salient_TP, length, group, score_BP)
-            for (length, group), score_BP in zip(groups.items(), scores, strict=True)
-            if group
-        ]
-        index_K, x_KD, score_K = map(torch.cat, zip(*parts, strict=True))
-        index_K, order_K = index_K.sort()
-        kept = Kept(index_K=index_K, x_KD=x_KD[order_K])
-        return ops.fit_count(video, kept, budget.num_kept, salience_N, score_K[order_K]) if budget.exact else kept
+        anchors = [Anchors(segment, t, num_anchors[t]) for segment, _ in segments for t in segment if num_anchors[t]]
+        salient_K = salient_TP.flatten().nonzero_static(size=sum(num_salient))[:, 0]
+        score_K = salience_N.new_full(salient_K.shape, torch.inf)
+        index_C, x_CD, score_C = salient_K[:0], video.x_ND[:0], score_K[:0]
+        if anchors:
+            index_C, x_CD, score_C = self._anchors(video, salient_TP, anchors)
+        index_K, order_K = torch.cat([salient_K, index_C]).sort()
+        kept, score_K = Kept(index_K=index_K), torch.cat([score_K, score_C])[order_K]
+        if budget.exact:
+            kept = ops.fit_count(video, kept, budget.num_kept, salience_N, score_K)
+        return replace(kept, x_KD=ops.features_of(video.x_ND, kept.index_K, index_C, x_CD))
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """For equally long segments, frame features as wide as the tokens, and no repeated frames."""
@@ -174,56 +189,87 @@ class FastVID(PerVideo):
         context = max(int(per_frame * length * self.context), 1 if self.variant == "qw" else 0)
         return share_out(per_frame * length - context, num_frames), share_out(context, num_anchor_frames)
 
-    @torch.no_grad()
-    def _densities(self, video: VideoTokens, salient_TP: Tensor, frames: list[int]) -> Tensor:
-        """(B, S) scores of all anchor frames, in one call however many lengths segments have."""
-        frame_B = torch.tensor(frames, dtype=torch.long, device=video.x_ND.device)
-        x_TPD = video.x_ND.view(*salient_TP.shape, -1)
-        return density_scores(video, x_TPD[frame_B], ~salient_TP[frame_B], self.num_neighbours)
-
     def _anchors(
-        self,
-        video: VideoTokens,
-        salient_TP: Tensor,
-        length: int,
-        chosen: list[tuple[int, int, int]],
-        score_BP: Tensor,
+        self, video: VideoTokens, salient_TP: Tensor, anchors: Sequence[Anchors]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cells of the anchors, (K,), their merged features, (K, D), and density scores, (K,).
-
-        chosen: for each anchor frame the first frame of its segment, itself, and its number of anchors."""
+        """Cells of the anchors, (C,), their merged features, (C, D), and density scores, (C,)."""
         places, device = video.grid.per_frame, video.x_ND.device
-        start_B, frame_B, num_B = torch.tensor(chosen, device=device).unbind(1)
-        x_TPD = video.x_ND.view(*salient_TP.shape, -1)
-        if length > 1:  # once more, as the release of SToP does; nothing changes without a sink penalty
-            score_BP = ops.rank_density(video, score_BP, torch.arange(places, device=device))
-        most = max(count for _, _, count in chosen)
+        table = [(own.frame, own.number, len(own.segment)) for own in anchors]
+        frame_B, num_B, length_B = torch.tensor(table, device=device).unbind(1)
+        x_TPD, place_P = video.x_ND.view(*salient_TP.shape, -1), torch.arange(places, device=device)
+        with torch.no_grad():
+            score_BP = density_scores(video, x_TPD[frame_B], ~salient_TP[frame_B], self.num_neighbours)
+        # Once more in longer segments, as the release of SToP does; nothing changes without a sink penalty.
+        score_BP = torch.where(length_B[:, None] > 1, ops.rank_density(video, score_BP, place_P), score_BP)
+        most = max(own.number for own in anchors)
         place_BM = ops.top(score_BP, most)
         valid_BM = torch.arange(most, device=device) < num_B[:, None]
         place_BM = torch.where(valid_BM, place_BM, place_BM[:, :1])  # padding repeats the first anchor
         cell_BM = frame_B[:, None] * places + place_BM
+        centre_BMD = video.x_ND[cell_BM].float()
+        merged_BMD = self._merge(x_TPD, salient_TP, anchors, centre_BMD, place_BM, valid_BM)
+        row_C = valid_BM.flatten().nonzero_static(size=sum(own.number for own in anchors))[:, 0]
+        x_CD = merged_BMD.flatten(0, 1)[row_C].to(x_TPD.dtype)
+        return cell_BM.flatten()[row_C], x_CD, score_BP.gather(1, place_BM).flatten()[row_C]
 
-        frame_BT = start_B[:, None] + torch.arange(length, device=device)
-        x_BQD = x_TPD.index_select(0, frame_BT.flatten()).view(len(chosen), length * places, -1)
-        pool_BQ = ~salient_TP[frame_BT].flatten(1)
+    def _merge(
+        self,
+        x_TPD: Tensor,
+        salient_TP: Tensor,
+        anchors: Sequence[Anchors],
+        centre_BMD: Tensor,
+        place_BM: Tensor,
+        valid_BM: Tensor,
+    ) -> Tensor:
+        """(B, M, D) anchors with their share of what joins them: each pool token of the segment joins the anchor of an
+        anchor frame with the highest cosine, the first on ties."""
+        num_sets, most, width = centre_BMD.shape
+        unit_BMD = F.normalize(centre_BMD.detach(), dim=-1)  # a token's own length does not change which one is nearest
+        own_BP = torch.zeros(num_sets, x_TPD.shape[1], dtype=torch.bool, device=x_TPD.device)
         if self.variant != "ov":
-            pool_BQ.scatter_(1, cell_BM - start_B[:, None] * places, value=False)
-        merged_BMD = self._merge(x_BQD.float(), pool_BQ, video.x_ND[cell_BM].float(), valid_BM)
-        return cell_BM[valid_BM], merged_BMD[valid_BM].to(x_TPD.dtype), score_BP.gather(1, place_BM)[valid_BM]
-
-    def _merge(self, x_BQD: Tensor, pool_BQ: Tensor, centre_BMD: Tensor, valid_BM: Tensor) -> Tensor:
-        """Each pool token joins the centre with the highest cosine, the first on ties. Returns (B, M, D)."""
-        with torch.no_grad():
-            # A token's own length does not change which centre is nearest, so only centres are normalised.
-            similarity_BQM = x_BQD @ F.normalize(centre_BMD, dim=-1).transpose(1, 2)
-            nearest_BQ = similarity_BQM.masked_fill(~valid_BM[:, None, :], -torch.inf).argmax(-1)
-            number_M1 = torch.arange(valid_BM.shape[1], device=x_BQD.device)[:, None]
-            member_BMQ = (nearest_BQ[:, None, :] == number_M1) & pool_BQ[:, None, :]
-            count_BM1 = member_BMQ.sum(-1, keepdim=True)
-        # Not ops.cluster_mean: in one call for all frames its membership matrix on CUDA would be B times as large.
-        mean_BMD = member_BMQ.float() @ x_BQD / count_BM1.clamp_min(1)
+            own_BP.scatter_(1, place_BM, True)
+        sum_CD = x_TPD.new_zeros(num_sets * most + 1, width, dtype=torch.float32)  # the last row: outside the pool
+        count_C = torch.zeros(num_sets * most + 1, dtype=torch.int64, device=x_TPD.device)
+        for pairs, is_whole in blocks(anchors, len(x_TPD), ops.CACHED // x_TPD[0].numel()):
+            set_E, frame_E, own_E, none_E = torch.tensor(pairs, device=x_TPD.device).unbind(1)
+            x_EPD = x_TPD if is_whole else x_TPD.index_select(0, frame_E)
+            with torch.no_grad():
+                similarity_EPM = x_EPD.float() @ unit_BMD.index_select(0, set_E).transpose(1, 2)
+                nearest_EP = similarity_EPM.masked_fill_(~valid_BM[set_E][:, None, :], -torch.inf).argmax(-1)
+                outside_EP = salient_TP[frame_E] | own_BP[set_E] & own_E[:, None].bool() | none_E[:, None].bool()
+                target_N = (nearest_EP + most * set_E[:, None]).masked_fill_(outside_EP, num_sets * most).flatten()
+            sum_CD = ops.add_rows(sum_CD, target_N, x_EPD.flatten(0, 1))
+            count_C.scatter_add_(0, target_N, torch.ones_like(target_N))
+        count_BM1 = count_C[:-1].view(num_sets, most, 1)
+        mean_BMD = sum_CD[:-1].view(num_sets, most, width) / count_BM1.clamp_min(1)
         weight_BM1 = (1 / (count_BM1 + 1)).clamp_min(self.beta)
         return weight_BM1 * centre_BMD + (1 - weight_BM1) * mean_BMD
+
+
+def blocks(anchors: Sequence[Anchors], num_frames: int, few: int) -> list[tuple[list[Pair], bool]]:
+    """Every anchor frame with every frame of its segment; True beside a block with one pair for each frame, in order.
+
+    One block where there are few pairs. Else by turns, the first anchor frames of all segments, the second, ...: a turn
+    that holds half of the frames is filled up to all, so that the video is read as it lies in memory."""
+    order: dict[int, list[int]] = {}
+    for number, own in enumerate(anchors):
+        order.setdefault(own.segment.start, []).append(number)
+    turns: list[list[Pair]] = []
+    for turn in zip_longest(*order.values()):  # ever fewer frames
+        chosen = [number for number in turn if number is not None]
+        turns.append([Pair(n, t, t == anchors[n].frame, False) for n in chosen for t in anchors[n].segment])
+    if sum(map(len, turns)) <= few:
+        return [([pair for turn in turns for pair in turn], False)]
+    whole: list[tuple[list[Pair], bool]] = []
+    rest: list[Pair] = []
+    for pairs in turns:
+        if 2 * len(pairs) >= num_frames:
+            of_frame = {pair.frame: pair for pair in pairs}
+            whole.append(([of_frame.get(t, Pair(0, t, False, True)) for t in range(num_frames)], True))
+        else:
+            rest += pairs
+    size = max(few, num_frames)
+    return whole + [(rest[start : start + size], False) for start in range(0, len(rest), size)]
 
 
 def frame_similarity(video: VideoTokens) -> Tensor:
@@ -234,8 +280,8 @@ def frame_similarity(video: VideoTokens) -> Tensor:
 
 def density_scores(video: VideoTokens, x_BPD: Tensor, free_BP: Tensor, num_neighbours: int) -> Tensor:
     """(B, S) density peak scores of each frame's free tokens among themselves, -inf at the others."""
-    distance_BPP = ops.distances(x_BPD) / math.sqrt(x_BPD.shape[-1])
-    score_BP = ops.density_peaks(distance_BPP, num_neighbours, count_self=True, valid_BN=free_BP)
+    distance_BPP = density.distances(x_BPD) / math.sqrt(x_BPD.shape[-1])
+    score_BP = density.density_peaks(distance_BPP, num_neighbours, count_self=True, valid_BN=free_BP)
     return ops.rank_density(video, score_BP, torch.arange(x_BPD.shape[1], device=x_BPD.device))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
@@ -186,8 +186,8 @@ class FlashVID(PerVideo):
             roots_T = ((segment_T[:, None] == segment_T) * root_T).sum(1)  # of the whole segment
             share_T = num_merged * length_T.double() / roots_T.clamp_min(1)
             count_T = torch.where(share_T < 1, (root_T * share_T).ceil(), root_T).long()
-            distance_TPP = ops.distances(x_TPD) / math.sqrt(width)
-            score_TP = ops.density_peaks(
+            distance_TPP = density.distances(x_TPD) / math.sqrt(width)
+            score_TP = density.density_peaks(
                 distance_TPP, self.num_neighbours, count_self=True, valid_BN=root_TP, fewer_B=count_T.clamp_min(1)
             )
             first_TP = torch.arange(num_places, device=x_TPD.device) < count_T[:, None]

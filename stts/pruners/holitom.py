@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
@@ -104,23 +104,22 @@ class HoliTom(PerVideo):
             if (centres := round(n * ratio))
         ]
         merged = self._merge_static(video, static_WP[window_T], sets)
-        index_C, x_CD, score_C = (torch.cat(column) for column in zip(*merged, strict=True)) if merged else (None,) * 3
-        index_K, score_K = index_M, torch.full_like(salience_G[index_M], torch.inf)
-        if index_C is not None:
-            index_K, order_K = torch.cat([index_M, index_C]).sort()
-            score_K = torch.cat([score_K, score_C])[order_K]
+        merged = [(index_M[:0], video.x_ND[:0], salience_G[:0]), *merged]
+        index_C, x_CD, score_C = (torch.cat(column) for column in zip(*merged, strict=True))
+        index_K, order_K = torch.cat([index_M, index_C]).sort()
+        score_K = torch.cat([torch.full_like(salience_G[index_M], torch.inf), score_C])[order_K]
         kept = Kept(index_K=index_K)
         in_order = budget.exact or not len(index_K)
         if in_order:
             kept = ops.fit_count(video, kept, budget.num_kept, salience_G, score_K)
-        if index_C is None:
+        if not len(index_C):
             return kept
-        kept = replace(kept, x_KD=ops.features_of(video.x_ND, kept.index_K, index_C, x_CD))
+        x_KD = ops.features_of(video.x_ND, kept.index_K, index_C, x_CD)
         if in_order or self.compat != "official" or self.newline_per_row:
-            return kept
+            return replace(kept, x_KD=x_KD)
         moves_K = score_K.isinf()
         order_K = (kept.index_K + num_groups * (2 * window_T[kept.index_K // num_places] + moves_K)).argsort()
-        return Kept(index_K=kept.index_K[order_K], x_KD=kept.x_KD[order_K])
+        return Kept(index_K=kept.index_K[order_K], x_KD=x_KD[order_K])
 
     def _merge_static(
         self, video: VideoTokens, static_TP: Tensor, sets: Sequence[Still]
@@ -157,8 +156,8 @@ class HoliTom(PerVideo):
         number_Q = torch.arange(most, device=y_BQD.device)
         with torch.no_grad():
             valid_BQ = number_Q < size_B[:, None]
-            distance_BQQ = ops.distances(y_BQD) / math.sqrt(width)
-            score_BQ = ops.density_peaks(
+            distance_BQQ = density.distances(y_BQD) / math.sqrt(width)
+            score_BQ = density.density_peaks(
                 distance_BQQ, self.num_neighbours, count_self=True, valid_BN=valid_BQ, fewer_B=num_B
             )
             score_BQ = ops.rank_density(video, score_BQ, place_BQ)

@@ -7,7 +7,7 @@ frame, R = run length.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -42,7 +42,7 @@ def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
 
 
 def frame_block(x_TPD: Tensor) -> int:
-    """Frames to work on at a time: all, or on a CPU what stays in its cache from one operator to the next.
+    """Entries of the first axis to work on at a time: all, or on a CPU what stays in its cache between operators.
 
     The cosines of a video of 90 MB take 2.5 times as long where its products go through memory."""
     return max(1, CACHED // x_TPD[0].numel()) if x_TPD.device.type == "cpu" else max(1, len(x_TPD))
@@ -50,9 +50,10 @@ def frame_block(x_TPD: Tensor) -> int:
 
 def _cosines(x_TPD: Tensor) -> Tensor:
     """((T - 1) P,) of every frame but the first with the one before."""
-    norm_TP = torch.linalg.vector_norm(x_TPD, dim=-1).clamp_min(1e-12)
+    norm_TP: Tensor = torch.linalg.vector_norm(x_TPD, dim=-1).clamp_min(1e-12)
     dot_TP: Tensor = torch.linalg.vecdot(x_TPD[1:], x_TPD[:-1])
-    return (dot_TP / (norm_TP[1:] * norm_TP[:-1])).flatten()
+    cosine_TP: Tensor = dot_TP / (norm_TP[1:] * norm_TP[:-1])
+    return cosine_TP.flatten()
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
@@ -247,122 +248,19 @@ def alike(sizes: Sequence[int]) -> list[list[int]]:
 # --- clusters ------------------------------------------------------------------------------------------------------
 
 
-def distances(x_BND: Tensor) -> Tensor:
-    """(B, N, N) fp32 Euclidean distances; the diagonal is exactly 0.
-
-    By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
-    x_BND, square_BN = _centred(x_BND)
-    squares_BNN = torch.matmul(x_BND, x_BND.transpose(1, 2)).mul_(-2)
-    squares_BNN += square_BN[:, :, None]
-    squares_BNN += square_BN[:, None, :]
-    squares_BNN = torch.maximum(squares_BNN, squares_BNN.transpose(1, 2))  # a product is not symmetric to the last bit
-    squares_BNN.diagonal(dim1=1, dim2=2).zero_()
-    return squares_BNN.clamp_min_(0).sqrt_()
-
-
-def _centred(x_BND: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 points less their mean, and their squared lengths (by the norm, which writes no squares to memory)."""
-    x_BND = x_BND.float()
-    x_BND = x_BND - x_BND.mean(1, keepdim=True)
-    return x_BND, torch.linalg.vector_norm(x_BND, dim=-1).square()
-
-
-def density_peaks(
-    distance_BNN: Tensor,
-    num_neighbours: int,
-    *,
-    count_self: bool,
-    valid_BN: Tensor | None = None,
-    fewer_B: Tensor | None = None,
-) -> Tensor:
-    """(B, N) fp32 score rho * delta of DPC-KNN: dense points far from any denser one are good centres.
-
-        rho_i = exp(-mean of the k smallest d_ij^2),   delta_i = min d_ij over denser j, the largest d for the densest
-
-    count_self: whether the distance of a point to itself is one of the k (HoliTom, FastVID: yes; Tango: no). k is cut
-    to the points there are, and to `fewer_B` where given. valid_BN: bool, False at padding, which scores -inf. Equally
-    dense: the earlier is denser (the releases break ties by noise), so the result is the same on every device and every
-    run."""
-    return _peaks(lambda: [(0, distance_BNN)], num_neighbours, count_self, valid_BN, fewer_B)
-
-
-def density_peaks_of(x_BND: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None) -> Tensor:
-    """(B, N) `density_peaks` of points.
-
-    Where the distances of all pairs would be more than twice as large as the points, they are computed twice, in blocks
-    of rows half as large."""
-    num_points, width = x_BND.shape[1:]
-    if num_points**2 * len(x_BND) <= max(FEW_PAIRS, 2 * x_BND.numel()):
-        return density_peaks(distances(x_BND), num_neighbours, count_self=count_self, valid_BN=valid_BN)
-    x_BND, square_BN = _centred(x_BND)
-    block = max(1, width // 2, FEW_PAIRS // (num_points * len(x_BND)))
-
-    def blocks() -> Iterable[tuple[int, Tensor]]:
-        for start in range(0, num_points, block):
-            rows = slice(start, start + block)
-            squares_BRN = torch.matmul(x_BND[:, rows], x_BND.transpose(1, 2)).mul_(-2)
-            squares_BRN += square_BN[:, rows, None]
-            squares_BRN += square_BN[:, None, :]
-            squares_BRN.diagonal(start, 1, 2).zero_()
-            yield start, squares_BRN.clamp_min_(0).sqrt_()
-
-    return _peaks(blocks, num_neighbours, count_self, valid_BN, None)
-
-
-def _peaks(
-    blocks: Callable[[], Iterable[tuple[int, Tensor]]],
-    num_neighbours: int,
-    count_self: bool,
-    valid_BN: Tensor | None,
-    fewer_B: Tensor | None,
-) -> Tensor:
-    """`density_peaks`; blocks: rows of the distances and the number of the first, called once for each of two passes.
-
-    Further shape suffix: R = rows of a block."""
-    skip, sparse, widest = 0 if count_self else 1, [], []
-    for start, distance_BRN in blocks():
-        masked_BRN, inner_BRN = distance_BRN, distance_BRN
-        if valid_BN is not None:
-            row_BR1 = valid_BN[:, start : start + distance_BRN.shape[1], None]
-            masked_BRN = distance_BRN.masked_fill(~valid_BN[:, None, :], torch.inf)
-            inner_BRN = distance_BRN.masked_fill(~(valid_BN[:, None, :] & row_BR1), 0)
-        widest.append(inner_BRN.amax((1, 2)))
-        number = min(num_neighbours + skip, distance_BRN.shape[2])
-        near_BRK = masked_BRN.topk(number, dim=-1, largest=False).values[..., skip:]
-        finite_BRK = near_BRK.isfinite()
-        if fewer_B is not None:
-            finite_BRK &= torch.arange(near_BRK.shape[-1], device=fewer_B.device) < fewer_B[:, None, None]
-        near_BRK = near_BRK.masked_fill(~finite_BRK, 0)
-        sparse.append(near_BRK.square().sum(-1) / finite_BRK.sum(-1).clamp_min(1))
-    sparse_BN = torch.cat(sparse, 1)  # ranked itself: exp(-x) may underflow
-    ranked_BN = sparse_BN if valid_BN is None else sparse_BN.masked_fill(~valid_BN, torch.inf)
-    order_BN = torch.sort(ranked_BN, dim=-1, stable=True).indices
-    rank_BN = torch.empty_like(order_BN).scatter_(
-        -1, order_BN, torch.arange(order_BN.shape[1], device=order_BN.device).expand_as(order_BN)
-    )
-    delta = []
-    for start, distance_BRN in blocks():
-        sparser_BRN = rank_BN[:, None, :] >= rank_BN[:, start : start + distance_BRN.shape[1], None]
-        delta.append(distance_BRN.masked_fill(sparser_BRN, torch.inf).amin(-1))  # padding is the sparsest
-    delta_BN, widest_B = torch.cat(delta, 1), torch.stack(widest).amax(0)
-    delta_BN = torch.where(delta_BN.isfinite(), delta_BN, widest_B[:, None])
-    score_BN = torch.exp(-sparse_BN) * delta_BN
-    return score_BN if valid_BN is None else score_BN.masked_fill(~valid_BN, -torch.inf)
-
-
 def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) -> Tensor:
     """(B, N) int64 number of the centre with the largest x . c, less `less_BC` where given; the first on ties.
 
     In blocks of rows where the products of all would be larger than the tokens; fp32."""
     num_sets, num_centres, _ = centre_BCD.shape
     block = max(1, max(FEW_PAIRS, x_BND.numel() // 2) // (num_sets * num_centres))
-    found = []
-    for x_BRD in x_BND.split(block, dim=1):
+    numbers = []
+    for x_BRD in torch.split(x_BND, block, dim=1):
         product_BRC = torch.matmul(x_BRD.float(), centre_BCD.transpose(1, 2))
         if less_BC is not None:
             product_BRC -= less_BC[:, None, :]
-        found.append(product_BRC.argmax(-1))
-    return torch.cat(found, 1)
+        numbers.append(product_BRC.argmax(-1))
+    return torch.cat(numbers, 1)
 
 
 def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -375,31 +273,37 @@ def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Te
     # Counted by scattering ones: bincount would wait for the device.
     count_C = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x_ND.device)
     count_C = count_C.scatter_add_(0, spare_N, torch.ones_like(spare_N))[:num_clusters]
-    sum_CD = x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32)
-    if x_ND.is_cuda:
-        sum_CD = sum_CD.index_put((spare_N,), x_ND.float(), accumulate=True)
-    else:
-        sum_CD = sum_CD.index_add(0, spare_N, x_ND.float())
+    sum_CD = add_rows(x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32), spare_N, x_ND)
     return sum_CD[:num_clusters] / count_C.clamp_min(1)[:, None], count_C
+
+
+def add_rows(sum_CD: Tensor, row_N: Tensor, x_ND: Tensor) -> Tensor:
+    """`sum_CD` with each of `x_ND` added to its row, in their order on every device; it may be changed in place.
+
+    On CUDA `index_put_` sorts them, where `index_add_` adds as they come."""
+    if x_ND.is_cuda:
+        return sum_CD.index_put_((row_N,), x_ND.float(), accumulate=True)
+    return sum_CD.index_add_(0, row_N, x_ND.float())
 
 
 # --- counts --------------------------------------------------------------------------------------------------------
 
 
-def share_out(weights: list[float], total: int, most: int) -> list[int]:
-    """Whole numbers proportional to `weights` that sum to `total`, by largest remainder.
+def share_out(weight_T: Tensor, total: int, most: int) -> Tensor:
+    """(T,) int64 proportional to `weight_T` that sum to `total`, by largest remainder; no host synchronisation.
 
-    Each is at most `most`, and at least 1 if `total` allows; what that adds or takes is spread over the others one by
-    one. Ties favour the earlier one."""
-    least = min(1, total // len(weights))
-    quotas = [weight * total / sum(weights) for weight in weights]
-    counts = [min(most, max(least, int(quota))) for quota in quotas]
-    numbers = range(len(weights))
-    while sum(counts) < total:
-        counts[max((n for n in numbers if counts[n] < most), key=lambda n: quotas[n] - counts[n])] += 1
-    while sum(counts) > total:
-        counts[min((n for n in reversed(numbers) if counts[n] > least), key=lambda n: quotas[n] - counts[n])] -= 1
-    return counts
+        q_t = w_t total / sum of w;   unit u = 0, 1, ... of t is worth q_t - u, and the `total` worthiest are given
+
+    Each is at most `most`, and at least 1 if `total` allows, so what those bounds add or take is spread over the others
+    one by one. Ties favour the earlier one."""
+    least = min(1, total // len(weight_T))
+    quota_T = weight_T.double() * total / weight_T.double().sum()
+    unit_P = torch.arange(most, device=weight_T.device)
+    worth_TP = (quota_T[:, None] - unit_P).masked_fill_(unit_P < least, torch.inf)
+    given_K = top(worth_TP.flatten(), total) // most
+    return torch.zeros(len(weight_T), dtype=torch.int64, device=given_K.device).index_add_(
+        0, given_K, torch.ones_like(given_K)
+    )
 
 
 def fit_count(

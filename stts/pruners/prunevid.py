@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
@@ -108,9 +108,9 @@ class PruneVid(PerVideo):
     def frame_clusters(self, x_TPD: Tensor) -> list[int]:
         """Cluster of every frame, numbered by the rank of its centre; one host synchronisation."""
         frame_1TD = x_TPD.detach().mean(1)[None]
-        distance_1TT = ops.distances(frame_1TD) / math.sqrt(x_TPD.shape[-1])
+        distance_1TT = density.distances(frame_1TD) / math.sqrt(x_TPD.shape[-1])
         num_centres = max(1, int(len(x_TPD) * self.segment_share))
-        score_1T = ops.density_peaks(distance_1TT, self.num_neighbours, count_self=True)
+        score_1T = density.density_peaks(distance_1TT, self.num_neighbours, count_self=True)
         centre_C = ops.top(score_1T, num_centres)[0]
         cluster_T = distance_1TT[0][:, centre_C].argmin(1)
         cluster_T[centre_C] = torch.arange(num_centres, device=centre_C.device)
@@ -143,8 +143,10 @@ class PruneVid(PerVideo):
         """Centres of every set, bool (B, S); means of their clusters, (B, S, D); density scores, (B, S)."""
         num_sets, num_places, width = sets.x_BPD.shape
         with torch.no_grad():
-            distance_BPP = ops.distances(sets.x_BPD) / math.sqrt(width)
-            score_BP = ops.density_peaks(distance_BPP, self.num_neighbours, count_self=True, valid_BN=sets.member_BP)
+            distance_BPP = density.distances(sets.x_BPD) / math.sqrt(width)
+            score_BP = density.density_peaks(
+                distance_BPP, self.num_neighbours, count_self=True, valid_BN=sets.member_BP
+            )
             size_B = sets.member_BP.sum(1)
             count_B = torch.where(size_B > self.smallest, (size_B.double() * share).long().clamp_min(1), size_B)
             order_BP = ops.top(score_BP, num_places)

@@ -122,7 +122,8 @@ class Tango(PerVideo):
         self, windows: Sequence[tuple[int, int]], num_static: Sequence[int], video: VideoTokens, ratio: float
     ) -> list[Part]:
         """Static places of every window that has some, then the moving places of every window."""
-        still, moving = [], []
+        still: list[Part] = []
+        moving: list[Part] = []
         for (start, end), number in zip(windows, num_static, strict=True):
             num_frames, num_places, raised = end - start, video.grid.per_frame, ratio
             if num_frames > 1:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.tokens import VideoTokens
 
 
@@ -111,8 +111,8 @@ def select_salient(
     salience_BP = tokens.salience_R[row_BP].masked_fill(number_P >= size_B1, -torch.inf)
     candidate_BN, valid_BN = ops.top(salience_BP, widest), number_N < wide_B1
 
-    distance_BNN = ops.distances(tokens.z_ND[tokens.cell_R[row_BP.gather(1, candidate_BN)]])
-    score_BN = ops.density_peaks(distance_BNN, num_neighbours, count_self=False, valid_BN=valid_BN)
+    distance_BNN = density.distances(tokens.z_ND[tokens.cell_R[row_BP.gather(1, candidate_BN)]])
+    score_BN = density.density_peaks(distance_BNN, num_neighbours, count_self=False, valid_BN=valid_BN)
     centre_BN = torch.zeros_like(valid_BN).scatter_(1, ops.top(score_BN, widest), number_N < num_B1) & valid_BN
     nearest_BN = distance_BNN.masked_fill_(~centre_BN[:, None, :], torch.inf).argmin(-1)
     cluster_BN = torch.where(centre_BN, number_N, nearest_BN).masked_fill_(~valid_BN, widest)
@@ -189,16 +189,16 @@ def merge_context(
         place_BL = torch.where(valid_BL, start_B1 + number_L, num_rows)
         z_BLD = tokens.z_ND[tokens.cell_R[row_L[place_BL.clamp_max(num_rows - 1)]]]
         padded = len(number_L) > min(pools[n].num_tokens for n in group)
-        found = clusters(z_BLD, valid_BL if padded else None, real_BC, num_neighbours)
-        cluster_L.scatter_(0, place_BL.flatten(), (found.cluster_BL + first_B1).flatten())
+        chosen = clusters(z_BLD, valid_BL if padded else None, real_BC, num_neighbours)
+        cluster_L.scatter_(0, place_BL.flatten(), (chosen.cluster_BL + first_B1).flatten())
         target_C = torch.where(real_BC, first_B1 + number_C, total).flatten()
-        place_C.scatter_(0, target_C, place_BL.gather(1, found.centre_BC).flatten())
-        source_C.scatter_(0, target_C, (first_B1 + found.rank_BC).flatten())
-        score_C.scatter_(0, target_C, found.score_BC.flatten())
+        place_C.scatter_(0, target_C, place_BL.gather(1, chosen.centre_BC).flatten())
+        source_C.scatter_(0, target_C, (first_B1 + chosen.rank_BC).flatten())
+        score_C.scatter_(0, target_C, chosen.score_BC.flatten())
 
     place_C = place_C[:total]
     cluster_R = torch.full_like(tokens.cell_R, -1).index_copy_(0, row_L, cluster_L[:num_rows])
-    cluster_N, cluster_A = cluster_R.split([len(tokens.x_ND), len(tokens.still_AD)])
+    cluster_N, cluster_A = torch.split(cluster_R, [len(tokens.x_ND), len(tokens.still_AD)])
     value_CD, size_C = ops.cluster_mean(tokens.x_ND, cluster_N, total)
     row_C = row_L[place_C]
     own_CD = tokens.x_ND[row_C.clamp_max(len(tokens.x_ND) - 1)].float()
@@ -226,7 +226,7 @@ class Clusters(NamedTuple):
 def clusters(z_BLD: Tensor, valid_BL: Tensor | None, real_BC: Tensor, num_neighbours: int) -> Clusters:
     """DPC-KNN among the valid points of each pool."""
     num_points, num_centres = z_BLD.shape[1], real_BC.shape[1]
-    score_BL = ops.density_peaks_of(z_BLD, num_neighbours, count_self=False, valid_BN=valid_BL)
+    score_BL = density.density_peaks_of(z_BLD, num_neighbours, count_self=False, valid_BN=valid_BL)
     by_score_BC = ops.top(score_BL, num_centres)
     centre_BC, rank_BC = torch.where(real_BC, by_score_BC, num_points).sort(1)
     inside_BC = centre_BC.clamp_max(num_points - 1)

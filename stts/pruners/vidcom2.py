@@ -74,17 +74,15 @@ class VidCom2(PerVideo):
         x_TPD = video.x_ND.detach().float().view(num_frames, per_frame, -1)
         v_TP, w_TP = self.redundancy(x_TPD)
         size_T = self.frame_scales(v_TP, budget.retention_ratio) * per_frame
-        if budget.exact:
-            count_T = torch.tensor(ops.share_out(size_T.tolist(), budget.num_kept, per_frame), device=size_T.device)
-        else:
-            count_T = size_T.round().clamp_min(1)  # halves to even
+        natural_T = size_T.round().clamp_min(1)  # halves to even
+        count_T = ops.share_out(size_T, budget.num_kept, per_frame) if budget.exact else natural_T
         score_TP = -(v_TP + w_TP)
         return Kept(index_K=ops.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
 
     def redundancy(self, x_TPD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S) closeness of each token to the mean of the video, and to the mean of its frame."""
         x_ND = x_TPD.flatten(0, 1)
-        x_NC = x_ND.index_select(1, self.quiet_channels(x_ND))
+        x_NC = x_ND.index_select(1, self.quiet_channels(x_ND).sort().values)
         x_NC /= x_NC.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         x_TPC = x_NC.view(*x_TPD.shape[:2], -1)
         frame_T1C = x_TPC.mean(1, keepdim=True)
@@ -97,7 +95,9 @@ class VidCom2(PerVideo):
 
     def quiet_channels(self, x_ND: Tensor) -> Tensor:
         """Channels of lowest variance, rising; one at least."""
-        variance_D = (x_ND - x_ND.mean(0)).square_().mean(0)  # torch.var takes twice as long
+        mean_D = x_ND.mean(0)
+        parts = torch.split(x_ND, ops.frame_block(x_ND))
+        variance_D = torch.stack([(part_ND - mean_D).square_().sum(0) for part_ND in parts]).sum(0)
         return ops.top(-variance_D, max(1, int(len(variance_D) * self.channel_share)))
 
     def frame_scales(self, v_TP: Tensor, retention_ratio: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import with_newlines
 from stts.pruners.fastvid import FastVID, density_scores, frame_similarity
 from stts.tokens import Budget, Grid, VideoTokens
@@ -97,6 +97,6 @@ def test_counts_ranks_and_density_peaks(case):
     close(score_TS[free_TS].view_as(rest_TR), case["mid.density_score"])
     # The release keeps both factors; ours only their product.
     x_TRD = case["in.feat"].gather(1, rest_TR[:, :, None].expand(-1, -1, case["in.feat"].shape[-1]))
-    near = (ops.distances(x_TRD) / math.sqrt(x_TRD.shape[-1])).sort(-1).values[..., : stage.num_neighbours]
+    near = (density.distances(x_TRD) / math.sqrt(x_TRD.shape[-1])).sort(-1).values[..., : stage.num_neighbours]
     close(torch.exp(-near.square().mean(-1)), case["mid.density"])
     close(score_TS[free_TS].view_as(rest_TR) / case["mid.density"], case["mid.delta"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import with_newlines
 from stts.pruners.holitom import HoliTom, HoliTomInner, published_tau
 from stts.tokens import Budget, Grid, Kept, VideoTokens
@@ -142,11 +142,11 @@ def test_what_stands_still_and_what_moves_is_the_authors(case: Case):
             assert not case["mid.static_score"][number].any() and (case["mid.static_assign"][number] == -1).all()
             continue
         y_PD = case["mid.feat"][start : last + 1, static_S].mean(0)
-        distance_PP = ops.distances(y_PD[None])[0] / y_PD.shape[1] ** 0.5
+        distance_PP = density.distances(y_PD[None])[0] / y_PD.shape[1] ** 0.5
         num_near = min(int(case.meta["K"]), int(centre_S.sum()))
         density_P = torch.exp(-distance_PP.sort(1).values[:, :num_near].square().mean(1))
         close(density_P, case["mid.static_density"][number][static_S], 1e-5)
-        score_P = ops.density_peaks(distance_PP[None], num_near, count_self=True)[0]
+        score_P = density.density_peaks(distance_PP[None], num_near, count_self=True)[0]
         close(score_P, case["mid.static_score"][number][static_S], 1e-5)
         assert centre_S.sum() == round(int(static_S.sum()) * ratio)
         nearest_P = distance_PP[:, centre_S[static_S]].argmin(1)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.pruners.base import HostInfo, with_newlines
 from stts.pruners.fastvid import FastVID
 from stts.pruners.holitom import HoliTom
@@ -195,10 +195,10 @@ def test_what_leads_to_the_choice_of_fastvid_is_the_authors(case):
     assert torch.equal(torch.cat([salient_TK, rest_TL], 1).sort().values, torch.arange(num_places).expand_as(kept_TS))
 
     x_TLD = case["mid.feat"].gather(1, rest_TL[..., None].expand(-1, -1, case["mid.feat"].shape[2]))
-    distance_TLL = ops.distances(x_TLD) / x_TLD.shape[2] ** 0.5
+    distance_TLL = density.distances(x_TLD) / x_TLD.shape[2] ** 0.5
     nearest_TLK = distance_TLL.sort(-1).values[..., : base.num_neighbours]
     close(torch.exp(-nearest_TLK.square().mean(-1)), case["mid.density"], 1e-5)
-    score_TL = ops.density_peaks(distance_TLL, base.num_neighbours, count_self=True)
+    score_TL = density.density_peaks(distance_TLL, base.num_neighbours, count_self=True)
     close(ops.rank_density(seen, score_TL, rest_TL), case["mid.density_score_adjusted"], 1e-5)
 
 
@@ -261,12 +261,14 @@ def test_what_stands_still_for_holitom_and_its_centres_are_the_authors(case):
             assert (case["mid.static_assign"][number] == -1).all()
             continue
         y_PD, place_P = case["mid.feat"][start : last + 1, static_S].mean(0), static_S.nonzero()[:, 0]
-        distance_PP = ops.distances(y_PD[None])[0] / y_PD.shape[1] ** 0.5
+        distance_PP = density.distances(y_PD[None])[0] / y_PD.shape[1] ** 0.5
         assert centre_S.sum() == round(len(place_P) * ratio)
         num_near = min(int(case.meta["K"]), int(centre_S.sum()))
         density_P = torch.exp(-distance_PP.sort(1).values[:, :num_near].square().mean(1))
         close(density_P, case["mid.static_density"][number][static_S], 1e-5)
-        score_P = ops.rank_density(seen, ops.density_peaks(distance_PP[None], num_near, count_self=True)[0], place_P)
+        score_P = ops.rank_density(
+            seen, density.density_peaks(distance_PP[None], num_near, count_self=True)[0], place_P
+        )
         close(score_P, case["mid.static_score"][number][static_S], 1e-5)
         assert torch.equal(distance_PP[:, centre_S[static_S]].argmin(1), case["mid.static_assign"][number][static_S])
     assert torch.equal(kept_TS & moves_TS, case["mid.dynamic_keep"].bool())

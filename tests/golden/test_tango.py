@@ -136,10 +136,10 @@ def test_one_window(case):
 @pytest.mark.parametrize("case", STAGES, ids=str)
 def test_centres_clusters_and_merged_values(case):
     x_BND, z_BND = (case[name][:2].flatten(0, 1)[None] for name in ("features", "st_rope"))
-    found = clusters(z_BND, None, torch.ones(1, 9, dtype=torch.bool), 7)
-    by_score_BC = torch.empty_like(found.rank_BC).scatter_(1, found.rank_BC, found.centre_BC)
+    chosen = clusters(z_BND, None, torch.ones(1, 9, dtype=torch.bool), 7)
+    by_score_BC = torch.empty_like(chosen.rank_BC).scatter_(1, chosen.rank_BC, chosen.centre_BC)
     assert torch.equal(by_score_BC[0], case["stage.dpc.input_frames01.centers_by_score"])
-    assert torch.equal(found.cluster_BL[0], case["stage.dpc.assign_to_sorted_centers"])
+    assert torch.equal(chosen.cluster_BL[0], case["stage.dpc.assign_to_sorted_centers"])
     centre_BC, value_BCD, _ = merged(x_BND, z_BND, 9, 7, 0.6)
     assert torch.equal(centre_BC, by_score_BC.sort(1).values)
     close(value_BCD[0], case["stage.merge.tokens"])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stts.pruners import ops
+from stts.pruners import density, ops
 from stts.tokens import Grid, Kept, SinkPenalty, VideoTokens
 
 
@@ -169,12 +169,12 @@ def test_temporal_windows_are_the_best_of_all_cuts(steps, places, density, seed,
 
 
 def test_distances_are_euclidean_with_an_exact_zero_diagonal():
-    close(ops.distances(torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])), [[[0.0, 5.0], [5.0, 0.0]]])
+    close(density.distances(torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])), [[[0.0, 5.0], [5.0, 0.0]]])
     far_BND = 1000 + torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
-    found = ops.distances(far_BND)
+    found = density.distances(far_BND)
     torch.testing.assert_close(found.double(), torch.cdist(far_BND.double(), far_BND.double()), atol=2e-3, rtol=0)
     assert (found.diagonal(dim1=1, dim2=2) == 0).all()
-    assert ops.distances(far_BND.bfloat16()).dtype == torch.float32
+    assert density.distances(far_BND.bfloat16()).dtype == torch.float32
 
 
 def test_density_peaks_of_four_points_on_a_line():
@@ -182,20 +182,20 @@ def test_density_peaks_of_four_points_on_a_line():
     distance_BNN = (torch.tensor([0.0, 1.0, 2.0, 10.0])[:, None] - torch.tensor([0.0, 1.0, 2.0, 10.0])).abs()[None]
     # The first of the three equally dense counts as densest: its delta is the widest distance, 10; then 1, 1 and 8.
     dense, thin = math.exp(-0.5), math.exp(-32)
-    close(ops.density_peaks(distance_BNN, 2, count_self=True), [[10 * dense, dense, dense, 8 * thin]])
+    close(density.density_peaks(distance_BNN, 2, count_self=True), [[10 * dense, dense, dense, 8 * thin]])
     # Without itself: (1 + 4) / 2, (1 + 1) / 2, (1 + 4) / 2, (64 + 81) / 2: point 1 is densest.
     rho = [math.exp(-2.5), math.exp(-1), math.exp(-2.5), math.exp(-72.5)]
     expected = [[rho[0] * 1, rho[1] * 10, rho[2] * 1, rho[3] * 8]]
-    close(ops.density_peaks(distance_BNN, 2, count_self=False), expected)
+    close(density.density_peaks(distance_BNN, 2, count_self=False), expected)
 
 
 def test_density_peaks_leave_padding_out():
     points = torch.tensor([0.0, 1.0, 2.0, 10.0, 0.5])
     distance_BNN = (points[:, None] - points).abs()[None]
     valid_BN = torch.tensor([[True, True, True, True, False]])
-    found = ops.density_peaks(distance_BNN, 2, count_self=True, valid_BN=valid_BN)
+    found = density.density_peaks(distance_BNN, 2, count_self=True, valid_BN=valid_BN)
     torch.testing.assert_close(
-        found[:, :4], ops.density_peaks(distance_BNN[:, :4, :4], 2, count_self=True), atol=0, rtol=0
+        found[:, :4], density.density_peaks(distance_BNN[:, :4, :4], 2, count_self=True), atol=0, rtol=0
     )
     assert found[0, 4] == -torch.inf
 
@@ -217,13 +217,13 @@ def peaks_by_loops(points: list[list[float]], num_neighbours: int, count_self: b
 def test_density_peaks_equal_plain_loops(num_points, num_neighbours, count_self):
     points = torch.randn(num_points, 3, generator=torch.Generator().manual_seed(num_points), dtype=torch.float64)
     distance_BNN = torch.cdist(points[None], points[None]).float()
-    found = ops.density_peaks(distance_BNN, num_neighbours, count_self=count_self)
+    found = density.density_peaks(distance_BNN, num_neighbours, count_self=count_self)
     close(found[0], peaks_by_loops(points.tolist(), num_neighbours, count_self), atol=1e-5, rtol=1e-4)
 
 
 def test_density_peaks_of_equal_points_are_zero():
     # All at one spot: nobody is far from anybody.
-    assert ops.density_peaks(torch.zeros(1, 4, 4), 2, count_self=True).tolist() == [[0.0] * 4]
+    assert density.density_peaks(torch.zeros(1, 4, 4), 2, count_self=True).tolist() == [[0.0] * 4]
 
 
 def test_cluster_mean_leaves_out_minus_one_and_empty_clusters_are_zero():
