@@ -1,7 +1,8 @@
 """A run as the page reads it: rows, notes, and samples with what was kept of them.
 
-    run     name, summary, rows, notes, cells, samples, num_samples, frames {number: [picture per temporal cell]},
-            points (whether rows differ in frames), budget (whether they keep equal tokens there)
+    run     name, summary, headline, rows, notes, cells, samples, num_samples,
+            frames {number: [picture per temporal cell]}, points (whether rows differ in frames),
+            budget (whether they keep equal tokens there)
     cell    key, title, kind, ratio, equal_flops_to; in the order of the table, without those that were not run
     sample  uid, task, family, question, answer, outcomes {cell: {said, right, retention}}, grid [t, h, w], times,
             frames, missing (why there are no frames), kept {cell: {mask, scores}}
@@ -30,6 +31,7 @@ from stts.eval.answering.kept_tokens import KeptCells, read_kept
 from stts.eval.answering.questions import Source, open_jsonl, open_tasks
 from stts.eval.answering.run_folder import RESULT
 from stts.eval.results.result import ComparisonResult
+from stts.eval.results.summary import Row
 from stts.eval.results.table import Cell, Record, notes_on, title_of
 from stts.tokens import Grid
 
@@ -45,12 +47,13 @@ def run_data(out: Path, num_samples: int) -> dict[str, Any]:
     result = ComparisonResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     records = () if result.has_points else result.records[:num_samples]  # a sample has one grid of frames
     kept = read_kept(out, {record.uid for record in records})
-    pictures = Pictures(result.config)
+    pictures = Pictures(found_from(Path(out), result.config))
     return {
         "points": result.has_points,
         "budget": result.config.get("budget") is not None,
         "name": result.config["name"],
         "summary": f"{title_of(result)}; {result.environment['device']}, {result.environment['dtype']}",
+        "headline": headline(result.rows),
         "rows": [asdict(row) for row in result.rows],
         "notes": notes_on(result),
         "cells": [cell_data(cell) for cell in result.cells if cell.reason is None and not result.has_points],
@@ -60,11 +63,42 @@ def run_data(out: Path, num_samples: int) -> dict[str, Any]:
     }
 
 
+def headline(rows: Sequence[Row]) -> str:
+    """One sentence: the most accurate pruned row, of learned ones if there are any, beside the best that drops nothing.
+
+    "" where one of the two is missing."""
+    graded = [row for row in rows if row.accuracy is not None and row.retention_measured is not None]
+    dense = [row for row in graded if row.kind == "unpruned"]
+    pruned = [row for row in graded if row.kind == "learned"] or [row for row in graded if row.kind != "unpruned"]
+    if not dense or not pruned:
+        return ""
+    best = max(pruned, key=lambda row: (row.accuracy or 0, -(row.retention_measured or 0)))
+    most = max(row.accuracy or 0 for row in dense)
+    [name, *_] = [row.method for row in dense if row.accuracy == most]
+    assert best.accuracy is not None and best.retention_measured is not None
+    share = best.flops.get("exact", {}).get("share")
+    flops = "" if share is None else f", {share:.0%} of the FLOPs"
+    points = 100 * (best.accuracy - most)
+    place = "level with" if abs(points) < 0.05 else f"{abs(points):.1f} {'below' if points < 0 else 'above'}"
+    kept = f"{best.method} keeps {best.retention_measured:.0%} of the tokens{flops}"
+    return f"{kept}: {100 * best.accuracy:.1f} % right, {place} {name}."
+
+
 def cell_data(cell: Cell) -> dict[str, Any]:
     return {
         "key": cell.key, "title": cell.title, "kind": cell.kind, "ratio": cell.retention_configured,
         "equal_flops_to": cell.equal_flops_to,
     }  # fmt: skip
+
+
+def found_from(out: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with data that can be opened from here: a relative path that is not below the current folder
+    is looked for below the folders above the run, one of which the comparison was started in."""
+    paths = {name: Path(config[name]) for name in ("data", "data_root") if config.get(name)}
+    for name, path in paths.items():
+        places = [Path(), *out.resolve().parents]
+        paths[name] = next((place / path for place in places if (place / path).exists()), path)
+    return {**config, **{name: str(path) for name, path in paths.items()}}
 
 
 class Pictures:

@@ -73,6 +73,8 @@ def test_a_click_sorts_both_ways_and_rows_without_value_stay_last(page: Page) ->
 
 def test_arrows_move_the_scrubber_and_the_picture(page: Page) -> None:
     page.js("document.querySelector('#frame').focus()")
+    assert page.js("document.querySelector('#time').textContent").startswith("4 of 6"), "opened at the middle"
+    page.press("Home")
     assert page.js("document.querySelector('#time').textContent").startswith("1 of 6")
     page.press("ArrowRight")
     page.press("ArrowRight")
@@ -86,6 +88,18 @@ def test_arrows_move_the_scrubber_and_the_picture(page: Page) -> None:
     )
     page.press("End")
     assert page.js("document.querySelector('#time').textContent").startswith("6 of 6")
+
+
+def test_play_walks_through_the_frames_and_the_scrubber_stops_it(page: Page) -> None:
+    shown = "document.querySelector('#time').textContent"
+    page.js("document.querySelector('#play').click()")
+    assert page.js("document.querySelector('#play').textContent") == "Pause"
+    page.wait(f"{shown}.startsWith('6 of 6')")
+    page.wait(f"{shown}.startsWith('2 of 6')")
+    page.js("document.querySelector('#frame').focus()")
+    page.press("Home")
+    assert page.js("document.querySelector('#play').textContent") == "Play"
+    assert page.js(shown).startswith("1 of 6")
 
 
 def test_dropped_cells_are_dark_and_kept_ones_as_in_the_frame(page: Page) -> None:
@@ -177,7 +191,7 @@ def test_tab_reaches_every_control_once(page: Page) -> None:
         )
         if seen[-1] == "heat":
             break
-    for control in ("scroll", "family", "wrong", "differ", "ratio", "sample", "next", "frame", "heat"):
+    for control in ("scroll", "family", "wrong", "differ", "ratio", "sample", "next", "play", "frame", "heat"):
         assert control in seen, seen
 
 

@@ -23,7 +23,7 @@ from stts.eval.answering.kept_tokens import read_kept
 from stts.eval.benchmarks.tomato import KINDS
 from stts.eval.results.result import ComparisonResult
 from stts.report.page import render_page
-from stts.report.run_data import Pictures, first_of_cells, kept_data, ranks, run_data
+from stts.report.run_data import Pictures, first_of_cells, headline, kept_data, ranks, run_data
 from stts.tokens import Grid
 from tests.eval.made_up import FULL, result_with
 from tests.report.conftest import FRAMES, SHOWN
@@ -95,6 +95,31 @@ def test_frames_are_embedded_once_per_video_and_are_those_of_the_comparison(comp
 
     true = sample_frames(clips / "test" / "test-000000.mp4", num_frames=FRAMES).frames[0]
     assert head == "data:image/jpeg;base64" and shown.shape == true.shape and np.abs(shown - true).mean() < 6
+
+
+def test_the_headline_sets_the_best_pruned_row_beside_the_best_dense_one() -> None:
+    cells = [Cell("dense"), Cell("novelty", 0.5, kind="before the LLM")]
+    assert headline(result_with(cells).rows) == (
+        "novelty keeps 50% of the tokens, 75% of the FLOPs: 91.7 % right, 8.3 below dense."
+    )
+    learned = Cell("stts", 0.25, kind="learned")
+    assert headline(result_with([*cells, learned]).rows).startswith("stts keeps 25% of the tokens, 62% of the FLOPs")
+    assert headline(result_with(cells[:1]).rows) == ""
+
+
+def test_frames_are_found_from_another_folder(
+    compared: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison started in the folder of its data names it by a relative path."""
+    run = tmp_path / "work" / "runs" / "compare"
+    shutil.copytree(compared, run)
+    shutil.copytree(clips, tmp_path / "work" / "clips")
+    file = run / "comparison.json"
+    content = json.loads(file.read_text())
+    content["config"]["data"] = "clips/test.jsonl"
+    file.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    assert len(run_data(Path("work/runs/compare"), 1)["frames"]) == 1
 
 
 def test_frames_of_a_benchmark_come_from_its_own_folder(clips: Path, tmp_path: Path) -> None:

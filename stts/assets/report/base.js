@@ -67,6 +67,7 @@ function show(number) {
       styles.set(method, { hue, mark: place % MARKS.length, unpruned: false });
     });
   }
+  $("headline").textContent = run.headline;
   $("summary").textContent = run.summary;
   $("results").hidden = $("plots").hidden = !run.rows.length;
   $("notes").replaceChildren(...run.notes.map((note) => el("li", {}, note)));

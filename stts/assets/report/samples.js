@@ -2,7 +2,8 @@
 
 const COLOURS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 const pictures = new Map();  // data URI -> Image
-let found = [], cards = [];
+const FRAME_MS = 300;
+let found = [], cards = [], timer = null;
 
 function openSamples() {
   const tasks = [...new Set(run.samples.map((sample) => sample.task))];
@@ -17,7 +18,9 @@ function openSamples() {
   $("filters").hidden = $("walk").hidden = run.samples.length < 2;
   $("wrong").checked = $("differ").checked = false;
   $("samples").hidden = !run.samples.length;
+  pause();
   filter();
+  if (chosen) goTo(Math.floor(chosen.grid[0] / 2));  // the first frame shows little: most methods keep all of it
 }
 
 const budgetOf = (cell) => (cell.equal_flops_to ? `FLOPs of ${cell.equal_flops_to}` : String(cell.ratio));
@@ -44,7 +47,7 @@ function choose(place) {
   $("next").disabled = place >= found.length - 1;
   const rest = run.samples.length < run.num_samples ? ` (the first ${run.samples.length} of ${run.num_samples} are in this page)` : "";
   $("found").textContent = chosen ? `${place + 1} of ${found.length}${rest}` : `no sample fits${rest}`;
-  if (!chosen) return;
+  if (!chosen) return pause();
   $("sample").value = String(place);
   const facts = [["Question", chosen.question || "(not stored)"], ["Expected", chosen.answer], ["Family", chosen.family]];
   $("asked").replaceChildren(...facts.filter(([, text]) => text).flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]));
@@ -54,6 +57,7 @@ function choose(place) {
   const kept = Object.values(chosen.kept), overlay = kept.length > 0;
   $("heat-choice").hidden = !kept.some((one) => one.scores);
   $("film").hidden = !overlay && chosen.frames === null;
+  $("play").hidden = t < 2;
   const remarks = [];
   if (chosen.frames === null) remarks.push(`Frames cannot be shown: ${chosen.missing}.`);
   if (!overlay) remarks.push("Which tokens were kept was not written; run compare with --save_kept N.");
@@ -90,6 +94,19 @@ function budget(counts, per) {
     svg("rect", { class: "level", x: frame + 0.08, width: 0.84, y: 40 - (40 * count) / per, height: (40 * count) / per }),
     svg("rect", { class: "hit", x: frame, width: 1, y: 0, height: 40, onclick: () => goTo(frame) })));
   return bars;
+}
+
+function play() {
+  timer = setInterval(() => goTo((Number($("frame").value) + 1) % chosen.grid[0]), FRAME_MS);
+  $("play").textContent = "Pause";
+  $("play").setAttribute("aria-pressed", "true");
+}
+
+function pause() {
+  clearInterval(timer);
+  timer = null;
+  $("play").textContent = "Play";
+  $("play").setAttribute("aria-pressed", "false");
 }
 
 function goTo(frame) {
@@ -175,11 +192,11 @@ for (const id of ["task", "family", "wrong", "differ", "ratio"]) $(id).addEventL
 $("sample").addEventListener("change", () => choose(Number($("sample").value)));
 $("previous").addEventListener("click", () => choose(found.indexOf(chosen) - 1));
 $("next").addEventListener("click", () => choose(found.indexOf(chosen) + 1));
-$("frame").addEventListener("input", redraw);
+$("frame").addEventListener("input", () => { pause(); redraw(); });
+$("play").addEventListener("click", () => (timer === null ? play() : pause()));
 $("heat").addEventListener("change", redraw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 $("run").append(...runs.map((one, place) => el("option", { value: place }, one.points ? `${one.name}, by frames` : one.name)));
 $("run").addEventListener("change", () => show(Number($("run").value)));
 $("run-choice").hidden = runs.length < 2;
-$("frame").value = "0";
 show(0);
