@@ -181,7 +181,7 @@ class Watched:
     """What became of features on their way into the prompt."""
 
     x_Kd: Tensor
-    """The same values."""
+    """The same values, or what a gate left of them."""
     losses: Mapping[str, Tensor]
     """0 in value; their gradients are made in the backward pass."""
     values: Mapping[str, Tensor]
@@ -189,6 +189,9 @@ class Watched:
     is to be logged."""
     objective: Objective
     """Form of the answer loss that the gradients should be of."""
+    attention: tuple[int, Callable[[Tensor], None]] | None = None
+    """A layer of the LLM, and who is told what its last row attends to before the backward pass: fp32 (K,), the softmax
+    weights of the row's last token, mean over heads."""
 
 
 Watch = Callable[[Tensor], Watched]

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stts.tokens import Grid, Kept, Signal, VideoTokens
 
@@ -343,3 +343,35 @@ def features_of(x_ND: Tensor, index_K: Tensor, index_C: Tensor, merged_CD: Tenso
     found_C = index_K[place_C.clamp_max(num_kept - 1)] == index_C
     x_KD = x_ND[F.pad(index_K, (0, 1))]  # the last row takes what is not kept
     return x_KD.index_copy_(0, torch.where(found_C, place_C, num_kept), merged_CD.to(x_ND.dtype))[:num_kept]
+
+
+def soft_top_k(scores: Sequence[Tensor], counts: Sequence[int], steps: int = 64) -> tuple[list[Tensor], Tensor]:
+    """p = sigmoid(s + t) of each pool with sum p = k, and the mean over pools of BCE(p, the k highest).
+
+    Gradient of p: v ds - v (v . ds) / sum v with v = p (1 - p), that of the implicit function; it leaves constants out.
+    t comes from bisection, all pools side by side. A pool of k = N has p = 1 and adds 0 to the loss."""
+    sizes = [len(score_G) for score_G in scores]
+    score_BN = nn.utils.rnn.pad_sequence(list(scores), batch_first=True)
+    number_N = torch.arange(score_BN.shape[1], device=score_BN.device)
+    size_B1, count_B1 = (torch.tensor(rows, device=score_BN.device)[:, None] for rows in (sizes, counts))
+    valid_BN, whole_B1 = number_N < size_B1, count_B1 >= size_B1
+    with torch.no_grad():
+        low_B1 = -score_BN.masked_fill(~valid_BN, -torch.inf).amax(1, keepdim=True) - 10
+        high_B1 = -score_BN.masked_fill(~valid_BN, torch.inf).amin(1, keepdim=True) + 10
+        for _ in range(steps):
+            shift_B1 = (low_B1 + high_B1) / 2
+            few_B1 = ((score_BN + shift_B1).sigmoid() * valid_BN).sum(1, keepdim=True) < count_B1
+            low_B1, high_B1 = torch.where(few_B1, shift_B1, low_B1), torch.where(few_B1, high_B1, shift_B1)
+        shift_B1 = (low_B1 + high_B1) / 2
+        p_BN = (score_BN + shift_B1).sigmoid() * valid_BN
+        slope_BN = p_BN * (1 - p_BN)
+        ranked_BN = top(score_BN.masked_fill(~valid_BN, -torch.inf), score_BN.shape[1])
+        target_BN = torch.zeros_like(p_BN).scatter_(1, ranked_BN, (number_N < count_B1).to(p_BN.dtype))
+    change_BN = score_BN - score_BN.detach()  # 0, with gradient
+    mean_B1 = (slope_BN * change_BN).sum(1, keepdim=True) / slope_BN.sum(1, keepdim=True).clamp_min(1e-20)
+    weight_BN = torch.where(whole_B1, 1.0 + 0 * change_BN, p_BN + slope_BN * (change_BN - mean_B1))
+    # As sum p = sum of targets, the part of the gradient through t vanishes: t may count as a constant.
+    bce_BN = F.binary_cross_entropy_with_logits(score_BN + shift_B1, target_BN, reduction="none")
+    bce_B1 = (bce_BN * valid_BN).sum(1, keepdim=True) / size_B1
+    weights = [weight_N[:size] for weight_N, size in zip(weight_BN, sizes, strict=True)]
+    return weights, torch.where(whole_B1, 0 * bce_B1, bce_B1).mean()

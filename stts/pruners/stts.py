@@ -65,6 +65,7 @@ class STTS(nn.Module):
         detach_target: bool = True,
         clamp_target: bool = True,
         straight_through: bool = False,
+        gumbel: float = 0.0,
         answer_gradient: bool = True,
         min_groups_per_frame: int = 0,
         patches_per_group: int = 9,
@@ -76,11 +77,12 @@ class STTS(nn.Module):
         prune_block: decide on the output of this block. drop_after: last block that runs on every patch, with the bias
         (default prune_block + 1; later ones give the scorer more gradient, the last block is "soft only").
         rescale_scope: scores that share one range; `video` leaves the first frame out. rescale_min: smallest weight.
-        straight_through: also scale kept groups by 1 + s - stop_gradient(s). answer_gradient: False keeps the answer
-        loss from the scorer, which then learns from the temporal loss alone. min_groups_per_frame: kept in every frame
-        as far as the budget goes. patches_per_group: for `flops` only. teacher: in training passes at ratio 1, the
-        answer's gradient says which groups to keep, as the loss `teacher` (`stts.pruners.teacher.Teacher` has its
-        settings: objective, weight, share); None: no teacher.
+        straight_through: also scale kept groups by 1 + s - stop_gradient(s). gumbel: in training choose the highest of
+        logit(s) + gumbel * Gumbel noise, so that groups outside the best are tried; 0: off.
+        answer_gradient: False keeps the answer loss from the scorer, which then learns from the temporal loss alone.
+        min_groups_per_frame: kept in every frame as far as the budget goes. patches_per_group: for `flops` only.
+        teacher: what passes at ratio 1 teach the scorer in training: by default the answer's gradient says which groups
+        to keep, as the loss `teacher` (settings: `stts.pruners.teacher.Teacher`); None: nothing.
         """
         super().__init__()
         if rescale_scope not in ("row", "frame", "video"):
@@ -89,6 +91,8 @@ class STTS(nn.Module):
             raise ValueError(f"rescale_min={rescale_min} must be in (0, 1): its logarithm is the strongest bias")
         if min_groups_per_frame < 0:
             raise ValueError(f"min_groups_per_frame={min_groups_per_frame} must be 0 (off) or more")
+        if gumbel < 0:
+            raise ValueError(f"gumbel={gumbel} must be 0 (off) or more: the noise added to logits")
         if straight_through and not answer_gradient:
             raise ValueError("straight_through=True gives the scorer the gradient that answer_gradient=False withholds")
         if compat not in (None, "official"):
@@ -101,6 +105,7 @@ class STTS(nn.Module):
         self.detach_target = detach_target and compat is None
         self.clamp_target = clamp_target and compat is None
         self.straight_through = straight_through
+        self.gumbel = gumbel
         self.answer_gradient = answer_gradient
         self.min_groups_per_frame = min_groups_per_frame
         self.patches_per_group = patches_per_group
@@ -118,6 +123,9 @@ class STTS(nn.Module):
             options["drop_after"] = host.vit_depth - 1
         else:
             temporal.check_prune_block(host, prune_block)
+        made = make_teacher(options.get("teacher"))
+        if made is not None and made.layer is not None and not 0 <= made.layer < host.llm_layers:
+            raise ValueError(f"teacher: layer={made.layer} is outside [0, {host.llm_layers - 1}] of this LLM")
         options.setdefault("mlp_dim", host.vit_mlp)
         options.setdefault("patches_per_group", host.patches_per_group)
         return cls(host.vit_width, num_heads=host.vit_heads, prune_block=prune_block, **options)
@@ -173,7 +181,11 @@ class STTS(nn.Module):
         gradient are 0, but the backward pass goes the same way as on a rank whose videos lose some (ZeRO-3 gathers
         weights along it). `scores` are those of whole videos, also when `score` made them in pieces."""
         scores_G = torch.cat(list(scores))
-        indices = choose(scores_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
+        ranking_G = scores_G.detach()
+        if self.training and self.gumbel:
+            noise_G = -torch.empty_like(ranking_G).exponential_().log()
+            ranking_G = torch.logit(ranking_G, eps=1e-6) + self.gumbel * noise_G
+        indices = choose(ranking_G, grids, budgets, min_groups_per_frame=self.min_groups_per_frame)
         prunable = [budget.num_kept < grid.num_groups for grid, budget in zip(grids, budgets, strict=True)]
         learning = self.training and scores_G.requires_grad and not is_dense(budgets)
         if not any(prunable) and not learning:

@@ -1,6 +1,6 @@
 """VisionSelector: a learned score per token behind the connector, trained through a soft top-k (arXiv 2510.16598).
 
-Shape suffixes beside those of `stts.tokens`: V = videos, L = tokens of the longest video.
+Shape suffixes beside those of `stts.tokens`: V = videos.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stts.pruners import ops
@@ -119,7 +118,7 @@ class VisionSelector(nn.Module):
         pools, counts = ([score_N], [self._pool_count(budgets, sizes)]) if pooled else (
             list(scores), [budget.num_kept for budget in budgets]
         )  # fmt: skip
-        weights, loss = soft_top_k(pools, counts)
+        weights, loss = ops.soft_top_k(pools, counts)
         weight_N = torch.cat(weights)
         return self._trained(videos, scores, torch.split(weight_N, sizes), budgets, loss)
 
@@ -162,35 +161,3 @@ class VisionSelector(nn.Module):
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Queries of all tokens, one key, one product per token; the release pays for N x N of them."""
         return 2 * self.width * (grid.num_groups * (width + 1) + width)
-
-
-def soft_top_k(scores: Sequence[Tensor], counts: Sequence[int], steps: int = 64) -> tuple[list[Tensor], Tensor]:
-    """p = sigmoid(s + t) of each pool with sum p = k, and the mean over pools of BCE(p, the k highest).
-
-    Gradient of p: v ds - v (v . ds) / sum v with v = p (1 - p), that of the implicit function; it leaves constants out.
-    t comes from bisection, all pools side by side. A pool of k = N has p = 1 and adds 0 to the loss."""
-    sizes = [len(score_G) for score_G in scores]
-    score_VL = nn.utils.rnn.pad_sequence(list(scores), batch_first=True)
-    number_L = torch.arange(score_VL.shape[1], device=score_VL.device)
-    size_V1, count_V1 = (torch.tensor(rows, device=score_VL.device)[:, None] for rows in (sizes, counts))
-    valid_VL, whole_V1 = number_L < size_V1, count_V1 >= size_V1
-    with torch.no_grad():
-        low_V1 = -score_VL.masked_fill(~valid_VL, -torch.inf).amax(1, keepdim=True) - 10
-        high_V1 = -score_VL.masked_fill(~valid_VL, torch.inf).amin(1, keepdim=True) + 10
-        for _ in range(steps):
-            shift_V1 = (low_V1 + high_V1) / 2
-            few_V1 = ((score_VL + shift_V1).sigmoid() * valid_VL).sum(1, keepdim=True) < count_V1
-            low_V1, high_V1 = torch.where(few_V1, shift_V1, low_V1), torch.where(few_V1, high_V1, shift_V1)
-        shift_V1 = (low_V1 + high_V1) / 2
-        p_VL = (score_VL + shift_V1).sigmoid() * valid_VL
-        slope_VL = p_VL * (1 - p_VL)
-        ranked_VL = ops.top(score_VL.masked_fill(~valid_VL, -torch.inf), score_VL.shape[1])
-        target_VL = torch.zeros_like(p_VL).scatter_(1, ranked_VL, (number_L < count_V1).to(p_VL.dtype))
-    change_VL = score_VL - score_VL.detach()  # 0, with gradient
-    mean_V1 = (slope_VL * change_VL).sum(1, keepdim=True) / slope_VL.sum(1, keepdim=True).clamp_min(1e-20)
-    weight_VL = torch.where(whole_V1, 1.0 + 0 * change_VL, p_VL + slope_VL * (change_VL - mean_V1))
-    # As sum p = sum of targets, the part of the gradient through t vanishes: t may count as a constant.
-    bce_VL = F.binary_cross_entropy_with_logits(score_VL + shift_V1, target_VL, reduction="none")
-    bce_V1 = (bce_VL * valid_VL).sum(1, keepdim=True) / size_V1
-    weights = [weight_L[:size] for weight_L, size in zip(weight_VL, sizes, strict=True)]
-    return weights, torch.where(whole_V1, 0 * bce_V1, bce_V1).mean()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stts.pruners.visionselector import VisionSelector, soft_top_k
+from stts.pruners.ops import soft_top_k
+from stts.pruners.visionselector import VisionSelector
 from stts.tokens import Budget, Grid, VideoTokens
 from tests.golden.conftest import Case, cases
 

@@ -229,6 +229,19 @@ def test_a_whole_video_beside_a_pruned_one_has_no_bias():
     assert whole.index_K.tolist() == list(range(6))
 
 
+def test_gumbel_noise_tries_other_groups_in_training_only():
+    """As often as the softmax of the logits says: of two free groups one is kept."""
+    stage, budget = make(gumbel=1.0), Budget(7, 7 / 24)
+    grid, scores = Grid(4, 2, 3), torch.full((24,), 1e-6)
+    scores[10], scores[15] = torch.tensor([1.0, -1.0]).sigmoid()
+    torch.manual_seed(0)
+    kept = [stage.train().settle([scores], [grid], [budget])[0][0][-1].item() for _ in range(400)]
+    assert abs(kept.count(10) / 400 - math.exp(2) / (1 + math.exp(2))) < 0.05 and set(kept) == {10, 15}
+    assert {stage.eval().settle([scores], [grid], [budget])[0][0][-1].item() for _ in range(20)} == {10}
+    with pytest.raises(ValueError, match="gumbel=-1"):
+        make(gumbel=-1)
+
+
 def test_the_answer_reaches_the_scorer_through_the_bias():
     stage, video = make(), make_video()
     [kept] = run(stage, video)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.teacher import Teacher, highest, importance, make_teacher
+from stts.pruners.teacher import Teacher, add_noise, gradient_importance, highest, make_teacher
 from stts.tokens import Budget
 from tests.pruners.test_stts import make, make_video
 
@@ -69,7 +69,7 @@ def test_the_importance_is_the_finite_difference_of_the_answer(parts: dict[str, 
         weight = torch.arange(1.0, 13.0, dtype=torch.double)
         numeric.view(-1)[place] = ((up.cos() - down.cos()) * weight).sum() / 2e-5
     torch.testing.assert_close(grad.double(), numeric, rtol=1e-3, atol=1e-3)
-    ours, theirs = (highest(importance(x, one), PER_FRAME, 0.3) for one in (grad, numeric))
+    ours, theirs = (highest(gradient_importance(x, one), PER_FRAME, 0.3) for one in (grad, numeric))
     assert torch.equal(ours, theirs)
 
 
@@ -81,9 +81,62 @@ def test_saturated_scores_stay_finite(parts: dict[str, Tensor], value: float) ->
     assert logit.grad is not None and logit.grad.isfinite().all() and watched.values["teacher"].isfinite()
 
 
-def test_a_video_of_one_frame_teaches_nothing(parts: dict[str, Tensor]) -> None:
-    watched = Teacher().watch(parts["logit"].sigmoid(), parts["change"], 12)(parts["x"])
+def test_attention_makes_the_target_where_that_is_the_signal(parts: dict[str, Tensor]) -> None:
+    x, logit, change = parts["x"], parts["logit"], parts["change"]
+    teacher = Teacher(signal="attention", layer=2, share=0.3)
+    watched = teacher.watch(logit.sigmoid(), change, PER_FRAME)(x)
+    assert watched.attention is not None and watched.attention[0] == 2
+    attention = torch.rand(12)
+    watched.attention[1](attention)
     (answer(watched.x_Kd) + watched.losses["teacher"]).backward()
+    target = highest(attention * change, PER_FRAME, 0.3)
+    again = logit.detach().requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(again, target, reduction="none")[PER_FRAME:].sum() / 12
+    loss.backward()
+    assert target.sum() == 3 and logit.grad is not None and again.grad is not None
+    torch.testing.assert_close(logit.grad, again.grad, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(watched.values["teacher"], loss.detach())
+
+
+@pytest.mark.parametrize("signal", ["noise_gate", "scale_gate"])
+def test_a_gate_lets_its_share_through_and_the_answer_moves_it(parts: dict[str, Tensor], signal: Any) -> None:
+    """The gradient is that of finite differences on the logits; what the gate may let through in all stays the same."""
+    x, logit = parts["x"].detach().double(), parts["logit"].detach().double()
+
+    def through(logit: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return Teacher(signal=signal, share=0.4).watch(logit.sigmoid(), parts["change"], PER_FRAME)(x).x_Kd
+
+    def told(logit: Tensor) -> Tensor:
+        return (through(logit)[:, 0].cos() * torch.arange(1.0, 13.0)).sum()
+
+    assert torch.equal(through(logit)[:PER_FRAME], x[:PER_FRAME]), "the first frame passes whole"
+    asked = logit.clone().requires_grad_()
+    [grad] = torch.autograd.grad(told(asked), asked)
+    step = 1e-6 * torch.eye(12, dtype=torch.double)
+    numeric = torch.stack([(told(logit + one) - told(logit - one)) / 2e-6 for one in step])
+    torch.testing.assert_close(grad, numeric, rtol=1e-4, atol=1e-4)
+    assert grad[PER_FRAME:].abs().min() > 0 and grad[PER_FRAME:].sum().abs() < 1e-3 * grad.abs().sum()
+    if signal == "scale_gate":
+        share = through(logit)[PER_FRAME:, 0] / x[PER_FRAME:, 0]
+        assert share.sum().item() == pytest.approx(round(0.4 * 9))
+
+
+def test_noise_leaves_mean_and_variance_as_they_are() -> None:
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(4000, 3)
+    for p in (0.02, 0.5, 0.98):
+        noised = add_noise(x, torch.full((4000,), p))
+        torch.testing.assert_close(noised.mean(0), x.mean(0), rtol=0, atol=0.15)
+        torch.testing.assert_close(noised.var(0), x.var(0), rtol=0.1, atol=0)
+        shared = ((noised - noised.mean(0)) * (x - x.mean(0))).mean(0) / (noised.std(0) * x.std(0))
+        torch.testing.assert_close(shared, torch.full((3,), p).sqrt(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("signal", ["gradient", "noise_gate", "scale_gate"])
+def test_a_video_of_one_frame_teaches_nothing(parts: dict[str, Tensor], signal: Any) -> None:
+    watched = Teacher(signal=signal).watch(parts["logit"].sigmoid(), parts["change"], 12)(parts["x"])
+    (answer(watched.x_Kd) + sum(watched.losses.values())).backward()
     assert parts["logit"].grad is not None and not parts["logit"].grad.any()
 
 
@@ -99,7 +152,14 @@ def test_only_passes_that_keep_everything_are_watched() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"share": 1.0}, "share=1.0"), ({"objective": "loss"}, "objective='loss'"), ({"shares": 0.1}, "unknown")],
+    [
+        ({"share": 1.0}, "share=1.0"),
+        ({"objective": "loss"}, "objective='loss'"),
+        ({"shares": 0.1}, "unknown"),
+        ({"signal": "attention"}, "layer=None"),
+        ({"signal": "noise_gate", "layer": 1}, "layer=1"),
+        ({"signal": "gate"}, "signal='gate'"),
+    ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -9,8 +9,9 @@ import torch
 
 from stts.pruners.base import soft_in_training
 from stts.pruners.check import HOST, example_video
+from stts.pruners.ops import soft_top_k
 from stts.pruners.stts import STTS
-from stts.pruners.visionselector import VisionSelector, soft_top_k
+from stts.pruners.visionselector import VisionSelector
 from stts.tokens import Budget, Grid
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stts.data.collate import Collator, Step
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.pruners.teacher import Teacher, highest, importance
+from stts.models.pruning.llm_layers import Prefill
+from stts.pruners.teacher import Teacher, gradient_importance, highest
 from stts.tokens import Watched
 from stts_train.loss import answer_loss
 from stts_train.module import VideoFinetune
@@ -34,8 +35,9 @@ def seeded() -> None:
 def taught(folder: Path, **settings: Any) -> VideoFinetune:
     options = {"teacher": {"share": 0.2}} | settings.pop("pruner_options", {})
     schedule = settings.pop("retention_ratio", {"target": 0.5, "dense_first": 1, "dense_every": 2})
+    weights = settings.pop("loss_weights", WEIGHTS)
     return VideoFinetune(
-        str(folder), "stts", schedule, pruner_options=options, loss_weights=WEIGHTS, **{**FAST, **settings}
+        str(folder), "stts", schedule, pruner_options=options, loss_weights=weights, **{**FAST, **settings}
     )
 
 
@@ -78,7 +80,9 @@ def test_one_backward_pass_gives_the_gradient_of_the_explicit_loss(
 
     module.zero_grad()
     targets = [
-        highest(importance(x, x.grad) * change, first, 0.2) for x, _, change, first in seen if x.grad is not None
+        highest(gradient_importance(x, x.grad) * change, first, 0.2)
+        for x, _, change, first in seen
+        if x.grad is not None
     ]
     seen.clear()
     with module.pruning:
@@ -140,6 +144,67 @@ def test_dense_steps_may_leave_the_vlm_alone(tiny_folder: Path) -> None:
     assert any(name.startswith("model.") for name in second)
     assert trainer.callback_metrics["vit_grad_norm"] > 0
     assert all(p.requires_grad for part in module.parts().values() for p in part) and set(module.parts()) == set(PARTS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher": {"signal": "attention", "layer": 1}},
+        {"teacher": {"signal": "noise_gate", "share": 0.5}},
+        {"teacher": {"signal": "scale_gate", "share": 0.5}},
+        {"teacher": None, "gumbel": 1.0, "straight_through": True},
+    ],
+    ids=["attention", "noise_gate", "scale_gate", "gumbel"],
+)
+def test_rival_signals_reach_the_scorer(tiny_folder: Path, options: dict[str, Any]) -> None:
+    """In a whole step, where the temporal loss has weight 0."""
+    schedule = {"target": 0.5, "dense_first": 1} if options["teacher"] else 0.5
+    weights = {**WEIGHTS, "temporal": 0.0}
+    module = taught(tiny_folder, pruner_options=options, retention_ratio=schedule, loss_weights=weights)
+    trainer = fit(module, [batch_for(module)])
+    assert trainer.callback_metrics["scorer_grad_norm"] > 0
+    has_loss = bool(options["teacher"]) and options["teacher"]["signal"] == "attention"
+    assert ("train/teacher_loss" in trainer.callback_metrics) == has_loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_attention_that_teaches_is_that_of_the_stock_model(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    module = taught(tiny_folder, pruner_options={"teacher": {"signal": "attention", "layer": 2}}).train()
+    module.pruning.retention_ratio = 1.0
+    if checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch, heard = batch_for(module), []
+    stock_tell = Prefill._tell
+
+    def listen(self: Prefill, layer: int, *given: Tensor) -> None:
+        self._listeners = {
+            video: (at, lambda told, tell=tell: (heard.append(told), tell(told)))
+            for video, (at, tell) in self._listeners.items()
+        }
+        stock_tell(self, layer, *given)
+
+    monkeypatch.setattr(Prefill, "_tell", listen)
+    with module.pruning:
+        losses = module._forward(batch)
+        assert len(heard) == 3, "one per video"
+        (losses["answer"] + losses["teacher"]).backward()
+    assert any(grad.any() for grad in scorer_grads(module))
+    module.model.eval().set_attn_implementation("eager")
+    inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+    with torch.no_grad():
+        maps = module.model(**inputs, output_attentions=True, use_cache=False).attentions[2]
+    video_token = module.model.config.video_token_id
+    for row, told in enumerate(heard[:3]):
+        last = int(inputs["attention_mask"][row].nonzero()[-1])
+        places = (inputs["input_ids"][row] == video_token).nonzero().flatten()[: len(told)]
+        torch.testing.assert_close(told, maps[row, :, last, places].mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_an_attention_layer_that_the_llm_lacks_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"layer=9 is outside \[0, "):
+        taught(tiny_folder, pruner_options={"teacher": {"signal": "attention", "layer": 9}})
 
 
 def test_without_a_scorer_there_is_nothing_to_train_alone(tiny_folder: Path) -> None:

@@ -11,7 +11,7 @@ rows of the prompt, L = its full length, V = visual tokens, H = query heads, J =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -37,6 +37,10 @@ class Present:
 
 Decide = Callable[[int, list[Present]], list[Kept]]
 """(number of the stage, the videos in prompt order) -> what survives of each."""
+
+
+Listeners = Mapping[int, tuple[int, Callable[[Tensor], None]]]
+"""Video -> (layer, who is told the attention of its row's last token to its groups there, fp32)."""
 
 
 class Carried(Protocol):
@@ -79,7 +83,15 @@ class Prefill:
     Activation checkpointing runs a layer again in the backward pass, in older transformers (5.17) its hooks too, when
     other passes may have begun. The call of the layer carries this object, so each finds its own."""
 
-    def __init__(self, llm: nn.Module, stages: Sequence[Stage], decide: Decide, slots: Slots, placed: Placed) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        stages: Sequence[Stage],
+        decide: Decide,
+        slots: Slots,
+        placed: Placed,
+        listeners: Listeners,
+    ) -> None:
         self.slots = slots
         """Where the survivors are now."""
         self.valid: dict[int, Tensor] = {}
@@ -87,6 +99,7 @@ class Prefill:
         self._llm: Any = llm
         self._stages = stages
         self._decide = decide
+        self._listeners = listeners
         self._early, self._place_V = placed.early, placed.early_V
         self._inputs: dict[str, Any] = {}
         if slots.packed or slots.both_RM is not None:
@@ -108,6 +121,8 @@ class Prefill:
                 x_RMD = self._cut(number, x_RMD, kwargs)
             if self._layer(number) - 1 == layer and stage.signals & {"last_row", "keys", "prompt"}:
                 capture_next(self._llm.layers[layer].self_attn, partial(self._note, number))
+        if any(layer == at for at, _ in self._listeners.values()):
+            capture_next(self._llm.layers[layer].self_attn, partial(self._tell, layer))
         return ((x_RMD, *args[1:]), kwargs | self._inputs | self._rotary(kwargs)) if self._inputs else None
 
     def after(self, layer: int, x_RMD: Tensor) -> Tensor | None:
@@ -123,6 +138,16 @@ class Prefill:
 
     def _note(self, number: int, q_RHME: Tensor, k_RJME: Tensor) -> None:
         self._seen[number] = q_RHME.detach(), k_RJME.detach()
+
+    def _tell(self, layer: int, q_RHME: Tensor, k_RJME: Tensor) -> None:
+        attention_N = self._last_row(layer, q_RHME.detach(), k_RJME.detach())
+        for video, (at, tell) in self._listeners.items():
+            if at == layer:
+                tell(attention_N[self.slots.video_RM.flatten() == video])
+
+    def _last_row(self, layer: int, q_RHME: Tensor, k_RJME: Tensor) -> Tensor:
+        scale = getattr(self._llm.layers[layer].self_attn, "scaling", None)
+        return last_row_attention(q_RHME, k_RJME, self.slots, scale or q_RHME.shape[-1] ** -0.5)
 
     def _add(self, x_RMD: Tensor, feature_VD: Tensor, slots: Slots, place_V: Tensor) -> Tensor:
         """Add features at the places that are still there."""
@@ -181,8 +206,7 @@ class Prefill:
         if number in self._seen:
             q_RHME, k_RJME = self._seen[number]
             if "last_row" in signals:
-                scale = getattr(self._llm.layers[self._layer(number) - 1].self_attn, "scaling", None)
-                salience_N = last_row_attention(q_RHME, k_RJME, slots, scale or q_RHME.shape[-1] ** -0.5)
+                salience_N = self._last_row(self._layer(number) - 1, q_RHME, k_RJME)
             keys_ND = k_RJME.transpose(1, 2).flatten(2).flatten(0, 1)
         norm = self._llm.norm
         # inside its forward, where sharding and offload have it; a copy, because they take it away behind it

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stts.models.families.base import Adapter, Visual
+from stts.models.pruning.llm_layers import Listeners
 from stts.models.pruning.report import Report
 from stts.models.pruning.siglip import SiglipSource
 from stts.models.pruning.stages import Names, Sites, ask, cell_times, numerics
@@ -44,6 +45,7 @@ class PassVideos:
         self.cells: list[Tensor | None] = [None] * len(self.grids)
         """int64 cells left of each video, in the order of the last stage; None: all."""
         self._watches: list[Watch | None] = [None] * len(self.grids)
+        self.listeners: Listeners = {}
         self.report = make_report(self.grids, [torch.arange(0)] * len(self.grids), setup)
 
     def video(self, number: int, x_ND: Tensor, *, grid: Grid | None = None, **fields: Any) -> VideoTokens:
@@ -105,6 +107,8 @@ class PassVideos:
             for name, value in one.values.items():
                 report.late_values.setdefault(name, []).append(value)
             report.objective = one.objective
+        told = {number: one.attention for number, one in enumerate(watched) if one is not None}
+        self.listeners = {number: attention for number, attention in told.items() if attention is not None}
         return [x if one is None else one.x_Kd for x, one in zip(features, watched, strict=True)]
 
     def _on_grid(self, scores_G: Tensor, number: int, present: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from stts.models.families.attention import PASS_ARGUMENT
 from stts.models.families.base import Placed
 from stts.models.pruning.continuation import Continuation, continue_on
-from stts.models.pruning.llm_layers import Decide, Prefill
+from stts.models.pruning.llm_layers import Decide, Listeners, Prefill
 from stts.models.pruning.masks import Slots, pad_rows
 from stts.pruners.base import Positions, Stage
 
@@ -32,10 +32,16 @@ class Prompt:
     """The full prompt of one pass, and where its survivors are while the language model runs on them."""
 
     def __init__(
-        self, placed: Placed, mask_BL: Tensor | None, positions: Positions, stages: Sequence[Stage], decide: Decide
+        self,
+        placed: Placed,
+        mask_BL: Tensor | None,
+        positions: Positions,
+        stages: Sequence[Stage],
+        decide: Decide,
+        listeners: Listeners,
     ) -> None:
         """placed: what lies where; mask_BL: which of its places are real (None: all); stages: those inside the language
-        model, which `decide` asks. ValueError for a mask of another form."""
+        model, which `decide` asks; listeners: who is told of attention in it. ValueError for a mask of another form."""
         if mask_BL is not None and (not isinstance(mask_BL, Tensor) or mask_BL.dim() != 2):
             raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
         self.num_tokens = 0
@@ -45,7 +51,7 @@ class Prompt:
         self.is_shortened = False
         self._placed, self._mask_BL = placed, mask_BL
         self._positions: Positions = positions
-        self._stages, self._decide = stages, decide
+        self._stages, self._decide, self._listeners = stages, decide, listeners
         self._layers: Prefill | None = None
         self._sequence_BL: Tensor | None = None
         """Number of the sample that each place belongs to, where the caller packed several into a row."""
@@ -140,7 +146,7 @@ class Prompt:
         index_S = keep_BL.flatten().nonzero().squeeze(1)
         self.num_tokens = self.num_slots = len(index_S)
         valid_1S = torch.ones_like(index_S, dtype=torch.bool)[None]
-        self._layers = Prefill(llm, self._stages, self._decide, self._slots(index_S[None], valid_1S), self._placed)
+        self._layers = self._prefill(llm, self._slots(index_S[None], valid_1S))
         return {
             "inputs_embeds": x_BLD.flatten(0, 1)[index_S][None],
             "position_ids": position_BL.flatten(-2)[..., None, index_S],
@@ -158,7 +164,7 @@ class Prompt:
         index_BM, valid_BM = pad_rows(keep_BL, left=left)
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
         self.num_tokens, self.num_slots = int(valid_BM.sum()), valid_BM.numel()
-        self._layers = Prefill(llm, self._stages, self._decide, self._slots(flat_BM, valid_BM, left), self._placed)
+        self._layers = self._prefill(llm, self._slots(flat_BM, valid_BM, left))
         continue_on(cache, Continuation(valid_BM, length, next_B, self._layers.valid))
         return {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
@@ -166,6 +172,9 @@ class Prompt:
             "attention_mask": valid_BM.to(torch.long),
             PASS_ARGUMENT: self,
         }
+
+    def _prefill(self, llm: Any, slots: Slots) -> Prefill:
+        return Prefill(llm, self._stages, self._decide, slots, self._placed, self._listeners)
 
     def _slots(self, full_RM: Tensor, valid_RM: Tensor, left: bool | None = None) -> Slots:
         """left: where padding is; None: the rows are packed into one."""
