@@ -1,25 +1,37 @@
-"""The generated pages of docs/: methods, families and the code map, from the registry, the tables and the docstrings.
+"""The generated pages of docs/: methods, families and the code map, from the registry, the tables and the docstrings;
+and the help of every verb, from its parser.
 
     python scripts/make_docs.py
 
-writes them. What stands above the marker of a page is written by hand and stays. A test compares the pages with the
+writes them. What stands above the marker of a page is written by hand and stays. Tests compare all of it with the
 code."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from stts import cli
+from stts.command_line import make_parser
 from stts.models.families.base import ADAPTERS
 from stts.models.families.published import PUBLISHED
 from stts.pruners.listing import MATRIX, describe_pruner, pruner_lines
+from stts_train.cli import ReadingCLI, read_config
+from stts_train.parser import FitParser
+from stts_train.plan_cli import PlanCLI
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- Below this line: written by `python scripts/make_docs.py`. -->"
-_FOLDERS = {"stts/assets/support": "Which pruner runs on which family: the table that the tests check."}
+_FOLDERS = {
+    "stts/assets/support": "Which pruner runs on which family: the table that the tests check.",
+    "stts/assets/help": "What `stts VERB --help` prints, written by scripts/make_docs.py from the parsers.",
+}
 """Folders whose files have no place for a comment, and no README."""
 
 
@@ -27,7 +39,31 @@ def main() -> int:
     for name, text in pages().items():
         (ROOT / "docs" / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/{name}")
+    cli.HELP.mkdir(exist_ok=True)
+    for name, text in helps().items():
+        (cli.HELP / f"{name}.txt").write_text(text, encoding="utf-8")
+    print(f"wrote {cli.HELP.relative_to(ROOT)}")
     return 0
+
+
+def helps() -> dict[str, str]:
+    """Name of a file in stts/assets/help -> what the parser of that verb, or of that form of it, prints."""
+    forms = {f"{verb}{option.replace('--', '-')}": (verb, target) for (verb, option), target in cli.FORMS.items()}
+    texts = {}
+    for name, (verb, target) in ({verb: (verb, target) for verb, (_, target) in cli.VERBS.items()} | forms).items():
+        if verb not in ("fit", "plan"):
+            module, _, function = target.partition(":")
+            parser = make_parser(getattr(importlib.import_module(module), function), f"stts {verb}")
+            texts[name.replace(" ", "-")] = parser.format_help()
+    fits = (("fit", ReadingCLI, False), ("fit-trainer", ReadingCLI, True), ("plan", PlanCLI, False))
+    for name, cli_class, trainer in fits:
+        FitParser.trainer_help = trainer
+        text = io.StringIO()
+        with redirect_stdout(text), suppress(SystemExit):  # Lightning's object parses when it is made
+            read_config(["--help"], cli_class)
+        texts[name] = text.getvalue()
+    FitParser.trainer_help = False
+    return texts
 
 
 def pages() -> dict[str, str]:

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import stts
 
@@ -41,6 +42,7 @@ VERBS = {  # verb -> what it does, and the function that does it
     "pruners": ("list the pruners, show one of them, or check your own", "stts.pruners.listing:pruners"),
 }
 
+HELP = Path(__file__).parent / "assets" / "help"
 FORMS = {  # (verb, option) -> the function that does it where this option is given; --help of the verb names them
     ("compare", "--video"): "stts.report.one_clip:compare_clip",
     ("eval", "--rescore"): "stts.eval.evaluate:rescore",
@@ -79,10 +81,25 @@ def _main(args: list[str]) -> int:
         close = difflib.get_close_matches(args[0], VERBS, n=1)
         tip = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown verb {args[0]!r}; {tip}known: {', '.join(VERBS)}")
+    if (text := help_of(args[0], args[1:])) is not None:
+        print(text)
+        return 0
     from stts.command_line import run  # jsonargparse takes a third of a second, which `stts --help` need not wait for
 
     module, _, name = target_of(args[0], args[1:]).partition(":")
     return run(getattr(importlib.import_module(module), name), f"stts {args[0]}", args[1:])
+
+
+def help_of(verb: str, words: Sequence[str]) -> str | None:
+    """The help that the words ask for, as scripts/make_docs.py wrote it: the parsers themselves import a model's
+    libraries first, for seconds. None where they ask for none."""
+    asked = {"-h", "--help"} & set(words)
+    if not asked and not (verb in ("fit", "plan") and "--help-trainer" in words):
+        return None
+    given = {word.partition("=")[0] for word in words}
+    form = next((option for name, option in FORMS if name == verb and option in given), "")
+    name = f"{verb.replace(' ', '-')}{form.replace('--', '-')}" if asked else "fit-trainer"
+    return (HELP / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def target_of(verb: str, words: Sequence[str]) -> str:

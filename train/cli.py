@@ -27,6 +27,7 @@ from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
 from .module import VideoFinetune
 from .overlays import Overlays
+from .parser import FitParser
 from .quiet import silence
 from .recipe import high_rates
 from .row_check import check_rows, sources_of
@@ -38,9 +39,13 @@ class FitCLI(LightningCLI):
     """The parser and the objects; `fit` runs them."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.usage = (
-            "stts fit --config FILE.yaml [--dry-run] [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] "
-            "[--trainer.NAME VALUE]"
+        parser.usage = "stts fit --model.model M --data.train FILE [options], or stts fit --config FILE [options]"
+        parser.description = (
+            "Fine-tune a stock video VLM under a pruner. Without --config, the recipe of the model's family is used, "
+            "fitted to rows and machine. --dry-run rehearses the run in seconds. Every option can stand in the YAML of "
+            "--config, with dots as levels. Names of Hugging Face's TrainingArguments are understood: "
+            "--model_name_or_path, --output_dir, --learning_rate (of the LLM), --per_device_train_batch_size, "
+            "--max_steps, --bf16, --report_to, --resume_from_checkpoint and others."
         )
         parser.add_argument(
             "--out", type=str, required=True, help="folder for logs, checkpoints and the exported model"
@@ -137,6 +142,7 @@ def _cli(cli_class: type[FitCLI], argv: Sequence[str]) -> FitCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "stts fit"},
+        parser_class=FitParser,
         save_config_kwargs={"overwrite": True},
         # our batches are sharded by rank already; a replaced sampler would undo token-budget batches
         trainer_defaults={"use_distributed_sampler": False, "enable_progress_bar": sys.stderr.isatty()},

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from stts.models.families.published import config_of
 
 from .cli import ReadingCLI, read_config
+from .parser import translate
 from .plan import GIB, SPARE, describe, make_plan
 from .plan_config import Run, run_of
 
@@ -21,6 +22,7 @@ class PlanCLI(ReadingCLI):
         super().add_arguments_to_parser(parser)
         parser.prog = "stts plan"
         parser.usage = "stts plan --config FILE.yaml [--gpus N] [--gpu_gib G] [options of stts fit]"
+        parser.description = "Memory, tokens and FLOPs of a run of `stts fit` before it starts, and what to change."
         height, width = Run.frame_size
         parser.add_argument("--gpus", type=int, default=0, help="GPUs in all; 0: devices x nodes of the config")
         parser.add_argument("--gpu_gib", type=float, default=Run.gpu_gib, help="memory of one GPU")
@@ -53,7 +55,7 @@ def read_run(argv: Sequence[str]) -> Run:
 
 def plan(argv: Sequence[str]) -> int:
     """`stts plan`: 0 when the run fits, 1 when it does not."""
-    run = read_run(argv)
+    run = read_run(translate(argv))
     result = make_plan(run)
     print(describe(run, result))
     return 0 if result.total <= run.gpu_gib * (1 - SPARE) * GIB else 1

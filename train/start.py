@@ -13,6 +13,7 @@ import yaml
 
 from . import cli
 from .console import print_rank_zero
+from .parser import translate
 from .plan import GIB, make_plan
 from .plan_config import Run, run_of
 from .recipe import Machine, find_config, for_machine, for_rows, recipe_of, value_of
@@ -23,7 +24,7 @@ _SHARE = 0.4  # of the speed of one large product that a training step is taken 
 
 def fit(argv: Sequence[str]) -> int:
     """Run training and return the exit code. ValueError where there is neither a config nor a model with rows."""
-    words = list(argv)
+    words = translate(argv)
     if needs_recipe(words):
         rehearsed = ["--dry-run"] if "--dry-run" in words else []
         words = complete([word for word in words if word not in rehearsed]) + rehearsed

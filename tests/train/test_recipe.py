@@ -46,7 +46,7 @@ def test_every_published_model_has_the_recipe_of_its_family(name: str) -> None:
 
 def test_a_small_model_has_the_recipe_of_the_quick_start_and_an_unknown_family_none() -> None:
     assert recipe_of(config_of(str(ROOT / "stts/assets/shapes_vlm"))).name == "shapes_stts.yaml"
-    with pytest.raises(ValueError, match="no recipe for family 'bert'; known: llava_onevision"):
+    with pytest.raises(ValueError, match=r"no recipe for family 'bert'; known: .*llava_onevision"):
         recipe_of(AutoConfig.for_model("bert"))
 
 
