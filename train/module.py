@@ -142,6 +142,7 @@ class VideoFinetune(pl.LightningModule):
             )
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
+        self._seed = 0
         self._held: list[nn.Parameter] = []  # that learn, but not in the present batch
         self._validation = Validation()
         self._started, self._attached = time.perf_counter(), False
@@ -149,6 +150,9 @@ class VideoFinetune(pl.LightningModule):
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What a stage draws is then a function of the batch, so a resumed run draws what it would have drawn.
+        place = 0 if batch.step is None else batch.step.place
+        torch.manual_seed(hash((self._seed, self.global_step, place, self.global_rank)))
         if holds_vlm(self.retention, self.global_step):
             self._held = [p for part, group in self.parts().items() if part != "scorer" for p in group]
             for parameter in self._held:
@@ -308,6 +312,7 @@ class VideoFinetune(pl.LightningModule):
             self.scorer.train()
 
     def on_train_start(self) -> None:
+        self._seed = torch.initial_seed()
         self._started = time.perf_counter()
 
     def on_validation_end(self) -> None:

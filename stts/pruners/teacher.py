@@ -16,7 +16,7 @@ from stts.pruners import ops
 from stts.tokens import Objective, Watch, Watched
 
 TeacherSignal = Literal["gradient", "attention", "noise_gate", "scale_gate"]
-ChangeWeight = Literal["change", "none"]
+ChangeWeight = float | Literal["change", "none"]
 Importance = Callable[[Tensor, Tensor], Tensor]
 """Features and their gradients, (G, d) each -> (G,) fp32."""
 
@@ -44,16 +44,21 @@ class Teacher:
     """log_odds: M = -mean over answer tokens of log p - log(1 - p). log_prob: the answer loss, which no longer changes
     with what is already answered surely, so that its evidence vanishes from the gradient."""
     weight: ChangeWeight = "change"
-    """change: t_i is multiplied by c_i, how much the group changed since the frame before; none: by 1."""
+    """change: t_i is multiplied by c_i, how much the group changed since the frame before; none: by 1; a number w in
+    [0, 1]: by 1 - w + w c_i, so that things at rest keep a part of what they matter."""
     share: float = 0.1
     """Of the groups outside the first frame that become targets, or that gates let through, in (0, 1); at least one."""
     layer: int | None = None
     """Of the LLM, from 0, for the signal `attention`."""
 
     def __post_init__(self) -> None:
-        for name, known in (("signal", TeacherSignal), ("objective", Objective), ("weight", ChangeWeight)):
+        for name, known in (("signal", TeacherSignal), ("objective", Objective)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"teacher: {name}={getattr(self, name)!r} must be one of {get_args(known)}")
+        if self.weight not in ("change", "none") and not (
+            isinstance(self.weight, int | float) and 0 <= self.weight <= 1
+        ):
+            raise ValueError(f"teacher: weight={self.weight!r} must be 'change', 'none' or a number in [0, 1]")
         if not 0 < self.share < 1:
             raise ValueError(f"teacher: share={self.share} must be in (0, 1): the fraction of groups that are targets")
         if (self.layer is None) == (self.signal == "attention"):
@@ -61,6 +66,11 @@ class Teacher:
                 f"teacher: layer={self.layer} with signal={self.signal!r}; the signal 'attention' needs a layer of the "
                 "LLM, from 0, the others take none"
             )
+
+    @property
+    def change_share(self) -> float:
+        """`weight` as a number."""
+        return {"change": 1.0, "none": 0.0}[self.weight] if isinstance(self.weight, str) else self.weight
 
     def watch(self, scores_G: Tensor, change_G: Tensor, per_frame: int) -> Watch:
         """For `Kept.watch` of a video that keeps every group. With a target: features unchanged, the loss `teacher`,
@@ -71,9 +81,9 @@ class Teacher:
 
         def teach(x_Gd: Tensor, importance: Importance) -> Watched:
             values = {name: scores_G.new_zeros(()) for name in ("teacher", "teacher_agreement")}
-            weight_G = change_G if self.weight == "change" else torch.ones_like(change_G)
+            prior_G = 1 - self.change_share * (1 - change_G)
             taught: Any = _Teach.apply  # torch leaves it without types
-            features_Gd, loss = taught(x_Gd, scores_G, weight_G, values, per_frame, self.share, importance)
+            features_Gd, loss = taught(x_Gd, scores_G, prior_G, values, per_frame, self.share, importance)
             return Watched(features_Gd, {"teacher": loss}, values, self.objective)
 
         def by_gradient(x_Gd: Tensor) -> Watched:
@@ -164,21 +174,21 @@ class _Teach(torch.autograd.Function):
         ctx: Any,
         x_Gd: Tensor,
         scores_G: Tensor,
-        change_G: Tensor,
+        prior_G: Tensor,
         values: Mapping[str, Tensor],
         per_frame: int,
         share: float,
         importance: Importance,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_Gd, scores_G, change_G)
+        ctx.save_for_backward(x_Gd, scores_G, prior_G)
         ctx.values, ctx.per_frame, ctx.share, ctx.importance = values, per_frame, share, importance
         return x_Gd.view_as(x_Gd), scores_G.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_Gd, weight = grads
-        x_Gd, scores_G, change_G = ctx.saved_tensors
-        target_G = highest(ctx.importance(x_Gd, grad_Gd) * change_G.float(), ctx.per_frame, ctx.share)
+        x_Gd, scores_G, prior_G = ctx.saved_tensors
+        target_G = highest(ctx.importance(x_Gd, grad_Gd) * prior_G.float(), ctx.per_frame, ctx.share)
         taught_G = torch.arange(len(scores_G), device=scores_G.device) >= ctx.per_frame
         error_G = torch.where(taught_G, scores_G - target_G, 0.0)  # dBCE/dlogit
         likelihood_G = torch.where(target_G > 0, scores_G, 1 - scores_G).clamp_min(1e-12)

@@ -31,7 +31,7 @@ def parts() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("weight", ["change", "none"])
+@pytest.mark.parametrize("weight", ["change", "none", 0.25])
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_the_gradient_is_that_of_bce_on_a_fixed_target(parts: dict[str, Tensor], weight: Any, scale: float) -> None:
     teacher = Teacher(weight=weight, share=0.3)
@@ -43,7 +43,8 @@ def test_the_gradient_is_that_of_bce_on_a_fixed_target(parts: dict[str, Tensor],
     assert x.grad is not None and logit.grad is not None
     torch.testing.assert_close(x.grad, scale * grad)
 
-    importance = grad.norm(dim=1) * x.detach().norm(dim=1) * (change if weight == "change" else 1)
+    importance = grad.norm(dim=1) * x.detach().norm(dim=1)
+    importance *= {"change": change, "none": 1, 0.25: 0.75 + 0.25 * change}[weight]
     target = torch.zeros(12)
     target[PER_FRAME + importance[PER_FRAME:].topk(3).indices] = 1
     again = logit.detach().requires_grad_()
@@ -156,6 +157,8 @@ def test_only_passes_that_keep_everything_are_watched() -> None:
         ({"share": 1.0}, "share=1.0"),
         ({"objective": "loss"}, "objective='loss'"),
         ({"shares": 0.1}, "unknown"),
+        ({"weight": 1.5}, "weight=1.5"),
+        ({"weight": "novelty"}, "weight='novelty'"),
         ({"signal": "attention"}, "layer=None"),
         ({"signal": "noise_gate", "layer": 1}, "layer=1"),
         ({"signal": "gate"}, "signal='gate'"),

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from stts.data.collate import Collator, Step
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
-from stts.models.pruning.llm_layers import Prefill
 from stts.pruners.teacher import Teacher, gradient_importance, highest
 from stts.tokens import Watched
 from stts_train.loss import answer_loss
 from stts_train.module import VideoFinetune
 from stts_train.parts import PARTS
 from stts_train.retention import Sampled, holds_vlm, make_retention
+from tests.conftest import make_inputs
 from tests.train.test_module import FAST, batch_for, fit
 
 WEIGHTS: Any = {"answer": 1.0, "temporal": 0.5, "teacher": 1.0}
@@ -171,35 +171,62 @@ def test_rival_signals_reach_the_scorer(tiny_folder: Path, options: dict[str, An
 def test_the_attention_that_teaches_is_that_of_the_stock_model(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
+    """Two videos in a row, and an image before one."""
     module = taught(tiny_folder, pruner_options={"teacher": {"signal": "attention", "layer": 2}}).train()
     module.pruning.retention_ratio = 1.0
     if checkpointing:
         module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch, heard = batch_for(module), []
-    stock_tell = Prefill._tell
+    heard: list[Tensor] = []
+    stock_watch = Teacher.watch
 
-    def listen(self: Prefill, layer: int, *given: Tensor) -> None:
-        self._listeners = {
-            video: (at, lambda told, tell=tell: (heard.append(told), tell(told)))
-            for video, (at, tell) in self._listeners.items()
-        }
-        stock_tell(self, layer, *given)
+    def listen(self: Teacher, *given: Any) -> Any:
+        def watching(x_Gd: Tensor) -> Watched:
+            watched = stock_watch(self, *given)(x_Gd)
+            assert watched.attention is not None
+            layer, tell = watched.attention
+            return replace(watched, attention=(layer, lambda told: (heard.append(told), tell(told))))
 
-    monkeypatch.setattr(Prefill, "_tell", listen)
+        return watching
+
+    monkeypatch.setattr(Teacher, "watch", listen)
+    inputs = make_inputs(module.processor, ["vv is there a cross ?", "iv what is it ?", "- how many ?"])
     with module.pruning:
-        losses = module._forward(batch)
+        logits = module.model(**inputs, use_cache=False).logits
         assert len(heard) == 3, "one per video"
-        (losses["answer"] + losses["teacher"]).backward()
+        assert module.pruning.last is not None
+        (logits.sum() + module.pruning.last.losses["teacher"]).backward()
     assert any(grad.any() for grad in scorer_grads(module))
     module.model.eval().set_attn_implementation("eager")
-    inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
     with torch.no_grad():
         maps = module.model(**inputs, output_attentions=True, use_cache=False).attentions[2]
-    video_token = module.model.config.video_token_id
-    for row, told in enumerate(heard[:3]):
+    is_video = inputs["input_ids"] == module.model.config.video_token_id
+    size = len(heard[0])
+    places = [is_video[row].nonzero().flatten().split(size + 1) for row in (0, 1)]  # each ends with a newline
+    for told, row, place in zip(heard, (0, 0, 1), (*places[0], *places[1]), strict=False):
         last = int(inputs["attention_mask"][row].nonzero()[-1])
-        places = (inputs["input_ids"][row] == video_token).nonzero().flatten()[: len(told)]
-        torch.testing.assert_close(told, maps[row, :, last, places].mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(told, maps[row, :, last, place[:size]].mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before(tiny_folder: Path) -> None:
+    """So a resumed run chooses, under Gumbel noise, what it would have chosen."""
+
+    class Draw(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.rand(7)
+
+    kept: list[list[Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            kept[-1] += pl_module.pruning.last.index
+
+    for more in ([], [Draw()]):
+        torch.manual_seed(0)
+        kept.append([])
+        module = taught(tiny_folder, retention_ratio=0.5, pruner_options={"teacher": None, "gumbel": 5.0})
+        fit(module, [batch_for(module)] * 2, callbacks=[Look(), *more])
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+    assert not torch.equal(kept[0][0], kept[0][3]), "another step, another draw"
 
 
 def test_an_attention_layer_that_the_llm_lacks_is_named(tiny_folder: Path) -> None:
