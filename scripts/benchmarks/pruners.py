@@ -1,13 +1,16 @@
-"""What deciding costs: every pruner of the registry on one video, beside the plain loops that say what it means.
+"""What deciding costs: every pruner of the registry on one video, beside the authors' way and plain loops.
 
     python scripts/benchmarks/pruners.py --quick               8 frames of 7x7 tokens, seconds on a CPU
     python scripts/benchmarks/pruners.py --json pruners.json   32 frames of 14x14 tokens of width 3584, minutes on a CPU
 
 Runs in float32 on the CPU, in bfloat16 on CUDA where there is one. The video has scenes, static places and moving ones.
-Times are medians after a warm-up, the plain loops (`stts/pruners/naive/`) run once. `extra` is the most memory that
-torch holds at any moment beyond the input. `same` is the share of kept tokens that both agree on; VisionZip's loops
-round 14x14 tokens down where the release has a table. Collecting the signals (attention maps, keys) is not in the
-times: `stts compare` measures whole forward passes.
+Times are medians after a warm-up; ours and the authors' way (`rival_pruners.py`: their loops over frames and windows,
+their matrices of all pairs) take turns, the plain loops (`stts/pruners/naive/`) run once, with `--loops`. `peak` is the
+most memory that torch holds at any moment beyond the input, over the bytes of the tokens. `launches` are operators that
+would start a kernel, `waits` the moments at which the host would wait for a GPU, both of one call (`counting.py`);
+copies of small tables to the device are not waits here. `same` is the share of kept tokens that the authors' way keeps
+too: it counts by the release's own rule, ours exactly as planned. Collecting the signals (attention maps, keys) is not
+in the times: `stts compare` measures whole forward passes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import extra_mib, machine, timed, where, write_json
+from counting import counted
+from measure import extra_mib, in_turns, machine, timed, where, write_json
 from measure import table as columns
+from rival_pruners import RIVALS
 
 import stts  # noqa: F401  (before torch's profiler pulls in torchvision)
 from stts.budget import plan
@@ -49,13 +53,20 @@ class Row:
     kept: int
     ms: float
     extra_mib: float
-    naive_ms: float | None = None
+    peak: float
+    """extra_mib over the tokens' own."""
+    launches: int
+    waits: int
+    authors_ms: float | None = None
     ratio: float | None = None
-    """naive_ms / ms"""
+    """authors_ms / ms, median over rounds in which the two took turns."""
     same: float | None = None
+    naive_ms: float | None = None
 
 
-def bench(name: str, stage: Stage, grid: Grid, width: int, ratio: float, device: torch.device, repeats: int) -> Row:
+def bench(
+    name: str, stage: Stage, grid: Grid, width: int, ratio: float, device: torch.device, repeats: int, loops: bool
+) -> Row:
     """One stage; inside the LLM it keeps half of what is left there, elsewhere `ratio`."""
     site = stage.site
     video = example_video(
@@ -77,15 +88,23 @@ def bench(name: str, stage: Stage, grid: Grid, width: int, ratio: float, device:
     label = getattr(stage, "label", None)  # what must stand beside every number of the method
     kind = type(stage).__name__ + (f" ({label})" if label else "")
     kept = decide()
-    ms = statistics.median(timed(decide, device) for _ in range(repeats))
-    row = Row(name, kind, site.kind, video.num_groups, len(kept.index_K), ms, extra_mib(decide, device))
-    reference = reference_of(stage)
-    if reference is None or (name in WHOLE_CLIP and video.num_groups > 2000):
-        return row
-    found: list[Kept] = []
-    naive_ms = timed(lambda: found.append(reference(video, budget)), device)
-    agreed = torch.isin(kept.index_K.cpu(), found[0].index_K.cpu()).float().mean().item()
-    return replace(row, naive_ms=naive_ms, ratio=naive_ms / ms, same=agreed)
+    rival = RIVALS.get(type(stage).__name__)
+    theirs: list[torch.Tensor] = []
+    ways = {"authors": lambda: theirs.append(rival(video, budget, stage))} if rival else {}
+    took = in_turns({**ways, "ours": decide}, device, repeats)
+    extra, tokens_mib = extra_mib(decide, device), video.x_ND.numel() * video.x_ND.element_size() / 2**20
+    launches, waits = counted(decide)
+    row = Row(
+        name, kind, site.kind, video.num_groups, len(kept.index_K), took["ours"].ms, extra, extra / tokens_mib,
+        launches, waits,
+    )  # fmt: skip
+    if rival:
+        same = torch.isin(theirs[0].cpu(), kept.index_K.cpu()).float().mean().item()
+        row = replace(row, authors_ms=took["authors"].ms, ratio=took["ours"].ratio, same=same)
+    reference = reference_of(stage) if loops and not (name in WHOLE_CLIP and video.num_groups > 2000) else None
+    if reference is not None:
+        row = replace(row, naive_ms=timed(lambda: reference(video, budget), device))
+    return row
 
 
 def reference_of(stage: Stage) -> Callable[[VideoTokens, Budget], Kept] | None:
@@ -105,13 +124,22 @@ def reference_of(stage: Stage) -> Callable[[VideoTokens, Budget], Kept] | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [["pruner", "stage", "site", "tokens", "kept", "ms", "extra MiB", "naive ms", "ratio", "same"]]
+    head = ["pruner", "stage", "site", "tokens", "kept", "ms", "peak", "launches", "waits"]
+    lines = [[*head, "authors' ms", "ratio", "same", "loops' ms"]]
     for row in rows:
         compared = ["-"] * 3
-        if row.naive_ms is not None and row.ratio is not None and row.same is not None:
-            compared = [f"{row.naive_ms:.0f}", f"{row.ratio:.0f}x", f"{100 * row.same:.1f} %"]
-        numbers = [str(row.tokens), str(row.kept), f"{row.ms:.2f}", f"{row.extra_mib:.1f}"]
-        lines.append([row.pruner, row.stage, row.site, *numbers, *compared])
+        if row.authors_ms is not None and row.ratio is not None and row.same is not None:
+            compared = [f"{row.authors_ms:.0f}", f"{row.ratio:.1f}x", f"{100 * row.same:.1f} %"]
+        numbers = [
+            str(row.tokens),
+            str(row.kept),
+            f"{row.ms:.2f}",
+            f"{row.peak:.1f}",
+            str(row.launches),
+            str(row.waits),
+        ]
+        loops = "-" if row.naive_ms is None else f"{row.naive_ms:.0f}"
+        lines.append([row.pruner, row.stage, row.site, *numbers, *compared, loops])
     return columns(lines, 3)
 
 
@@ -121,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pruners", nargs="+", choices=list(PRUNERS), default=list(PRUNERS), metavar="NAME")
     parser.add_argument("--retention-ratio", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loops", action="store_true", help="also time the plain loops once: many minutes")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
 
@@ -141,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 kinds.add(type(stage))
                 seen.append(stage)
-                rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats))
+                rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats, args.loops))
                 print(f"{name}: {rows[-1].ms:.1f} ms", file=sys.stderr)
     print(f"{grid.t} frames of {grid.h}x{grid.w} tokens, width {width}, {where(device)}, torch {torch.__version__}\n")
     print(table(rows))

@@ -92,8 +92,8 @@ class HoliTom(PerVideo):
         num_static = static_WP.sum(1).tolist()
         num_moving = [math.ceil((num_places - n) * ratio) for n in num_static]
 
-        window_T = torch.arange(len(windows)).repeat_interleave(torch.tensor([end - start for start, end in windows]))
-        window_T = window_T.to(salience_G.device)
+        window_of = [number for number, (start, end) in enumerate(windows) for _ in range(start, end)]
+        window_T = torch.tensor(window_of, device=salience_G.device)
         num_moving_T = torch.tensor(num_moving, device=salience_G.device)[window_T]
         total = sum(n * (end - start) for n, (start, end) in zip(num_moving, windows, strict=True))
         index_M = _most_attended(salience_G.view(-1, num_places), static_WP[window_T], num_moving_T, total)

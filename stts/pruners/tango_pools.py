@@ -77,14 +77,14 @@ def pool_rows(windows: Sequence[tuple[int, int]], static_WP: Tensor, num_static:
     """(Q, P) rows of `Tokens`: the static places of each window that has some, then each frame's moving places.
 
     Places rise; behind them is padding."""
-    (num_windows, num_places), device, num_frames = static_WP.shape, static_WP.device, windows[-1][1]
+    num_places, device, num_frames = static_WP.shape[1], static_WP.device, windows[-1][1]
     place_P, frame_T = torch.arange(num_places, device=device), torch.arange(num_frames, device=device)
     order_WP = torch.sort(~static_WP, dim=1, stable=True).indices  # static places first
     still = torch.tensor([w for w, number in enumerate(num_static) if number], dtype=torch.long, device=device)
     frame_A = num_frames + torch.arange(len(still), device=device)
     moving_WP = order_WP.gather(1, (place_P + static_WP.sum(1, keepdim=True)).clamp_max(num_places - 1))
-    length_W = torch.tensor([end - start for start, end in windows])
-    window_T = torch.arange(num_windows).repeat_interleave(length_W).to(device)
+    window_of = [number for number, (start, end) in enumerate(windows) for _ in range(start, end)]
+    window_T = torch.tensor(window_of, device=device)
     return torch.cat([order_WP[still], moving_WP[window_T]]) + num_places * torch.cat([frame_A, frame_T])[:, None]
 
 
