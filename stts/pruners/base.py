@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,38 @@ class Pruner(Protocol):
 
     @property
     def stages(self) -> tuple[Stage, ...]: ...
+
+
+class Shown(NamedTuple):
+    """What a decode step let deeper layers read of a prompt in the cache; B = rows, M = slots of the prompt."""
+
+    visible_BM: Tensor
+    """bool; False at keys of a video that were hidden."""
+    attention_BM: Tensor
+    """fp32, 0 outside the videos: what the next step is compared with."""
+
+
+@runtime_checkable
+class HidesKeys(Protocol):
+    """A stage that acts while decoding too: from a layer on, each step reads a part of every video's keys.
+
+    They stay in the cache, so that hidden ones can come back: this saves reading, not memory."""
+
+    @property
+    def hides_from(self) -> int | None:
+        """The first LLM layer that reads a part; None: all layers read everything."""
+        ...
+
+    def num_visible(self, num_keys: int) -> int:
+        """Keys that stay of a video with so many in the cache."""
+        ...
+
+    def show(self, attention_BM: Tensor, inside_BM: Tensor, num_keys: int, last: Shown | None) -> Tensor:
+        """bool (B, M), inside one video: the keys that this step reads. No host synchronisation.
+
+        attention_BM: fp32, of the new token in the layer before, mean over heads; inside_BM: bool, the `num_keys` slots
+        of the video in each row that has it; last: what the step before showed, None at the first one of an answer."""
+        ...
 
 
 @runtime_checkable

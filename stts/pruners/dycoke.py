@@ -1,20 +1,20 @@
 """DyCoke: in groups of four frames the first stays whole, of the others what differs most from an earlier one.
 
-Shape suffixes beside those of `stts.tokens`: H = heads, M = keys in the cache, V = keys of the video among them.
+Shape suffixes beside those of `stts.tokens`: B = rows of a cache, M = its slots of the prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
+from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, Shown
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
@@ -35,8 +35,13 @@ class DyCoke(PerVideo):
 
     **Differs:** an odd last frame counts like any other, and so does the last group; the release drops an odd last
     frame, keeps the third frame of the last group whole, and lists the tokens of a frame by rising cosine
-    (compat="official"). Its second part, which hides keys of the cache while decoding, is `visible_keys`; no stage runs
-    it yet, so the numbers are those of the first part alone."""
+    (compat="official").
+
+    Its second part, with `hidden`: at each decode step the layers from `layer` on read only the trunc((1 - P) V) keys
+    of the video that the layer before attends to most, and everything outside the video. A step whose attention is like
+    the last one's (cosine of at least `limit`) keeps the last choice; the release reads the whole cache then
+    (compat="official"), and compares the first step of an answer with the answer before. Hidden keys stay in memory.
+    Without `hidden`, the default, the numbers are those of the first part alone, as they are where no cache is used."""
 
     paper: ClassVar[str] = "2411.15024"
     newlines: ClassVar[Newlines] = "kept_rows"
@@ -45,16 +50,24 @@ class DyCoke(PerVideo):
 
     frame_ratio: float | None = None
     """Share kept of a pruned frame (1 - K) where the budget is not exact; None: from the retention ratio."""
+    hidden: float | None = None
+    """P, the share of a video's keys hidden from deeper layers while decoding (published: 0.7); None: nothing is."""
+    layer: int = 3
+    """The first LLM layer that reads a part of the keys."""
+    limit: float = 0.9
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
+        if self.hidden is not None and not 0 <= self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden} is the share of a video's keys hidden while decoding, in [0, 1)")
         if self.frame_ratio is not None and not 0 <= self.frame_ratio <= 1:
             raise ValueError(f"frame_ratio={self.frame_ratio} is the share kept of a pruned frame, in [0, 1]")
 
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
+        """Original positions where they have a time of their own; the published layer, scaled for shallow LLMs."""
+        positions = "original" if host.mrope else "compact"
+        return cls(**{"positions": positions, "layer": host.llm_layer(cls.layer), **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)
@@ -107,40 +120,26 @@ class DyCoke(PerVideo):
         share = left // num_pruned.clamp_min(1)
         return ~whole_T * (share + (rank_T < left - share * num_pruned))
 
+    # --- while decoding ----------------------------------------------------------------------------------------------
+
+    @property
+    def hides_from(self) -> int | None:
+        return None if self.hidden is None else self.layer
+
+    def num_visible(self, num_keys: int) -> int:
+        return num_keys if self.hidden is None else int(num_keys * (1 - Decimal(str(self.hidden))))
+
+    def show(self, attention_BM: Tensor, inside_BM: Tensor, num_keys: int, last: Shown | None) -> Tensor:
+        """bool (B, M) keys of the video that this step reads."""
+        inside_only_BM = attention_BM.masked_fill(~inside_BM, -torch.inf)
+        most_BK = ops.top(inside_only_BM, self.num_visible(num_keys))
+        chosen_BM = torch.zeros_like(inside_BM).scatter_(1, most_BK, True) & inside_BM
+        if last is None:
+            return chosen_BM
+        now_BM, before_BM = attention_BM * inside_BM, last.attention_BM * inside_BM
+        again_B1 = F.cosine_similarity(now_BM, before_BM, dim=1)[:, None] >= self.limit
+        earlier_BM = inside_BM if self.compat == "official" else last.visible_BM & inside_BM
+        return torch.where(again_B1, earlier_BM, chosen_BM)
+
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 4 * grid.num_groups * width  # one norm and one dot product per token
-
-
-class Visible(NamedTuple):
-    """What layers behind `layer` read at one decoding step."""
-
-    key_M: Tensor
-    """int64 places in the cache, increasing."""
-    attention_V: Tensor
-    """What the next step is compared with."""
-    similarity: float
-    chosen: bool
-    """False: the step was so much like the last one that nothing new was chosen."""
-
-
-def visible_keys(
-    attention_HM: Tensor, start: int, num_keys: int, last: Visible | None, *, hidden: float = 0.7, limit: float = 0.9,
-    compat: Literal["official"] | None = None,
-) -> Visible:  # fmt: skip
-    """Part 2 of DyCoke: the keys of the video that a decoding step may read, by the attention of the layer before.
-
-    attention_HM: probabilities of one query in LLM layer 2 (heads x keys of the cache); the video has `num_keys` of
-    them from `start` on. The trunc(V (1 - hidden)) most attended stay visible, and everything outside the video. A step
-    whose attention is like the last one's (cosine of at least `limit`) keeps the last choice; the release then reads
-    the whole cache (compat="official"). `last` is None at the first step of an answer."""
-    attention_V = attention_HM[:, start : start + num_keys].float().mean(0)
-    similarity = 0.0 if last is None else float(F.cosine_similarity(attention_V, last.attention_V, dim=0))
-    num_all, end = attention_HM.shape[1], start + num_keys
-    number_M = torch.arange(num_all, device=attention_HM.device)
-    if last is not None and similarity >= limit:
-        if compat == "official":
-            return Visible(number_M, attention_V, similarity, chosen=False)
-        earlier_M = last.key_M[last.key_M < end]
-        return Visible(torch.cat([earlier_M, number_M[end:]]), attention_V, similarity, chosen=False)
-    kept_V = ops.top(attention_V, int(num_keys * (1 - hidden))).sort().values
-    return Visible(torch.cat([number_M[:start], start + kept_V, number_M[end:]]), attention_V, similarity, chosen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stts.pruners.dycoke import DyCoke, Visible, visible_keys
+from stts.pruners.base import Shown
+from stts.pruners.dycoke import DyCoke
 from stts.tokens import Budget, Grid, VideoTokens
 from tests.golden.conftest import Case, cases
 
@@ -47,10 +48,14 @@ def test_keeps_what_the_release_keeps(case: Case) -> None:
 @pytest.mark.parametrize("case", CACHE, ids=str)
 def test_hides_the_keys_that_the_release_hides(case: Case) -> None:
     start, num_keys = int(case.meta["image_start"]), int(case.meta["image_len"])
-    last: Visible | None = None
+    stage = DyCoke(hidden=float(case.meta["p"]), compat="official")
+    number_M = torch.arange(start + num_keys)  # what follows is never hidden
+    inside_BM, last = (number_M >= start)[None], None
     for step in range(len(case.names(".attn"))):
-        attention_HM = case[f"step{step}.attn"][0, :, 0]
-        last = visible_keys(attention_HM, start, num_keys, last, hidden=float(case.meta["p"]), compat="official")
-        assert torch.equal(last.key_M, case[f"step{step}.visible"])
-        assert last.similarity == pytest.approx(float(case[f"step{step}.similarity"]), abs=1e-5)
-        assert last.chosen == bool(case[f"step{step}.pruned"])
+        attention_HM = case[f"step{step}.attn"][0, :, 0].float()
+        attention_BM = attention_HM[:, : len(number_M)].mean(0)[None]
+        visible_M = stage.show(attention_BM, inside_BM, num_keys, last)[0] | (number_M < start)
+        behind = torch.arange(len(number_M), attention_HM.shape[1])
+        assert torch.equal(torch.cat([number_M[visible_M], behind]), case[f"step{step}.visible"])
+        assert bool(visible_M.all()) != bool(case[f"step{step}.pruned"])
+        last = Shown(visible_M[None], attention_BM * inside_BM)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stts.pruners.base import Shown
 from stts.pruners.check import example_video
-from stts.pruners.dycoke import DyCoke, visible_keys
+from stts.pruners.dycoke import DyCoke
 from stts.tokens import Budget, Grid, VideoTokens
 
 
@@ -46,19 +47,22 @@ def test_what_does_not_divide_goes_to_the_frames_that_differ_most() -> None:
 
 
 def test_a_step_like_the_last_keeps_the_last_choice() -> None:
-    attention_HM = torch.tensor([[0.1, 0.4, 0.1, 0.3, 0.1]])
-    first = visible_keys(attention_HM, 1, 3, None, hidden=0.3)
-    assert (first.key_M.tolist(), first.chosen) == ([0, 1, 3, 4], True)
-    longer_HM = torch.cat([attention_HM, torch.zeros(1, 1)], 1)
-    again = visible_keys(longer_HM, 1, 3, first, hidden=0.3)
-    assert (again.key_M.tolist(), again.chosen) == ([0, 1, 3, 4, 5], False)
-    assert visible_keys(longer_HM, 1, 3, first, hidden=0.3, compat="official").key_M.tolist() == list(range(6))
-    turned_HM = torch.tensor([[0.1, 0.1, 0.5, 0.0, 0.1, 0.2]])
-    other = visible_keys(turned_HM, 1, 3, again, hidden=0.3)
-    assert (other.key_M.tolist(), other.chosen) == ([0, 1, 2, 4, 5], True)
+    # Slot 0 and slot 4 are no video; the second row has another one. Of its 3 keys trunc(0.7 * 3) = 2 stay.
+    stage, inside_BM = DyCoke(hidden=0.3), torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    attention_BM = torch.tensor([[0.1, 0.4, 0.1, 0.3, 0.1], [0.9, 0.0, 0.0, 0.0, 0.1]])
+    first_BM = stage.show(attention_BM, inside_BM, 3, None)
+    assert first_BM.tolist() == [[False, True, False, True, False], [False] * 5]
+    last = Shown(first_BM, attention_BM)
+    like_BM = torch.tensor([[0.5, 0.4, 0.2, 0.19, 0.1], [0.9, 0.0, 0.0, 0.0, 0.1]])  # now slot 2 beats slot 3
+    assert torch.equal(stage.show(like_BM, inside_BM, 3, last), first_BM)
+    assert torch.equal(DyCoke(hidden=0.3, compat="official").show(like_BM, inside_BM, 3, last), inside_BM)
+    turned_BM = torch.tensor([[0.1, 0.1, 0.5, 0.0, 0.1], [0.1, 0.0, 0.0, 0.0, 0.9]])
+    assert stage.show(turned_BM, inside_BM, 3, last)[0].tolist() == [False, True, True, False, False]
 
 
 def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hidden=1\.0"):
+        DyCoke(hidden=1.0)
     with pytest.raises(ValueError, match=r"frame_ratio=1\.5"):
         DyCoke(frame_ratio=1.5)
     video = example_video(DyCoke(), Grid(2, 2, 2))

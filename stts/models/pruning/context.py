@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
 from stts.models.pruning import pieces
 from stts.models.pruning.checks import check_checkpointing, check_one_device
-from stts.models.pruning.continuation import continuation_of, decode
+from stts.models.pruning.continuation import DecodeStep, continuation_of, decode
 from stts.models.pruning.llm_layers import attach_layers
 from stts.models.pruning.pass_videos import make_report
 from stts.models.pruning.prompt import Prompt
@@ -207,6 +207,8 @@ class Pruning(Settings):
     def _after_llm(self, llm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the language model: its output at full length."""
         carried = kwargs.get(PASS_ARGUMENT)
+        if isinstance(carried, DecodeStep):
+            carried.finish()
         return carried.restore(output) if isinstance(carried, Prompt) else output
 
     def _close_cache(self, llm: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -3,7 +3,8 @@
 The cache is what a caller keeps, copies and hands back, so the facts stay on it: a deep copy of a cache has its own,
 reordered or repeated rows are reordered or repeated here too, and two prompts may be continued in turns.
 
-Shape suffixes beside those of `stts.tokens`: B = rows, M = slots of the shortened prompt.
+Shape suffixes beside those of `stts.tokens`: B = rows, M = slots of the shortened prompt, C = slots of the cache, H =
+query heads, J = key heads, I = query heads of a key head, Q = 1, the new token.
 """
 
 from __future__ import annotations
@@ -15,8 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stts.models.families.attention import PASS_ARGUMENT
+from stts.models.families.attention import PASS_ARGUMENT, capture_next
 from stts.models.pruning.masks import decode_mask
+from stts.pruners.base import HidesKeys, Shown
+
+
+@dataclass
+class Hiding:
+    """Keys of the videos in a cache that deeper layers do not read while decoding."""
+
+    pruner: HidesKeys
+    layer: int
+    """The first that reads a part."""
+    video_BM: Tensor
+    """int64 video of each slot of the shortened prompt, -1 elsewhere."""
+    num_keys: list[int]
+    """Of every video (per beam, with beams)."""
+    last: Shown | None = None
+    """What the step before showed."""
+
+    def next(self, attention_BM: Tensor) -> Shown:
+        """What this step shows; attention_BM: of the new token to the slots of the prompt, in the layer before."""
+        visible_BM = torch.ones_like(self.video_BM, dtype=torch.bool)
+        for number, num_keys in enumerate(self.num_keys):
+            inside_BM = self.video_BM == number
+            seen_BM = self.pruner.show(attention_BM, inside_BM, num_keys, self.last)
+            visible_BM = torch.where(inside_BM, seen_BM, visible_BM)
+        return Shown(visible_BM, attention_BM.masked_fill(self.video_BM < 0, 0))
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.video_BM = change(self.video_BM)
+        self.last = self.last and Shown(*map(change, self.last))
 
 
 @dataclass
@@ -31,6 +61,8 @@ class Continuation:
     """int64 position of the first generated token."""
     by_layer: dict[int, Tensor] = field(default_factory=dict)
     """`valid_BM` of deeper LLM layers, by the layer from which on it holds, where a stage dropped tokens before it."""
+    hiding: Hiding | None = None
+    """Set by a pruner that acts while decoding."""
     open: bool = False
     """A forward pass under a pruning context is running on the cache; no other may write to it."""
 
@@ -38,6 +70,8 @@ class Continuation:
         """Apply to every tensor what happens to the rows of the cache."""
         self.valid_BM, self.next_position_B = change(self.valid_BM), change(self.next_position_B)
         self.by_layer = {layer: change(valid_BM) for layer, valid_BM in self.by_layer.items()}
+        if self.hiding is not None:
+            self.hiding.change_rows(change)
 
 
 class _PrunedCache:
@@ -94,21 +128,51 @@ def continuation_of(cache: Any) -> Continuation | None:
     return cache.continuation if isinstance(cache, _PrunedCache) else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class DecodeStep:
-    """What layers behind a drop inside the LLM need at one decode step."""
+    """What layers need at one decode step behind a drop inside the LLM, or behind the layer that hides keys."""
 
+    llm: Any
     masks: dict[int, Any]
     """Attention mask, by the layer from which on it holds."""
+    valid_BC: Tensor
+    """bool, False at padding: slots of the cache, the new token included."""
+    hiding: Hiding | None = None
+    shown: Shown | None = None
+    """What this step shows, once the layer that decides has run."""
 
     def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Changed inputs of a layer, or None."""
+        if self.hiding is not None and layer == self.hiding.layer - 1:
+            capture_next(self.llm.layers[layer].self_attn, self._hide)
         cuts = [cut for cut in self.masks if cut <= layer]
         return (args, kwargs | {"attention_mask": self.masks[max(cuts)]}) if cuts else None
 
     def after(self, layer: int, x_RMD: Tensor) -> Tensor | None:
         """Changed output of a layer, or None."""
         return None
+
+    def finish(self) -> None:
+        """Behind the last layer: what was shown is what the next step is compared with."""
+        if self.hiding is not None:
+            self.hiding.last = self.shown
+
+    def _hide(self, q_BHQE: Tensor, k_BJCE: Tensor) -> None:
+        assert self.hiding is not None
+        layer = self.hiding.layer
+        scale = getattr(self.llm.layers[layer - 1].self_attn, "scaling", None) or q_BHQE.shape[-1] ** -0.5
+        attention_BC = step_attention(q_BHQE.detach(), k_BJCE.detach(), self.valid_BC, scale)
+        num_slots = self.hiding.video_BM.shape[1]
+        self.shown = self.hiding.next(attention_BC[:, :num_slots])
+        visible_BC = torch.cat([self.shown.visible_BM, self.valid_BC[:, num_slots:]], 1)
+        self.masks[layer] = decode_mask(visible_BC & self.valid_BC, self.llm)
+
+
+def step_attention(q_BHQE: Tensor, k_BJCE: Tensor, valid_BC: Tensor, scale: float) -> Tensor:
+    """(B, C) fp32 attention of one new token to every slot of its row, mean over heads; 0 at padding."""
+    q_BJIE = q_BHQE[:, :, -1].float().unflatten(1, (k_BJCE.shape[1], -1))
+    score_BJIC = q_BJIE @ k_BJCE.float().transpose(2, 3) * scale
+    return score_BJIC.masked_fill(~valid_BC[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
 
 
 def decode(continuation: Continuation, llm: nn.Module, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
@@ -129,14 +193,15 @@ def decode(continuation: Continuation, llm: nn.Module, kwargs: dict[str, Any], s
     tail_BT = valid_BM.new_ones(rows, step + 1)
     if isinstance(mask, Tensor) and mask.dim() == 2:  # another form was made by the stock code, for the full length
         tail_BT = mask[:, continuation.full_length :].bool()
+    valid_BC = torch.cat([valid_BM, tail_BT], 1)
     changed = kwargs | {
         "position_ids": (continuation.next_position_B + step)[:, None],
-        "attention_mask": torch.cat([valid_BM, tail_BT], 1).to(torch.long),
+        "attention_mask": valid_BC.to(torch.long),
     }
-    if continuation.by_layer:
+    if continuation.by_layer or continuation.hiding is not None:
         masks = {
             layer: decode_mask(torch.cat([deep_BM, tail_BT], 1), llm)
             for layer, deep_BM in continuation.by_layer.items()
         }
-        changed[PASS_ARGUMENT] = DecodeStep(masks)
+        changed[PASS_ARGUMENT] = DecodeStep(llm, masks, valid_BC, continuation.hiding)
     return changed

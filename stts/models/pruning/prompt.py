@@ -22,10 +22,10 @@ from transformers import DynamicCache
 
 from stts.models.families.attention import PASS_ARGUMENT
 from stts.models.families.base import Placed
-from stts.models.pruning.continuation import Continuation, continue_on
+from stts.models.pruning.continuation import Continuation, Hiding, continue_on
 from stts.models.pruning.llm_layers import Decide, Listeners, Prefill
 from stts.models.pruning.masks import Slots, pad_rows
-from stts.pruners.base import Positions, Stage
+from stts.pruners.base import HidesKeys, Positions, Stage
 
 
 class Prompt:
@@ -39,9 +39,12 @@ class Prompt:
         stages: Sequence[Stage],
         decide: Decide,
         listeners: Listeners,
+        hides: HidesKeys | None = None,
+        num_keys: Sequence[int] = (),
     ) -> None:
         """placed: what lies where; mask_BL: which of its places are real (None: all); stages: those inside the language
-        model, which `decide` asks; listeners: who is told of attention in it. ValueError for a mask of another form."""
+        model, which `decide` asks; listeners: who is told of attention in it; hides: what acts while decoding, on
+        `num_keys` keys of each video (per beam). ValueError for a mask of another form."""
         if mask_BL is not None and (not isinstance(mask_BL, Tensor) or mask_BL.dim() != 2):
             raise ValueError("pruning needs the 2-D attention mask (batch, length); static caches are not supported")
         self.num_tokens = 0
@@ -52,6 +55,7 @@ class Prompt:
         self._placed, self._mask_BL = placed, mask_BL
         self._positions: Positions = positions
         self._stages, self._decide, self._listeners = stages, decide, listeners
+        self._hides, self._num_keys = hides, list(num_keys)
         self._layers: Prefill | None = None
         self._sequence_BL: Tensor | None = None
         """Number of the sample that each place belongs to, where the caller packed several into a row."""
@@ -165,7 +169,8 @@ class Prompt:
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
         self.num_tokens, self.num_slots = int(valid_BM.sum()), valid_BM.numel()
         self._layers = self._prefill(llm, self._slots(flat_BM, valid_BM, left))
-        continue_on(cache, Continuation(valid_BM, length, next_B, self._layers.valid))
+        hiding = self._hiding(llm, valid_BM)
+        continue_on(cache, Continuation(valid_BM, length, next_B, self._layers.valid, hiding))
         return {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
             "position_ids": position_BL.gather(-1, index_BM.expand(position_BL.shape[:-1] + index_BM.shape[-1:])),
@@ -175,6 +180,20 @@ class Prompt:
 
     def _prefill(self, llm: Any, slots: Slots) -> Prefill:
         return Prefill(llm, self._stages, self._decide, slots, self._placed, self._listeners)
+
+    def _hiding(self, llm: Any, valid_BM: Tensor) -> Hiding | None:
+        """What decode steps must know to hide keys. ValueError for a cache whose slots are not those of the prompt."""
+        if self._hides is None or self._hides.hides_from is None:
+            return None
+        kinds = set(getattr(llm.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"keys are hidden by their slot in the cache, but layers of this LLM keep {sorted(kinds)}, which drop "
+                "or move slots; leave out `hidden`"
+            )
+        assert self._layers is not None
+        video_BM = self._layers.slots.video_RM.masked_fill(~valid_BM, -1)
+        return Hiding(self._hides, self._hides.hides_from, video_BM, self._num_keys)
 
     def _slots(self, full_RM: Tensor, valid_RM: Tensor, left: bool | None = None) -> Slots:
         """left: where padding is; None: the rows are packed into one."""

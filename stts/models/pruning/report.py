@@ -40,6 +40,11 @@ class Report:
     """LLM layers before which tokens were dropped, increasing."""
     llm_counts: list[list[int]] = field(default_factory=list)
     """Per video: visual tokens that enter the LLM, then those left after each cut."""
+    decode_layer: int | None = None
+    """The LLM layer from which on a decode step reads a part of the videos' keys; None: all are read everywhere."""
+    decode_keys: list[int] = field(default_factory=list)
+    """How many keys of each video those layers read; empty without such a layer. In memory there are as many as entered
+    the LLM, whatever is read."""
     signals: dict[str, str] = field(default_factory=dict)
     """Signal -> what it was made from."""
     llm_tokens: int = 0

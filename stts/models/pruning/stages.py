@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stts.models.families.base import Adapter
 from stts.models.pruning.tower import Drop
-from stts.pruners.base import Pruner, Stage
+from stts.pruners.base import HidesKeys, HostInfo, Pruner, Stage
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 IN_TOWER: frozenset[Signal] = frozenset({"attn", "keys"})
@@ -70,6 +70,8 @@ class Sites:
     pre_llm: Sequence[Stage]
     llm: Sequence[Stage]
     """At increasing layers."""
+    decode: HidesKeys | None = None
+    """The stage that also hides keys while decoding."""
 
     @property
     def all(self) -> list[Stage]:
@@ -128,7 +130,26 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
             raise ValueError(
                 f"{type(stage).__name__} at site pre_llm asks for {sorted(late)}, which only an LLM layer has"
             )
-    return Sites(vit, pre_llm, llm)
+    return Sites(vit, pre_llm, llm, _hides_keys(pruner, llm, adapter.host))
+
+
+def _hides_keys(pruner: Pruner, llm: Sequence[Stage], host: HostInfo) -> HidesKeys | None:
+    """The stage that acts while decoding too. ValueError where this language model or other stages leave no room."""
+    hiding = [stage for stage in pruner.stages if isinstance(stage, HidesKeys) and stage.hides_from is not None]
+    if not hiding:
+        return None
+    first: int = hiding[0].hides_from or 0
+    if not 0 < first < host.llm_layers:
+        raise ValueError(
+            f"keys hidden from layer {first} on: expected 1 to {host.llm_layers - 1} for an LLM of {host.llm_layers} "
+            "layers, because the layer before it decides"
+        )
+    if llm or len(hiding) > 1:
+        raise ValueError(
+            "keys are hidden by one stage, in caches of equal length; a stage inside the LLM gives layers caches of "
+            "their own: take one of the two"
+        )
+    return hiding[0]
 
 
 @contextmanager

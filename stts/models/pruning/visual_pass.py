@@ -218,9 +218,16 @@ class VisualPass(PassVideos):
             kwargs["inputs_embeds"] = self._expand_rows(kwargs["inputs_embeds"])
             placed = placed.repeat(self.expand, num_videos)
         self._late_BL = placed.late_BL
-        self.prompt = Prompt(placed, mask_BL, setup.positions, setup.sites.llm, self._decide_in_llm, self.listeners)
         self.report.grids, self.report.scores = self.grids[:num_videos], self.report.scores[:num_videos]
         self._report_cells()
+        hides, num_keys = setup.sites.decode, self.report.num_kept
+        if hides is not None:
+            self.report.decode_layer = hides.hides_from
+            self.report.decode_keys = [hides.num_visible(number) for number in num_keys]
+        stages, repeated = setup.sites.llm, num_keys * self.expand
+        self.prompt = Prompt(
+            placed, mask_BL, setup.positions, stages, self._decide_in_llm, self.listeners, hides, repeated
+        )
         self.report.llm_counts = [[n] * (1 + len(self.report.llm_cuts)) for n in self.report.num_kept]
         return kwargs
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import stts
+from stts.pruners.dycoke import DyCoke
 from tests.models.test_matrix import FAMILIES
 
 Inputs = dict[str, Any]
@@ -20,6 +21,7 @@ CASES = [
     ("Qwen3-VL", "uniform"),
     ("Qwen3-VL", "fastv"),
     ("Molmo2", "uniform"),
+    ("LLaVA-OneVision", DyCoke(hidden=0.5, layer=1)),
 ]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -31,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]
 
 
 @pytest.fixture(params=CASES, ids=str)
-def case(request: pytest.FixtureRequest, made: Any) -> tuple[Any, Inputs, Inputs, str]:
+def case(request: pytest.FixtureRequest, made: Any) -> tuple[Any, Inputs, Inputs, Any]:
     """A model, two prompts of other rows and frames, a pruner."""
     family, pruner = request.param
     (model, processor), build = made[family], FAMILIES[family][1]
@@ -59,12 +61,12 @@ def alone(model: Any, prompt: Inputs, tokens: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture
-def tokens(case: tuple[Any, Inputs, Inputs, str]) -> list[Tensor]:
+def tokens(case: tuple[Any, Inputs, Inputs, Any]) -> list[Tensor]:
     rows = len(case[1]["input_ids"])
     return [torch.full((rows, 1), number) for number in (5, 6, 7)]
 
 
-def test_two_prompts_by_turns(case: tuple[Any, Inputs, Inputs, str], tokens: list[Tensor]) -> None:
+def test_two_prompts_by_turns(case: tuple[Any, Inputs, Inputs, Any], tokens: list[Tensor]) -> None:
     model, first, second, pruner = case
     with torch.no_grad(), stts.pruning(model, pruner, retention_ratio=0.75):
         expected = [alone(model, prompt, tokens) for prompt in (first, second)]
@@ -75,7 +77,7 @@ def test_two_prompts_by_turns(case: tuple[Any, Inputs, Inputs, str], tokens: lis
     assert not torch.allclose(expected[0][0], expected[1][0], atol=1e-3), "the prompts are different ones"
 
 
-def test_a_deep_copy_of_a_cache_goes_on_alone(case: tuple[Any, Inputs, Inputs, str], tokens: list[Tensor]) -> None:
+def test_a_deep_copy_of_a_cache_goes_on_alone(case: tuple[Any, Inputs, Inputs, Any], tokens: list[Tensor]) -> None:
     model, first, second, pruner = case
     with torch.no_grad(), stts.pruning(model, pruner, retention_ratio=0.75):
         expected = alone(model, first, tokens)
@@ -89,7 +91,7 @@ def test_a_deep_copy_of_a_cache_goes_on_alone(case: tuple[Any, Inputs, Inputs, s
 
 
 def test_rows_of_a_cache_are_reordered_selected_and_repeated(
-    case: tuple[Any, Inputs, Inputs, str], tokens: list[Tensor]
+    case: tuple[Any, Inputs, Inputs, Any], tokens: list[Tensor]
 ) -> None:
     model, first, _, pruner = case
     order = torch.tensor([2, 0, 1])
@@ -114,7 +116,7 @@ def test_rows_of_a_cache_are_reordered_selected_and_repeated(
 
 
 def test_a_pruned_cache_is_refused_outside_a_context(
-    case: tuple[Any, Inputs, Inputs, str], tokens: list[Tensor]
+    case: tuple[Any, Inputs, Inputs, Any], tokens: list[Tensor]
 ) -> None:
     model, first, _, pruner = case
     with torch.no_grad():
@@ -127,7 +129,7 @@ def test_a_pruned_cache_is_refused_outside_a_context(
             torch.testing.assert_close(step(model, cache, first, tokens[0]), expected[0], **CLOSE)
 
 
-def test_a_failed_call_changes_nothing_for_the_next(case: tuple[Any, Inputs, Inputs, str]) -> None:
+def test_a_failed_call_changes_nothing_for_the_next(case: tuple[Any, Inputs, Inputs, Any]) -> None:
     model, first, second, pruner = case
     broken = {name: value for name, value in second.items() if name != "attention_mask"}
     broken["input_ids"] = second["input_ids"][:, 1:]  # a placeholder or a mark less
@@ -149,7 +151,7 @@ def test_a_failed_call_changes_nothing_for_the_next(case: tuple[Any, Inputs, Inp
         assert pruned.last is not None
 
 
-def test_beams_without_a_cache(case: tuple[Any, Inputs, Inputs, str]) -> None:
+def test_beams_without_a_cache(case: tuple[Any, Inputs, Inputs, Any]) -> None:
     """Every step encodes the prompt anew, for every beam."""
     model, first, _, pruner = case
     names = [name for name in ("image_token_id", "video_token_id") if hasattr(model.config, name)]
@@ -162,7 +164,7 @@ def test_beams_without_a_cache(case: tuple[Any, Inputs, Inputs, str]) -> None:
         assert torch.equal(model.generate(**first, **steps, use_cache=False), expected)
 
 
-def test_threads_do_not_feel_each_other(case: tuple[Any, Inputs, Inputs, str]) -> None:
+def test_threads_do_not_feel_each_other(case: tuple[Any, Inputs, Inputs, Any]) -> None:
     model, first, second, pruner = case
     steps = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     found: dict[int, Tensor] = {}
