@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from .console import print_rank_zero
+from .frozen import frozen_dtype
 from .loggers import run_id_of
 
 FOLDER = "checkpoints"
@@ -45,6 +46,12 @@ class Saved:
     """What of the config decides the losses; see `settings_of`."""
     log_id: str = ""
     """Of the W&B run that it was logged to; "" without one."""
+    base: str = ""
+    """Fingerprint of the frozen weights, which are those of the model that the run started from; "" without any."""
+    base_dtype: str = ""
+    """See `frozen.frozen_dtype`."""
+    shapes: str = ""
+    """See `frozen.learning_shapes`."""
 
     @property
     def state(self) -> Path:
@@ -111,6 +118,23 @@ def choose(resume: str | None, out: Path, settings: Mapping[str, Any]) -> tuple[
             f"are set aside beside {out / FOLDER}. To go on from it under the new settings: --resume last"
         )
     return saved, f"going on from {saved.folder}"
+
+
+def check_model(saved: Saved, module: Any) -> None:
+    """ValueError unless what learns has the checkpoint's names and shapes, and what is frozen is what it leaves out."""
+    model, pruner = saved.settings["model"]["model"], saved.settings["model"]["pruner"]
+    if saved.shapes and saved.shapes != module.shapes:
+        raise ValueError(
+            f"{saved.folder} was written for the model {model} with the pruner {pruner}, and what learns in this run "
+            f"({module.model.name_or_path}, {module.pruning.name}) has other names or shapes; use the same model, "
+            "pruner, rates that are 0 and lora, or another --out to start anew"
+        )
+    if saved.base and saved.base != module.base:
+        raise ValueError(
+            f"{saved.folder} holds what learns alone, and {module.model.name_or_path} has other weights than the model "
+            "that its run started from, whose frozen weights it needs; put that one back at this place, or, to export, "
+            "name it with --base_model"
+        )
 
 
 def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
@@ -203,7 +227,7 @@ class Checkpoints(Checkpoint):
             return
         self._step, stop = trainer.global_step, pl_module.losses.stop  # of any rank, equal on all
         if stop or (self.every_n_steps and self._step % self.every_n_steps == 0):
-            self._save(trainer, f"step-{self._step:08d}")
+            self._save(trainer, pl_module, f"step-{self._step:08d}")
         if stop:
             raise Stopped(f"stopped at step {self._step}; the same command goes on from there")
 
@@ -213,12 +237,12 @@ class Checkpoints(Checkpoint):
             return
         if accuracy.item() > self.best:
             self.best = accuracy.item()
-            self._save(trainer, f"best-{trainer.global_step:08d}")
+            self._save(trainer, pl_module, f"best-{trainer.global_step:08d}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer, f"step-{trainer.global_step:08d}")
+        self._save(trainer, pl_module, f"step-{trainer.global_step:08d}")
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
         """On every rank at once; nothing to do when this step is saved already."""
         done, unfinished = self.folder / name, self.folder / f"{UNFINISHED}{name}"
         if trainer.strategy.broadcast(done.exists()):
@@ -235,6 +259,9 @@ class Checkpoints(Checkpoint):
                 "strategy": strategy_name(trainer),
                 "settings": self.settings,
                 "log_id": run_id_of(trainer.loggers),
+                "base": pl_module.base,
+                "base_dtype": frozen_dtype(pl_module),
+                "shapes": pl_module.shapes,
             }
             (unfinished / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
             _to_disk(unfinished)

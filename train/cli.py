@@ -20,11 +20,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import strategies  # noqa: F401  (its short names)
 from .callbacks import Export, ProgressLines, SkipList
-from .checkpoints import Checkpoints, Stopped, check_fits, choose, settings_of
+from .checkpoints import Checkpoints, Stopped, check_fits, check_model, choose, settings_of
 from .console import print_rank_zero
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
+from .lost_ranks import RankLost, lost_rank
 from .module import VideoFinetune
 from .overlays import Overlays
 from .parser import FitParser
@@ -153,15 +154,19 @@ def _train(cli: FitCLI) -> None:
     state = None if cli.saved is None else cli.saved.state
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=True)
-    except ValueError:
+    except (ValueError, RuntimeError) as error:
+        lost = lost_rank(error, cli.trainer) if isinstance(error, RuntimeError) else None
         launcher = cli.trainer.strategy.launcher
         if launcher is not None:  # the ranks that Lightning started may wait for this one
             launcher.kill(signal.SIGKILL)
+        if lost is not None:
+            raise lost from error
         raise
 
 
 def fit(argv: Sequence[str]) -> int:
-    """Run training and return the exit code; errors in input or settings are one line on stderr, and code 2."""
+    """Run training and return the exit code; errors in input or settings are one line on stderr, and code 2; a rank
+    that is lost is one line, and code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn, once each
     silence()
     argv = list(argv)
@@ -180,12 +185,16 @@ def fit(argv: Sequence[str]) -> int:
         cli = make_cli(argv)
         if cli.saved is not None:
             check_fits(cli.saved, cli.trainer)
+            check_model(cli.saved, cli.model)
         if cli.why:
             print_rank_zero(cli.why)
         _train(cli)
     except Stopped as stopped:
         print_rank_zero(str(stopped))
         return 0
+    except RankLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

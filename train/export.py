@@ -17,21 +17,29 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from stts.files import staged
 from stts.models.checkpoints.hub import check_empty, export
+from stts.models.checkpoints.load import absolute, save_pruned
 
-from .checkpoints import Saved
+from .checkpoints import Saved, check_model
 from .data_module import frames_of
+from .frozen import DEEPSPEED_PREFIX, frozen_tensors, whole_state
+from .lora import save_adapter
 from .module import VideoFinetune
-
-_DEEPSPEED = "_forward_module."  # what its engine wraps around the module
 
 
 def export_checkpoint(
-    folder: str | Path, out: str | Path, *, scorer_only: bool = False, base_model: str | Path | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    scorer_only: bool = False,
+    adapter: bool = False,
+    base_model: str | Path | None = None,
 ) -> Path:
     """Write a checkpoint of any strategy (DDP, ZeRO, FSDP2) and any number of ranks, on one process and a CPU.
 
-    scorer_only: leave out the model, whose weights must be those of its base. base_model: where the model that the run
+    scorer_only: leave out the model, whose weights must be those of its base. adapter: leave it out, and write the
+    adapter of a run with LoRA in peft's format, with the scorer beside it. base_model: where the model that the run
     started from lies now (default: where it lay then). Host memory holds the model twice.
 
     ZeRO-3's files are read by DeepSpeed as pickles, which can run code: of those, only export what you trained. All
@@ -40,8 +48,12 @@ def export_checkpoint(
     ValueError: `folder` is no checkpoint, `out` is not empty, or names or shapes are not those of the run's model."""
     saved = Saved.read(Path(folder))
     check_empty(Path(out))
+    if adapter and scorer_only:
+        raise ValueError("--adapter writes the scorer too; leave out --scorer_only")
     module = _module(saved, base_model)
-    tensors, states = read_weights(saved), module.state_dict(keep_vars=True)
+    check_model(saved, module)
+    tensors = frozen_tensors(module, saved.base_dtype) | read_weights(saved)
+    states = whole_state(module)
     own, found = ({name: tuple(tensor.shape) for name, tensor in given.items()} for given in (states, tensors))
     if wrong := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
         name = wrong[0]
@@ -53,10 +65,27 @@ def export_checkpoint(
     first: dict[int, str] = {}
     tensors = {name: tensors[first.setdefault(id(own), name)] for name, own in states.items()}  # tied ones are one
     module.load_state_dict(tensors, assign=True)  # of their own dtype
+    if adapter:
+        return _export_adapter(module, Path(out))
     if not scorer_only:
         return module.export(out)
     with tempfile.TemporaryDirectory() as scratch:
         return export(module.export(Path(scratch) / "whole"), out, scorer_only=True)
+
+
+def _export_adapter(module: VideoFinetune, out: Path) -> Path:
+    """ValueError unless the adapter and the scorer are all that has learned."""
+    learning = set(module.learning_rates) - {"llm", "scorer"}
+    if module.lora is None or learning:
+        raise ValueError(
+            "--adapter is for a run that trains low-rank additions (model.lora) and nothing else but the scorer; this "
+            f"one trains {', '.join(module.learning_rates)}{'' if module.lora else ' without model.lora'}; export the "
+            "whole model, without --adapter"
+        )
+    with staged(out) as part:
+        save_pruned(part, module.model, module.processor, module.pruning, scorer_only=True, trained=module.trained)
+        save_adapter(part, whole_state(module), module.lora, absolute(module.model.name_or_path))
+    return out
 
 
 def _module(saved: Saved, base_model: str | Path | None) -> VideoFinetune:
@@ -72,7 +101,7 @@ def _module(saved: Saved, base_model: str | Path | None) -> VideoFinetune:
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
-    """Every tensor of `VideoFinetune.state_dict()`, in host memory, of the dtype that it had while training."""
+    """Every tensor of the checkpoint by its name in `VideoFinetune`, in host memory, of its dtype while training."""
     if saved.strategy.startswith("FSDP2"):
         return _read_distributed(saved.state)
     if not saved.strategy.startswith("DeepSpeed"):
@@ -84,7 +113,7 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
         return _read_cut(saved)
     [file] = saved.state.glob("*/mp_rank_00_model_states.pt")
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["module"]
-    return {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(DEEPSPEED_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _read_distributed(state: Path) -> dict[str, Tensor]:
@@ -115,5 +144,5 @@ def _read_cut(saved: Saved) -> dict[str, Tensor]:
         if id(part) not in by_id:
             tensor = part.contiguous()
             by_id[id(part)] = tensor.to(low) if low is not None and tensor.is_floating_point() else tensor
-        tensors[name.removeprefix(_DEEPSPEED)] = by_id[id(part)]
+        tensors[name.removeprefix(DEEPSPEED_PREFIX)] = by_id[id(part)]
     return tensors

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from stts.models.checkpoints.load import save_pruned
 
+from .frozen import whole_state
 from .lora import merge
 from .strategies import is_cut, whole_tensors
 
@@ -24,7 +25,7 @@ def export_live(module: Any, path: Path, trainer: pl.Trainer | None) -> Path:
     if trainer is not None and is_cut(trainer.strategy):
         tensors = whole_tensors(module, keep=writes)
     if writes and module.lora is not None:
-        tensors = merge(module.state_dict() if tensors is None else tensors, module.lora)
+        tensors = merge(whole_state(module) if tensors is None else tensors, module.lora)
     # The switched-on attention must not end up in config.json. On every rank: where the hooks stand among DeepSpeed's
     # decides in which order parameters are gathered.
     module.pruning.detach()

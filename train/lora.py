@@ -1,14 +1,16 @@
 """LoRA (arXiv 2106.09685) on the language model, through peft: the class, the names and the forward code stay stock.
 
 Exported folders are ordinary ones: the low-rank product is added to the weights it belongs to, so the stock class loads
-them without peft."""
+them without peft. On request the adapter alone is written, as a folder of peft's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MARK = ".lora_"
@@ -74,3 +76,20 @@ def merge(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
             tensor = (tensor.float() + up @ down * (lora.alpha / lora.rank)).to(tensor.dtype)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, base: str) -> None:
+    """Write the adapters among these tensors into `folder`, so that `peft.PeftModel.from_pretrained(model, folder)`
+    puts them on the stock model `base`.
+
+    tensors: named as in `VideoFinetune`, with "model." before the names of the stock model."""
+    from peft import LoraConfig
+
+    adapters = {name: tensor for name, tensor in tensors.items() if MARK in name}
+    targets = sorted({name.removeprefix("model.").partition(MARK)[0] for name in adapters})
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, inference_mode=True)  # type: ignore[arg-type, unused-ignore]
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+    named = {f"base_model.{name.replace('.default.', '.')}": tensor for name, tensor in adapters.items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})

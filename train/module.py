@@ -33,6 +33,7 @@ from stts.pruners.base import Positions
 
 from .checks import check_trainer, total_steps
 from .clipping import fill_gradients, grad_squares, scale_grads
+from .frozen import fingerprint, learning_shapes, leave_out_frozen
 from .lengths import planned_tokens
 from .live_export import export_live
 from .lora import Lora, add_lora
@@ -144,6 +145,9 @@ class VideoFinetune(pl.LightningModule):
             raise ValueError(f"nothing would learn: every rate of the parts present is 0 or null in {rates}; set one")
         self._seed = 0
         self._held: list[nn.Parameter] = []  # that learn, but not in the present batch
+        self.base, self.shapes = fingerprint(self), learning_shapes(self)
+        """Of the frozen weights, and of the others, which checkpoints hold alone."""
+        leave_out_frozen(self)
         self._validation = Validation()
         self._started, self._attached = time.perf_counter(), False
 
@@ -298,6 +302,7 @@ class VideoFinetune(pl.LightningModule):
             allow_missing_gradients(strategy)
         if isinstance(strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
+            strategy.exclude_frozen_parameters = True
             strategy.clip_per_part = self.clip_per_part and self.max_grad_norm is not None
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -12,6 +12,7 @@ def export(
     *paths: Path,
     scorer_only: bool = False,
     merge: bool = False,
+    adapter: bool = False,
     base_model: str | None = None,
     pruner: str | None = None,
     from_reference: Path | None = None,
@@ -25,7 +26,8 @@ def export(
     Args:
         paths: FOLDER, which is a trained folder, a checkpoint or a scorer alone; and OUT, a new or empty folder.
         scorer_only: write the scorer alone, without model weights.
-        merge: put a scorer alone together with the weights of its base.
+        merge: put a scorer alone, or an adapter, together with the weights of its base.
+        adapter: of a checkpoint of a run with LoRA, write the adapter in peft's format, and the scorer, alone.
         base_model: folder or hub id with the weights a scorer alone belongs to.
         pruner: name of the folder's pruner, where it is your own ('module:Class' or 'file.py:Class'); with
             --from_reference whose release it is.
@@ -60,5 +62,7 @@ def export(
             raise ValueError(f"{paths[0]} is a checkpoint of stts fit: --merge and --pruner are for other folders")
         from .export import export_checkpoint  # needs Lightning, which all other folders do without
 
-        return export_checkpoint(paths[0], out, scorer_only=scorer_only, base_model=base_model)
+        return export_checkpoint(paths[0], out, scorer_only=scorer_only, adapter=adapter, base_model=base_model)
+    if adapter:
+        raise ValueError(f"{paths[0]} is no checkpoint of stts fit; --adapter is for <out>/checkpoints/step-...")
     return hub.export(paths[0], out, pruner=pruner, scorer_only=scorer_only, merge=merge, base_model=base_model)

@@ -11,6 +11,7 @@ _WARNINGS = (
     "Total length of `list` across ranks is zero",  # no validation asked for
     "`gradient_checkpointing_enable` is deprecated",  # transformers 5.23; the new name is not in 5.5
     "Since DeepSpeed handles gradient clipping internally",  # Lightning, of a hook that does not clip there
+    "The given NumPy array is not writable",  # torch, of images that transformers only reads
     "When saving the DeepSpeed Stage 3 checkpoint",  # Lightning, of a single file: `stts export` writes it
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # DeepSpeed 0.19 on torch 2.13
     "Distutils was imported before Setuptools",  # torch's compiler of DeepSpeed's operators

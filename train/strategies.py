@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from .frozen import whole_state
 from .zero import DeepSpeed
 
 
@@ -81,7 +82,7 @@ def whole_tensors(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     Gathered one by one, so that no device holds the whole model; every rank must call it. Tied tensors stay one."""
     state: dict[str, Tensor] = {}
     by_id: dict[int, Tensor] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in whole_state(module).items():
         if id(value) not in by_id:
             with _gathered(value):
                 tensor = value.full_tensor() if isinstance(value, DTensor) else value

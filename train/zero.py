@@ -6,11 +6,13 @@ import math
 import os
 import shutil
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from stts.data.collate import Batch
 
 from .checkpoints import UNFINISHED
-from .zero_config import fill_in, read_deepspeed_json
+from .zero_config import check_zero, fill_in, read_deepspeed_json
 from .zero_engine import GradientOrder, PartNorms
 from .zero_resume import TAG, convert, repair, settings_of_groups
 
@@ -49,6 +51,7 @@ class DeepSpeed(DeepSpeedStrategy):
         offload_optimizer: keep optimizer states in host memory (needs a C++ compiler).
         offload_parameters: keep parameters in host memory (stage 3).
         persistence_threshold: parameters of fewer elements are not cut (stage 3).
+        timeout: how long a rank waits for the others before it ends, as "0:30:00".
         options: other arguments of Lightning's DeepSpeedStrategy, such as buffer sizes or nvme_path.
 
     **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast, of the model only
@@ -63,6 +66,7 @@ class DeepSpeed(DeepSpeedStrategy):
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
         persistence_threshold: int = 100_000,
+        timeout: timedelta = default_pg_timeout,
         options: dict[str, Any] | None = None,
         **connector: Any,
     ) -> None:
@@ -78,7 +82,7 @@ class DeepSpeed(DeepSpeedStrategy):
                     "and options, or the file"
                 )
             self._file = read_deepspeed_json(config)
-            super().__init__(config=self._file, **connector)
+            super().__init__(config=self._file, timeout=timeout, **connector)
         else:
             stage = 2 if stage is None else stage
             if stage not in (0, 1, 2, 3):
@@ -89,10 +93,12 @@ class DeepSpeed(DeepSpeedStrategy):
                 stage=stage,
                 offload_optimizer=offload_optimizer,
                 offload_parameters=offload_parameters,
+                timeout=timeout,
                 **(options or {}),
                 **connector,
             )
             self._zero["stage3_param_persistence_threshold"] = persistence_threshold
+            check_zero("trainer.strategy", self._zero)
         self.clip_per_part = False
         """Clip the gradients of each part by its own norm; set before training starts."""
         self.part_norms: PartNorms | None = None

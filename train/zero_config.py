@@ -61,11 +61,12 @@ def read_deepspeed_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any
             f"{name} has the keys {unknown}, which are not known here; expected {', '.join(sorted(_PASSED_ON))}"
         )
     zero = settings.get("zero_optimization", {})
-    _check_zero(name, zero)
+    check_zero(name, zero)
     return copy.deepcopy(dict(settings)) | {"zero_optimization": {"stage": 0, **zero}}
 
 
-def _check_zero(name: str, zero: Mapping[str, Any]) -> None:
+def check_zero(name: str, zero: Mapping[str, Any]) -> None:
+    """ValueError, opened by `name`, for a zero_optimization section that DeepSpeed would not take, or not run."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     if zero.get("stage", 0) not in (0, 1, 2, 3):

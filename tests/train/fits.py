@@ -66,10 +66,22 @@ class WaitForSignal(pl.Callback):
 
 
 class StopInSteps(pl.Callback):
-    """Every rank is told to stop within step 5, and within step 7 of a run that went on, as by a signal."""
+    """Every rank is told to stop within these steps, as by a signal."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        pl_module.losses.stop_requested |= trainer.global_step in (4, 6)
+        pl_module.losses.stop_requested |= trainer.global_step + 1 in self.steps
+
+
+class WaitInStep6(pl.Callback):
+    """Rank 1 says that it is in the middle of step 6, and waits for its end, where the environment asks for it."""
+
+    def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+        if "WAIT_IN_STEP_6" in os.environ and trainer.global_step == 5 and trainer.global_rank == 1:
+            print("in the middle of step 6", flush=True)
+            signal.pause()
 
 
 class DieInSave(pl.Callback):

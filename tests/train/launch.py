@@ -46,7 +46,7 @@ def strategy(name: str) -> list[str]:
 
 def start(argv: Sequence[str | Path]) -> subprocess.Popen[str]:
     """`stts fit`, which starts the other ranks itself."""
-    return _start(["stts.cli", "fit", *map(str, argv)])
+    return start_module(["stts.cli", "fit", *map(str, argv)])
 
 
 def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600, ranks: int = 2) -> str:
@@ -55,22 +55,23 @@ def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600,
     file.write_text(json.dumps(runs))
     script = str(Path(__file__).with_name("fits.py"))
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    code, output = finish(_start([*torchrun, script, str(file)]), timeout_s)
+    code, output = finish(start_module([*torchrun, script, str(file)]), timeout_s)
     assert code == 0, output[-4000:]
     warnings = [text for text in output.splitlines() if "Warning" in text and "samples were skipped" not in text]
-    assert not warnings, "nobody can act on these; silence them by name in train/quiet.py"
+    assert not warnings, f"nobody can act on these; silence them by name in train/quiet.py: {warnings}"
     return output
 
 
-def _start(module: Sequence[str]) -> subprocess.Popen[str]:
-    """`python -m`. A process group of its own, so that all ranks and loader workers can be signalled or ended together.
+def start_module(module: Sequence[str], within: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
+    """`python -m`, started by the command `within`, in a process group of its own, so that all ranks and loader workers
+    can be signalled or ended together.
 
     Operators that DeepSpeed compiles on first use are kept between runs of these tests; scripts/test.sh has them
     already."""
     built = Path(tempfile.gettempdir()) / "stts_test_operators"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", *module],
+        [*within, sys.executable, "-m", *module],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -80,6 +81,7 @@ def _start(module: Sequence[str]) -> subprocess.Popen[str]:
             "PYTHONPATH": paths,
             "PYTHONFAULTHANDLER": "1",
             "OMP_NUM_THREADS": "1",
+            **env,
         },
         start_new_session=True,
     )

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from stts_train.checkpoints import rescale
 from stts_train.module import VideoFinetune
 from stts_train.plan_config import read_strategy
+from stts_train.zero import DeepSpeed
 from stts_train.zero_config import fill_in, read_deepspeed_json
 from tests.train.launch import needs_deepspeed
 from tests.train.test_module import FAST, batch_for, fit
@@ -105,6 +106,12 @@ def test_a_deepspeed_file_is_filled_in(tmp_path: Path) -> None:
     assert not {"optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"} & set(filled)
     planned = read_strategy({"class_path": "stts_train.strategies.DeepSpeed", "init_args": {"config": str(file)}})
     assert planned.cuts == (True, True, True) and planned.offload_optimizer and not planned.offload_parameters
+
+
+@needs_deepspeed
+def test_an_offload_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"trainer.strategy: .*nvme_path='/gone' is no folder"):
+        DeepSpeed(stage=3, offload_parameters=True, options={"offload_params_device": "nvme", "nvme_path": "/gone"})
 
 
 @needs_deepspeed

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+import stts
+import stts.cli
 import stts_train.cli as cli
 from stts.data.collate import Batch, Collator
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
 from stts.models.checkpoints.load import load_vlm
 from stts.models.families.published import config_of
 from stts.models.families.tiny import write_tiny
+from stts_train.export import _export_adapter
 from stts_train.lora import Lora, merge
 from stts_train.module import VideoFinetune
 from stts_train.parts import part_of
+from tests.conftest import make_inputs
 from tests.train.launch import ROOT
 
 FAST = {"llm_lr": 1e-2, "vit_lr": 0, "connector_lr": 0, "scorer_lr": 1e-2, "warmup_steps": 0}
@@ -153,3 +160,60 @@ def test_an_adapter_in_place_of_a_model_is_named_with_what_to_do(
     argv = [f"--config={ROOT / 'configs' / 'shapes_tiny.yaml'}", f"--model.model={tmp_path}"]
     assert cli.fit([*argv, f"--out={tmp_path / 'out'}"]) == 2
     assert "holds an adapter of peft for the base 'some/base', no model; merge" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_exported_as_an_adapter_that_peft_loads(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And as a whole model; all three give the same logits. The checkpoint holds nothing that is frozen."""
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "out"
+    argv = [f"--config={ROOT / 'configs' / 'shapes_tiny.yaml'}", f"--model.model={tiny_folder}", f"--out={out}"]
+    argv += ["--model.lora={rank: 4}", "--model.llm_lr=1e-2", "--model.vit_lr=0", "--model.connector_lr=0"]
+    argv += ["--trainer.max_steps=2", "--data.phases=[{num_clips: 8}]", "--data.num_val_clips=0"]
+    argv += ["--data.num_workers=0", "--trainer.accelerator=cpu", "--model.warmup_steps=0"]
+    assert cli.fit(argv) == 0
+    [checkpoint] = (out / "checkpoints").iterdir()
+    state = torch.load(checkpoint / "state", weights_only=True)["state_dict"]
+    assert state and all(".lora_" in name or name.startswith("scorer.") for name in state)
+
+    assert stts.cli.main(["export", "--adapter", str(checkpoint), str(tmp_path / "adapter")]) == 0
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "stts.json", "scorer.safetensors", "README.md"}
+    base, processor = load_vlm(tiny_folder)
+    inputs = make_inputs(processor, ["v what colour ?"])
+    vlm = stts.PrunedVLM.from_pretrained(tmp_path / "adapter")
+    whole = stts.PrunedVLM.from_pretrained(out / "model")
+    with torch.no_grad():
+        before = base(**inputs).logits
+        adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        dense = adapted(**inputs).logits
+        torch.testing.assert_close(vlm(**inputs).logits, whole(**inputs).logits, rtol=1e-5, atol=1e-5)
+        vlm.detach(), whole.detach()
+        torch.testing.assert_close(dense, whole.model(**inputs).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vlm.model(**inputs).logits, dense, rtol=1e-5, atol=1e-5)
+    assert (dense - before).abs().max() > 1e-3, "it learned something"
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(tiny_folder)
+
+    assert stts.cli.main(["export", "--merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged, _ = load_vlm(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, dense, rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="stts export --merge FOLDER OUT"):
+        load_vlm(tmp_path / "adapter")
+    with safe_open(tiny_folder / "model.safetensors", "pt") as file:
+        other = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    argv = ["export", "--base_model", str(tmp_path / "other"), str(checkpoint), str(tmp_path / "wrong")]
+    assert stts.cli.main(argv) == 2
+    assert "has other weights than the model that its run started from" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_all_of_a_run_that_trains_more(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    module = VideoFinetune(str(tiny_folder), "stts", lora=Lora(rank=2), **FAST | {"vit_lr": 1e-3})
+    with pytest.raises(ValueError, match="this one trains llm, vit, scorer; export the whole model"):
+        _export_adapter(module, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

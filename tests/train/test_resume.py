@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,9 +12,13 @@ from pathlib import Path
 import pytest
 
 import stts_train.cli as cli
+from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts_train.checkpoints import Saved, choose, newest
+from stts_train.export import read_weights
 from stts_train.plan import GIB, make_plan
 from stts_train.plan_cli import read_run
+from tests.conftest import TINY
+from tests.train.cases import FROZEN, KILLED, MOVES
 from tests.train.launch import (
     CUTS,
     RATES,
@@ -30,7 +35,7 @@ from tests.train.launch import (
 )
 
 STEPS, EVERY = 9, 4
-RESUMED = [p for p in CUTS if p.values[0] != "deepspeed_stage_1"]
+RESUMED = [p for p in CUTS if p.values[0] in KILLED]
 
 
 def settings(model: Path, out: Path, *more: str) -> list[str]:
@@ -45,9 +50,12 @@ def settings(model: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     """Answer and temporal loss of each step of one process that nothing interrupts; two ranks share its batches."""
-    out = tmp_path_factory.mktemp("straight") / "out"
+    return one_process(tiny_folder, tmp_path_factory.mktemp("straight") / "out")
+
+
+def one_process(model: Path, out: Path, *frozen: str) -> dict[int, list[float]]:
     more = ["--data.batch_size=4", "--data.num_workers=0", "--checkpoint_every=0", "--trainer.log_every_n_steps=1"]
-    assert cli.fit(settings(tiny_folder, out, *more)) == 0
+    assert cli.fit(settings(model, out, *more, *frozen)) == 0
     losses = zip(logged(out, "train/answer_loss"), logged(out, "train/temporal_loss"), strict=True)
     return {step: list(pair) for step, pair in enumerate(losses, 1)}
 
@@ -108,27 +116,40 @@ def check_refusals(tiny_folder: Path, out: Path, capfd: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["everything", "a part"])
 def test_a_run_goes_on_with_fewer_and_with_more_ranks(
-    tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]]
+    kind: str, tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]], subtests: pytest.Subtests
 ) -> None:
-    """Two ranks with one batch a step, then one rank with two, then two ranks again: the same steps and losses."""
-    cuts = ["ddp", "fsdp2"]
-    if find_spec("deepspeed") is not None:
-        cuts += ["deepspeed_stage_2", "deepspeed_stage_3"]
-    more = ["--data.num_workers=0", "--trainer.log_every_n_steps=1", "--trainer.callbacks=tests.train.fits.StopInSteps"]
-    for ranks, first, last in ((2, 1, 5), (1, 6, 7), (2, 8, STEPS)):
-        machine = ["--trainer.accelerator=cpu", f"--trainer.devices={ranks}"]
-        machine += [f"--trainer.accumulate_grad_batches={2 // ranks}"]
-        runs = [settings(tiny_folder, tmp_path / cut, *machine, *more, *strategy(cut)) for cut in cuts]
-        output = run_all(runs, tmp_path, ranks=ranks)
-        assert output.count("going on from") == (len(cuts) if first > 1 else 0)
-        for cut in cuts:
-            saved = newest(tmp_path / cut)
-            assert saved is not None and (saved.step, saved.ranks, saved.per_step) == (last, ranks, 2 // ranks)
-            losses = [logged(tmp_path / cut, f"train/{name}_loss") for name in ("answer", "temporal")]
-            steps = range(first, STEPS + 1 if last == STEPS else last)  # a step that was told to stop is not logged
-            expected = [pytest.approx(straight[step], rel=1e-5) for step in steps]
-            assert [list(pair) for pair in zip(*losses, strict=True)] == expected, f"{cut} on {ranks} ranks"
+    """A step is two batches, on one rank or on two: the same steps and losses, wherever the run stops and goes on.
+
+    Checkpoints hold what learns alone."""
+    moves = [move for move in MOVES if bool(move.frozen) == (kind == "a part")]
+    moves = [move for move in moves if find_spec("deepspeed") is not None or move.strategy in ("ddp", "fsdp2")]
+    outs = {move: tmp_path / f"{move.strategy}-{move.frozen}" for move in moves}
+    expected = {frozen: straight if not frozen else {} for frozen in {move.frozen for move in moves}}
+    for frozen in filter(None, expected):
+        expected[frozen] = one_process(tiny_folder, tmp_path / frozen, *FROZEN[frozen])
+    first = 1
+    for ranks, last in moves[0].stays:
+        stops = {"class_path": "tests.train.fits.StopInSteps", "init_args": {"steps": [last] if last < STEPS else []}}
+        more = ["--trainer.accelerator=cpu", f"--trainer.devices={ranks}", "--trainer.log_every_n_steps=1"]
+        more += [f"--trainer.accumulate_grad_batches={2 // ranks}", f"--trainer.callbacks={json.dumps(stops)}"]
+        more += ["--data.num_workers=0", "--checkpoint_every=0"]
+        argvs = {m: [*more, *strategy(m.strategy), *FROZEN[m.frozen]] for m in moves}
+        output = run_all([settings(tiny_folder, outs[m], *argv) for m, argv in argvs.items()], tmp_path, ranks=ranks)
+        assert output.count("going on from") == (len(moves) if first > 1 else 0)
+        for move, out in outs.items():
+            with subtests.test(f"{move.strategy} {move.frozen} to step {last} on {ranks}"):
+                saved = newest(out)
+                assert saved is not None and (saved.step, saved.ranks, saved.per_step) == (last, ranks, 2 // ranks)
+                losses = zip(*(logged(out, f"train/{name}_loss") for name in ("answer", "temporal")), strict=True)
+                steps = range(first, last + 1 if last == STEPS else last)  # one that was told to stop is not logged
+                whole = [pytest.approx(expected[move.frozen][step], rel=1e-5, abs=1e-5) for step in steps]
+                assert [list(pair) for pair in losses] == whole
+                if move.frozen:
+                    names = read_weights(saved).keys()
+                    assert names and all(n.startswith("scorer.") or ".lora_" in n for n in names), sorted(names)[:3]
+        first = last + 1
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +219,18 @@ def test_a_checkpoint_of_one_rank_says_so_to_a_run_of_two(
 ) -> None:
     assert cli.fit(small(tiny_folder, finished, *TWO_RANKS, "--trainer.strategy=ddp")) == 2
     assert "1 batches in an optimizer step (1 rank(s) x 1), this run has 2 (2 x 1)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_or_pruner_is_named(
+    finished: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = folders(finished)
+    wider = write_small_vlm(tmp_path / "wider", None, image_size=56, **TINY | {"llm_mlp": 64})
+    for argv in (small(wider, finished), small(tiny_folder, finished, "--model.pruner=none")):
+        assert cli.fit([*argv, "--resume=last"]) == 2
+        text = capsys.readouterr().err
+        assert f"was written for the model {tiny_folder} with the pruner stts, and what learns in this run" in text
+        assert "Traceback" not in text and folders(finished) == before
 
 
 def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,11 @@ from stts.data.shapes.files import write_shapes
 from stts.models.checkpoints.load import load_vlm
 from stts_train.batches import Order
 from stts_train.parts import PARTS
+from tests.train.cases import CASES, FROZEN, STEPS, Case, table
 from tests.train.fits import live_inputs
 from tests.train.launch import CUTS, RATES, ROOT, TWO_RANKS, finish, logged, needs_deepspeed, run_all, start, strategy
 
-STEPS = 6
 LOSSES = ("train/answer_loss", "train/temporal_loss", "train/teacher_loss")
-FROZEN = {
-    "": [],
-    "lora": ["--model.lora={rank: 4}", "--model.vit_lr=0"],
-    "scorer": ["--model.llm_lr=0", "--model.vit_lr=0", "--model.connector_lr=0"],
-    "tower": ["--model.vit_lr=0"],
-    "teacher": [  # every second step trains the scorer alone
-        "--model.retention_ratio={target: 0.5, dense_every: 2, dense_trains: scorer}",
-        "--model.pruner_options.teacher={share: 0.2}",
-        "--model.loss_weights.teacher=1",
-    ],
-}
 NORMS = tuple(f"{part}_grad_norm" for part in PARTS)
 
 
@@ -126,53 +114,8 @@ def test_accumulated_batches_are_one_batch(
     assert_same(tmp_path, one_process[2, ""], 1e-4)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A run on two ranks with one sample each."""
-
-    strategy: str
-    precision: str = "32-true"
-    per_step: int = 1
-    frozen: str = ""
-    """Which parts do not learn; see `FROZEN`."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.strategy}-{self.precision}-{self.per_step}-{self.frozen}"
-
-    @property
-    def options(self) -> list[str]:
-        more = [f"--trainer.precision={self.precision}", f"--trainer.accumulate_grad_batches={self.per_step}"]
-        more += FROZEN[self.frozen]
-        return [*strategy(self.strategy), *more, f"--trainer.max_steps={STEPS // self.per_step}"]
-
-
-def taught(*strategies: str) -> list[Case]:
-    return [Case(name, frozen="teacher") for name in strategies]
-
-
-STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-CASES = {
-    "torch": [
-        Case("ddp"),
-        Case("fsdp2"),
-        Case("fsdp2", "bf16-mixed"),
-        Case("fsdp2", frozen="lora"),
-        *taught("ddp", "fsdp2"),
-    ],
-    "deepspeed": [
-        *(Case(stage, precision) for stage in STAGES for precision in ("32-true", "bf16-mixed")),
-        *(Case(stage, per_step=2) for stage in STAGES),
-        *(Case(f"{stage}_offload") for stage in STAGES[1:]),
-        Case("deepspeed_stage_2", frozen="lora"),
-        *(Case("deepspeed_stage_3", frozen=frozen) for frozen in ("lora", "scorer", "tower")),
-        *taught(*STAGES),
-    ],
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torch", pytest.param("deepspeed", marks=needs_deepspeed)])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[needs_deepspeed] * ("zero" in kind)) for kind in CASES])
 def test_two_ranks_are_one_process(
     kind: str,
     tiny_folder: Path,
@@ -192,6 +135,11 @@ def test_two_ranks_are_one_process(
             low, expected = case.precision != "32-true", one_process[2 * case.per_step, case.frozen]
             assert_same(out, expected, 5e-2 if low else 1e-3, case.name)
             check_export(case, out, None if low else expected)
+
+
+def test_the_table_of_the_docs_is_what_the_tests_run() -> None:
+    shown = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"\n\n{table()}\n" in shown, f"docs/training.md is not made from tests/train/cases.py; put there:\n{table()}"
 
 
 def check_export(case: Case, out: Path, expected: Path | None) -> None:

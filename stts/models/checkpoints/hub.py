@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.models.checkpoints.chat import Asked, Chat, Piece
 from stts.models.checkpoints.load import (
+    ADAPTER_FILE,
     PRUNER_FILE,
     TRAINED,
     absolute,
@@ -83,7 +86,8 @@ class PrunedVLM(nn.Module):
         siglip: SiglipSource | None = None,
         **options: Any,
     ) -> PrunedVLM:
-        """Load `base`, a folder or hub id: a stock checkpoint, or one that we wrote, complete or a scorer alone.
+        """Load `base`, a folder or hub id: a stock checkpoint, or one that we wrote, complete or a scorer alone
+        (with an adapter of peft beside it, which is merged into its base).
 
         What is None, and options left out, come from what we wrote there; for a stock checkpoint `pruner` must be
         named, and the rest is as in `Pruning`. base_model: where to load the model of a scorer alone from (default:
@@ -324,9 +328,23 @@ def check_empty(path: Path) -> None:
 
 
 def _load_base(folder: Path, base: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The base, with the adapter in it that lies in the folder, where one does."""
     try:
-        return load_vlm(base, dtype=dtype)
+        model, processor = load_vlm(base, dtype=dtype)
     except ValueError as error:
         raise ValueError(
             f"{folder} holds a scorer for the base {base!r}; name its place with base_model=: {error}"
         ) from error
+    if not (folder / ADAPTER_FILE).is_file():
+        return model, processor
+    if find_spec("peft") is None:
+        raise ValueError(f"{folder} holds an adapter, which needs peft: pip install 'stts-video[lora]'")
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would stay random
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, str(folder))
+        except (UserWarning, RuntimeError) as error:
+            raise ValueError(f"the adapter in {folder} does not fit the base {base!r}: {error}") from error
+    return adapted.merge_and_unload().eval(), processor

@@ -24,6 +24,7 @@ from stts.files import staged
 from stts.models.checkpoints.card import model_card
 from stts.models.families.base import adapter_class, check_transformers, host_info
 from stts.models.pruning.context import Pruning
+from stts.models.pruning.weights import ADAPTER_FILE as ADAPTER_FILE
 from stts.models.pruning.weights import PRUNER_FILE as PRUNER_FILE
 from stts.models.pruning.weights import WEIGHTS_FILE as WEIGHTS_FILE
 from stts.models.pruning.weights import fill as fill
@@ -44,12 +45,16 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
 
     ValueError: the folder has no model, the family has no adapter, or the file lacks, adds or reshapes a tensor."""
     check_transformers()
-    if (adapter_file := Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+    if (adapter_file := Path(path) / ADAPTER_FILE).is_file() and not (Path(path) / "config.json").is_file():
         base = json.loads(adapter_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ValueError(
-            f"{path} holds an adapter of peft for the base {base!r}, no model; merge the two first: "
-            "PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder), with the "
+        merge = (
+            "`stts export --merge FOLDER OUT`"
+            if (Path(path) / PRUNER_FILE).is_file()
+            else "PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder), with the "
             "processor of the base beside it"
+        )
+        raise ValueError(
+            f"{path} holds an adapter of peft for the base {base!r}, no model; merge the two first: {merge}"
         )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         settings = pruner_settings(path)

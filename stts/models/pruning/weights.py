@@ -18,6 +18,8 @@ from stts.pruners.registry import make_pruner
 
 PRUNER_FILE = "stts.json"
 WEIGHTS_FILE = "scorer.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+"""Of peft, beside `adapter_model.safetensors`."""
 _SETTINGS = ("pruner", "options", "retention_ratio", "positions")
 
 
@@ -26,7 +28,9 @@ def own_files(path: str | Path) -> Path:
     if Path(path).exists():
         return Path(path)
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json"]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=[PRUNER_FILE, WEIGHTS_FILE, "config.json", "adapter_*"])
+        )
     except (OSError, ValueError):
         return Path(path)  # no such repository, or no way to it: loading the model says so
 

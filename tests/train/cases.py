@@ -1,0 +1,101 @@
+"""Which strategies are tried with what, on two real processes: the tests run these cases, and docs/training.md shows
+them as a table; a test compares the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tests.train.launch import strategy
+
+STEPS = 6  # optimizer steps of the runs of test_strategies.py
+FROZEN = {
+    "": [],
+    "lora": ["--model.lora={rank: 4}", "--model.vit_lr=0", "--model.connector_lr=0"],
+    "scorer": ["--model.llm_lr=0", "--model.vit_lr=0", "--model.connector_lr=0"],
+    "tower": ["--model.vit_lr=0"],
+}
+STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+STRATEGIES = ("ddp", *STAGES, "fsdp2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on two ranks with one sample each: as one process, exported by itself and from its checkpoint."""
+
+    strategy: str
+    precision: str = "32-true"
+    per_step: int = 1
+    frozen: str = ""
+    """Which parts do not learn; see `FROZEN`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.precision}-{self.per_step}-{self.frozen}"
+
+    @property
+    def options(self) -> list[str]:
+        more = [f"--trainer.precision={self.precision}", f"--trainer.accumulate_grad_batches={self.per_step}"]
+        more += FROZEN[self.frozen]
+        return [*strategy(self.strategy), *more, f"--trainer.max_steps={STEPS // self.per_step}"]
+
+
+CASES = {
+    "torch": [
+        *(Case(name, frozen=frozen) for name in ("ddp", "fsdp2") for frozen in ("", "lora", "scorer")),
+        Case("fsdp2", "bf16-mixed"),
+    ],
+    "zero": [
+        *(Case(stage, precision) for stage in STAGES for precision in ("32-true", "bf16-mixed")),
+        *(Case(stage, per_step=2) for stage in STAGES),
+    ],
+    "zero, offload and frozen parts": [
+        *(Case(f"{stage}_offload") for stage in STAGES[1:]),
+        *(Case(stage, frozen=frozen) for stage in STAGES for frozen in ("lora", "scorer")),
+        Case("deepspeed_stage_3", frozen="tower"),
+    ],
+}
+KILLED = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")
+"""Killed, told to stop, and gone on with, everything learning; see test_resume.py."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A run that is stopped, and goes on with other numbers of ranks."""
+
+    strategy: str
+    frozen: str = ""
+
+    @property
+    def stays(self) -> list[tuple[int, int]]:
+        """Ranks, and the last step on them. Full runs go from two ranks to one and back, others from two to two to one;
+        that the same number goes on with everything learning is what `KILLED` is for."""
+        return [(2, 3), (2, 5), (1, 9)] if self.frozen else [(2, 5), (1, 7), (2, 9)]
+
+
+MOVES = [
+    *(Move(name) for name in KILLED),
+    *(Move(name, "lora") for name in KILLED),
+    Move("deepspeed_stage_3", "scorer"),
+]
+
+
+def table() -> str:
+    """The cases as Markdown; a case of a strategy is in fp32 unless the cell says otherwise."""
+    lines = [
+        "| strategy | what learns | as one process, exported | goes on, same ranks | goes on, other ranks | offload |",
+        "|---|---|---|---|---|---|",
+    ]
+    cases = {(case.strategy, case.frozen) for kind in CASES.values() for case in kind}
+    low = {case.strategy for kind in CASES.values() for case in kind if case.precision != "32-true"}
+    for name in STRATEGIES:
+        for frozen, what in (("", "everything"), ("lora", "LoRA and scorer"), ("scorer", "scorer")):
+            precisions = "fp32, bf16" if name in low and not frozen else "fp32"
+            stays = [ranks for move in MOVES if move == Move(name, frozen) for ranks, _ in move.stays]
+            pairs = list(pairwise(stays))
+            same = (2, 2) in pairs or (name in KILLED and not frozen)
+            moved = " and ".join(f"{a} to {b}" for a, b in pairs if a != b)
+            offload = "yes" if (f"{name}_offload", frozen) in cases else "-"
+            compared = precisions if (name, frozen) in cases else "-"
+            lines.append(f"| `{name}` | {what} | {compared} | {'yes' if same else '-'} | {moved or '-'} | {offload} |")
+    return "\n".join(lines) + "\n"
