@@ -70,6 +70,13 @@ class PrunedVLM(nn.Module):
         self.base = absolute(model.name_or_path if base is None else base)
         pruning.attach()
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+        about = f"{type(self.model).__name__} from {self.model.name_or_path}, {size} parameters"
+        kind = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
+        return f"PrunedVLM({about}, {kind}; {self.pruning.description})"
+
     @classmethod
     def from_pretrained(
         cls,

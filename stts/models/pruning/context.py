@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
 from stts.models.pruning import pieces
@@ -24,7 +23,6 @@ from stts.models.pruning.pass_videos import make_report
 from stts.models.pruning.prompt import Prompt
 from stts.models.pruning.settings import Settings
 from stts.models.pruning.visual_pass import VisualPass
-from stts.pruners.base import Pruner
 from stts.tokens import Budget
 
 _EXPAND = "rows_per_prompt"
@@ -53,6 +51,9 @@ class Pruning(Settings):
     Several threads may call the model inside one context; `describe` then speaks of the caller's own next pass, and
     `last` is the pass that ended last. A model inside a context cannot be deep-copied; leave it first.
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.description}; {'on' if self.is_attached else 'off'} the model)"
 
     # --- on and off --------------------------------------------------------------------------------------------------
 
@@ -220,6 +221,5 @@ class Pruning(Settings):
 _UNTESTED = "this transformers version is outside the tested range (>= 5.17, < 6)"
 
 
-def pruning(model: PreTrainedModel, pruner: str | Pruner, **settings: Any) -> Pruning:
-    """See `Pruning`; reads better in a `with` line."""
-    return Pruning(model, pruner, **settings)
+pruning = Pruning
+"""The same class, under the name that reads better in a `with` line."""

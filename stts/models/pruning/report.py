@@ -14,7 +14,7 @@ from stts.pruners.base import HostInfo, Pruner
 from stts.tokens import Grid, Objective
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What one forward pass with visual input did, per video in batch order."""
 
@@ -51,6 +51,20 @@ class Report:
     """Tokens the language model saw at prefill, text included."""
     llm_padded: int = 0
     """Slots it computed; pad waste = 1 - llm_tokens / llm_padded."""
+
+    def __repr__(self) -> str:
+        """A line per video, and what a reader of the counts must know; the tensors are in the fields."""
+        if not self.grids:
+            return "Report(no video)"
+        lines = [
+            f"{kept} of {grid.num_groups} tokens kept ({grid.t} x {grid.h} x {grid.w}), retention {retention:.3f}"
+            for kept, grid, retention in zip(self.num_kept, self.grids, self.retention_per_video, strict=True)
+        ]
+        more = [f"cut before LLM layers {', '.join(map(str, self.llm_cuts))}"] if self.llm_cuts else []
+        more += [f"{name}: {source}" for name, source in self.signals.items()]
+        more += [f"LLM saw {self.llm_tokens} tokens, text included"] if self.llm_tokens else []
+        numbered = lines if len(lines) == 1 else [f"video {number}: {line}" for number, line in enumerate(lines)]
+        return f"Report({'; '.join([*numbered, *more])})"
 
     @property
     def num_groups(self) -> list[int]:

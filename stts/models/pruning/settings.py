@@ -125,6 +125,19 @@ class Settings:
         return self._setup.positions
 
     @property
+    def description(self) -> str:
+        """Pruner, ratio and what follows from them, in words."""
+        name = self.name or type(self.pruner).__name__
+        if not self.pruner.stages:
+            return f"{name} keeps every token"
+        places = {"vit": "inside the tower", "pre_llm": "before the LLM", "llm": "inside the LLM"}
+        where = " and ".join(dict.fromkeys(places[stage.site.kind] for stage in self.pruner.stages))
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return (
+            f"{name} keeps {self.retention_ratio:g} of the visual tokens, {where}, positions {self.positions}{options}"
+        )
+
+    @property
     def last(self) -> Report | None:
         """What the last forward pass with visual input did."""
         return self._last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stts
 from stts.data.collate import Collator
 from stts.data.datasets import VideoJsonl
 from stts.data.shapes.files import write_shapes
@@ -155,3 +157,25 @@ def test_ask_leaves_the_mode_of_the_model_and_refuses_a_pruner_that_drops_nothin
     with pytest.raises(ValueError, match="'none' keeps everything"):
         vlm.ask(*asked[0])
     assert vlm.training and vlm.model.training
+
+
+def test_what_is_printed_is_what_a_person_wants_to_know(asked: list[tuple[Path, str]]) -> None:
+    vlm = PrunedVLM.from_pretrained(VLM, "tango", 0.25)
+    assert str(vlm).startswith(f"PrunedVLM(LlavaOnevisionForConditionalGeneration from {VLM}, 0.90 million parameters")
+    assert "float32 on cpu; tango keeps 0.25 of the visual tokens, before the LLM, positions compact" in str(vlm)
+    assert str(vlm.pruning).endswith("; on the model)") and "tensor" not in str(vlm.pruning)
+    vlm.ask(*asked[0], num_frames=FRAMES, max_new_tokens=1)
+    shown = str(vlm.last)
+    assert shown.startswith("Report(18 of 72 tokens kept (8 x 3 x 3), retention 0.250; ") and "tensor(" not in shown
+    assert "LLM saw " in shown
+    vlm.detach()
+    inner = str(PrunedVLM.from_pretrained(VLM, "holitom+inner", 0.5))
+    assert "before the LLM and inside the LLM" in inner
+    assert "none keeps every token" in str(PrunedVLM.from_pretrained(VLM, "none"))
+
+
+def test_arguments_can_be_seen() -> None:
+    names = set(inspect.signature(stts.pruning).parameters)
+    assert {"model", "pruner", "retention_ratio", "exact", "positions", "siglip"} <= names
+    assert {"pruning", "PrunedVLM"} <= set(dir(stts))
+    assert "retention_ratio: fraction of visual tokens kept" in (stts.pruning.__doc__ or "")
