@@ -149,15 +149,17 @@ def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
     assert cells.find_row(result, DENSE).accuracy == 0.8 and cells.find_row(result, "adatp", 0.5).accuracy == 0.7
 
 
-RESULTS = {"cpu": ROOT / "docs" / "results", "wide": ROOT / "docs" / "results" / "wide"}
+RESULTS = {"cpu": ROOT / "docs" / "results"} | {
+    scale: ROOT / "docs" / "results" / scale for scale in ("wide", "distractors")
+}
 
 
 @pytest.mark.parametrize("scale", RESULTS)
 def test_the_committed_page_is_made_of_the_committed_answers(
     scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, report = load_script("study/steps"), load_script("study/report")
-    results = RESULTS[scale]
+    study, results = load_script("study/steps"), RESULTS[scale]
+    made_of_arms = bool(study.SCALES[scale].arms)
     with tarfile.open(results / "comparisons.tar.xz") as archive:
         archive.extractall(tmp_path / "runs")  # `filter` came with Python 3.11.4
     for other in [*results.glob("*.md"), *results.glob("*/README.md")]:
@@ -165,10 +167,10 @@ def test_the_committed_page_is_made_of_the_committed_answers(
         (tmp_path / other.relative_to(results)).write_bytes(other.read_bytes())
     monkeypatch.chdir(tmp_path)
     runs = Path(f"runs/study_{scale}")
-    made = study.Study(
-        runs, study.SCALES[scale], (), f"python scripts/study/run_study.py --scale {scale} --runs {runs}"
-    )
-    report.write_report(made, tmp_path)
+    kind = load_script("study/arms").ArmsStudy if made_of_arms else study.Study
+    write = load_script("study/report_arms").write_arms if made_of_arms else load_script("study/report").write_report
+    made = kind(runs, study.SCALES[scale], (), f"python scripts/study/run_study.py --scale {scale} --runs {runs}")
+    write(made, tmp_path)
     for name in ("README.md", "commands.md"):
         assert (tmp_path / name).read_text() == (results / name).read_text(), name
     missing = {step.name for step in made.steps() if not made.is_there(step)}

@@ -103,9 +103,10 @@ def _at_equal_tokens(study: ArmsStudy, results: Results) -> Section:
     for name in study.scale.pruners:
         found = (find_row(frozen, name, ratio) for ratio in ratios)
         rows.append(line(name, ([] if row is None else [row] for row in found)))
-    others = [arm for arm in study.scale.arms if arm != RIVAL]
-    for other, title in ((RIVAL, ARMS[RIVAL].title), (DENSE, "every token")):
-        for arm in others:
+    learned = [arm for arm in study.scale.arms if arm != RIVAL]
+    for other in (RIVAL, "stts", DENSE):
+        title = ARMS[other].title if other in ARMS else "every token"
+        for arm in (arm for arm in learned if arm != other):
             points = (_minus(study, results, arm, other, ratio) for ratio in ratios)
             rows.append([f"{ARMS[arm].title} minus {title}", *(part for one in points for part in (one, "", ""))])
     head = [f"{name}{ratio:g}" for ratio in ratios for name in ("", "evidence kept at ", "distractors kept at ")]

@@ -92,7 +92,12 @@ class Clip:
     @property
     def labels(self) -> NDArray[np.uint8]:
         """(T, grid, grid): what every cell shows on every sampled frame, as `stts.data.shapes.world` numbers it."""
-        return self._world.label_TYX
+        label_TYX = self._world.label_TYX
+        if self.config.show == "nothing":
+            return np.zeros_like(label_TYX)
+        if self.config.show == "one_frame":
+            return np.repeat(label_TYX[None, len(label_TYX) // 2], len(label_TYX), axis=0)
+        return label_TYX
 
     @cached_property
     def _world(self) -> World:

@@ -150,6 +150,14 @@ def test_a_share_of_the_clips_is_distracted():
     assert 0.5 < np.mean(distracted) < 0.87
 
 
+def test_labels_of_controls_are_those_of_what_they_show():
+    clip, still, blank = (
+        make_clip(1, "test", 3, replace(CONFIG, show=show)) for show in ("clip", "one_frame", "nothing")
+    )
+    assert not blank.labels.any() and blank.labels.shape == clip.labels.shape
+    assert all(np.array_equal(label_YX, clip.labels[8]) for label_YX in still.labels)
+
+
 def test_controls_show_no_more_than_they_should():
     shown = {show: pictures(make_clip(1, "test", 3, replace(CONFIG, show=show))) for show in ("one_frame", "nothing")}
     for frames in shown.values():
