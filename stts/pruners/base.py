@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -172,6 +172,18 @@ class PerVideo:
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByHost(PerVideo):
+    """A method whose survivors keep their positions where these have a time of their own, else new ones."""
+
+    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """The published values, with the positions of this host."""
+        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
 
 def check_counts(videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> None:

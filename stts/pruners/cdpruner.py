@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.base import HostInfo, PerVideo, Positions, check_counts, check_finite
+from stts.pruners.base import ByHost, check_counts, check_finite
 from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(PerVideo):
+class CDPruner(ByHost):
     """Choose the set whose determinant of similarity is largest, each token weighted by how it relates to the question.
 
         g_i = -cos(v_i, t),   then (g - min + 1e-6) / (max - min);   K = diag(g) S diag(g),   S_ij = cos(x_i, x_j)
@@ -37,7 +37,6 @@ class CDPruner(PerVideo):
 
     paper: ClassVar[str] = "2506.10967"
     signals: ClassVar[frozenset[Signal]] = frozenset({"aligned", "text"})
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
 
     sign: Literal[-1, 1] = -1
     compat: Literal["official"] | None = None
@@ -45,11 +44,6 @@ class CDPruner(PerVideo):
     def __post_init__(self) -> None:
         if self.sign not in (-1, 1):
             raise ValueError(f"sign={self.sign} must be -1 (as published) or 1")
-
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
     def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         check_finite(videos)

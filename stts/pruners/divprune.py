@@ -6,17 +6,17 @@ Shape suffixes beside those of `stts.tokens`: B = pools of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, PerVideo, Positions
+from stts.pruners.base import ByHost
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(PerVideo):
+class DivPrune(ByHost):
     """Keep tokens that are farthest from those already chosen, first the one whose nearest neighbour is farthest.
 
         d_ij = 1 - cos(x_i, x_j);   first: argmax_j min_{i != j} d_ij;   next: argmax_j min_{i chosen} d_ij
@@ -32,16 +32,10 @@ class DivPrune(PerVideo):
     paper: ClassVar[str] = "2503.02175"
     scope: Literal["clip", "frame"] = "clip"
     """Tokens that compete: those of the whole clip, or of each frame."""
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
 
     def __post_init__(self) -> None:
         if self.scope not in ("clip", "frame"):
             raise ValueError(f"scope={self.scope!r} is unknown; expected 'clip' or 'frame'")
-
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         if self.scope == "clip":

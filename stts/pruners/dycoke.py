@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, Shown
+from stts.pruners.base import ByHost, HostInfo, Newlines, Shown
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class DyCoke(PerVideo):
+class DyCoke(ByHost):
     """Keep every fourth frame whole, and of the frames between the tokens least like the same place of a reference.
 
     The reference of frame t is the frame before it (t odd) or two before it (t = 2 in its group), always unpruned. Each
@@ -45,7 +45,6 @@ class DyCoke(PerVideo):
 
     paper: ClassVar[str] = "2411.15024"
     newlines: ClassVar[Newlines] = "kept_rows"
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
     count_known: ClassVar[bool] = False
 
     frame_ratio: float | None = None
@@ -66,8 +65,7 @@ class DyCoke(PerVideo):
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
         """Original positions where they have a time of their own; the published layer, scaled for shallow LLMs."""
-        positions = "original" if host.mrope else "compact"
-        return cls(**{"positions": positions, "layer": host.llm_layer(cls.layer), **options})
+        return super().for_host(host, **{"layer": host.llm_layer(cls.layer), **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)

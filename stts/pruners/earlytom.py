@@ -9,16 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, PerVideo
-from stts.pruners.temporal import check_prune_block
-from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+from stts.pruners.temporal import AtPruneBlock
+from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 Span = tuple[int, int]
 """First and last frame of a segment."""
@@ -34,7 +33,7 @@ class Mix(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyTom(PerVideo):
+class EarlyTom(AtPruneBlock):
     """Merge frames of a segment that look alike, then keep the most attended tokens of those left.
 
     A segment ends where the mean cosine with its first frame, smoothed over time, falls below tau, or after 5 frames.
@@ -59,7 +58,6 @@ class EarlyTom(PerVideo):
     signals: ClassVar[frozenset[Signal]] = frozenset({"attn"})
     count_known: ClassVar[bool] = False
 
-    prune_block: int = 3
     tau: float = 0.5
     limit: int = 6
     """A segment has fewer frames than this (M)."""
@@ -71,21 +69,9 @@ class EarlyTom(PerVideo):
         if self.limit < 2 or not 0 < self.smoothing <= 1:
             raise ValueError(f"limit={self.limit} must be at least 2 and smoothing={self.smoothing} in (0, 1]")
 
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """At the same place as STTS; ValueError for a `prune_block` that the tower does not allow."""
-        pruner = cls(**options)
-        check_prune_block(host, pruner.prune_block)
-        return pruner
-
-    @property
-    def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
-        return Site("vit", layer=self.prune_block + 1, drop_after=self.prune_block + 1)
-
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         grid = video.grid
-        if video.group_GW is None or len(video.group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
-            raise ValueError(f"EarlyTom needs group_GW with {grid.num_groups} rows; use it at a vit site, alone")
+        self.need_windows(video)
         x_TUD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
         mix = self.merge(x_TUD.detach())

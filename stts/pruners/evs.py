@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, PerVideo, Positions, keep_top
+from stts.pruners.base import ByHost, keep_top
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 FIRST_FRAME = 255.0
@@ -19,7 +19,7 @@ FIRST_FRAME = 255.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVS(PerVideo):
+class EVS(ByHost):
     """Keep the first frame whole, then the tokens that differ most from the same place one frame earlier.
 
         s[0, p] = 255,   s[t, p] = 1 - cos(x[t, p], x[t-1, p])
@@ -35,17 +35,11 @@ class EVS(PerVideo):
     compared with itself only; the release in transformers joins all videos of a call."""
 
     paper: ClassVar[str] = "2510.14624"
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:
         if self.compat not in (None, "official"):
             raise ValueError(f"compat={self.compat!r} is unknown; expected None or 'official'")
-
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
     @property
     def count_known(self) -> bool:  # type: ignore[override]  # an option decides

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import density, ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
+from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 
@@ -31,7 +31,7 @@ class Still(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HoliTom(PerVideo):
+class HoliTom(ByHost):
     """Merge places that stand still over a window of frames and cluster them; of what moves keep the most attended.
 
     A place is static in a window if cos(x[t, p], x[t+1, p]) > tau for all of its pairs of frames. The windows are cut
@@ -69,14 +69,12 @@ class HoliTom(PerVideo):
     max_window: int = 1024
     newline_per_row: bool = False
     """The host ends every row with a newline; official order only."""
-    positions: Positions = "compact"  # type: ignore[misc]
     compat: Literal["official"] | None = None
 
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
         """The published values, in the layout and positions of this host."""
-        positions = "original" if host.mrope else "compact"
-        return cls(**{"newline_per_row": host.newline_per_row, "positions": positions, **options})
+        return super().for_host(host, **{"newline_per_row": host.newline_per_row, **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)

@@ -13,30 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.base import HostInfo, PerVideo
+from stts.pruners.base import HostInfo
 from stts.pruners.simple import Random
-from stts.pruners.temporal import check_prune_block, window_features
+from stts.pruners.temporal import AtPruneBlock, window_features
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class InVit(PerVideo):
+class InVit(AtPruneBlock):
     """A method that decides before block 0 and drops after block `prune_block` + 1, so that it costs what STTS costs.
 
     **Differs** from the baselines of the STTS release (arXiv 2603.18004), which drop one block earlier and have another
     budget: equal tokens are equal tower cost here."""
 
     paper: ClassVar[str] = "2603.18004"
-    prune_block: int = 3
     patches_per_group: int = 9
     """For `flops` only."""
 
     @classmethod
     def for_host(cls, host: HostInfo, **options: Any) -> Self:
         """Sized for this host; ValueError for a `prune_block` that the tower does not allow."""
-        pruner = cls(**{"patches_per_group": host.patches_per_group, **options})
-        check_prune_block(host, pruner.prune_block)
-        return pruner
+        return super().for_host(host, **{"patches_per_group": host.patches_per_group, **options})
 
     @property
     def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
@@ -73,9 +70,7 @@ class _Similar(InVit):
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         grid = video.grid
-        if video.group_GW is None or len(video.group_GW) != grid.num_groups:
-            raise ValueError(f"{type(self).__name__} needs group_GW with {grid.num_groups} rows; use it at a vit site")
-        feature_TPE = window_features(video.x_ND, video.group_GW).view(grid.t, grid.per_frame, -1)
+        feature_TPE = window_features(video.x_ND, self.need_windows(video)).view(grid.t, grid.per_frame, -1)
         # All tries at once and the first that fits picked on the device: no host synchronisation.
         tau_Q = self.tau - self.tau_step * torch.arange(self.num_tries, device=video.x_ND.device)
         similarity_QTP = self.similarity(feature_TPE, tau_Q)

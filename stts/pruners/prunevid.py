@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import density, ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
+from stts.pruners.base import ByHost, Newlines
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
@@ -33,7 +33,7 @@ class Sets(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneVid(PerVideo):
+class PruneVid(ByHost):
     """Average the places that stand still over a scene; cluster those means, and the moving tokens of each frame.
 
     Frames are clustered (DPC-KNN, int(T gamma) centres) and the clusters made into segments of neighbours. A place is
@@ -53,7 +53,6 @@ class PruneVid(PerVideo):
 
     paper: ClassVar[str] = "2412.16117"
     newlines: ClassVar[Newlines] = "kept_rows"
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
     count_known: ClassVar[bool] = False
 
     tau: float = 0.8
@@ -75,11 +74,6 @@ class PruneVid(PerVideo):
             )
         if self.num_neighbours < 1 or self.smallest < 1:
             raise ValueError(f"num_neighbours={self.num_neighbours} and smallest={self.smallest} must be at least 1")
-
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, keep_top
+from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top
 from stts.pruners.st_rope import st_rope
 from stts.pruners.tango_pools import Part, divide, merge_context, pool_rows, rows_of, select_salient
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
@@ -28,7 +28,7 @@ SINKS_LLAVA_VIDEO = (26, 157, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tango(PerVideo):
+class Tango(ByHost):
     """Keep salient tokens that differ from each other, and centres that speak for all the rest.
 
     arXiv 2604.09547; `tango/utils.py` and `tango/pruner.py` of the release.
@@ -53,7 +53,6 @@ class Tango(PerVideo):
     signals = frozenset[Signal]({"probe"})
     count_known = False
     newlines: ClassVar[Newlines] = "kept_rows"
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
 
     tau: float | None = None
     """Cosine above which a place repeats, when windows are cut. None: as published for the nearest ratio, 0.65 for 0.1,
@@ -81,7 +80,7 @@ class Tango(PerVideo):
         sinks: tuple[int, ...] = ()
         if host.family.startswith("llava") and host.patches_per_frame == 729:
             sinks = SINKS_LLAVA_VIDEO if host.newline_per_row else SINKS_ONEVISION
-        return cls(**{"sinks": sinks, "positions": "original" if host.mrope else "compact", **options})
+        return super().for_host(host, **{"sinks": sinks, **options})
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         ops.need_full_grid(video)

@@ -1,15 +1,20 @@
-"""What STTS and its training-free relatives share: window features, the key bias, the temporal loss. Pure functions.
+"""What STTS and its training-free relatives share: window features, the key bias, the temporal loss, their place.
 
 Shape suffixes beside those of `stts.tokens`: W = patches per window, R = ranges over which scores are rescaled.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.base import HostInfo
+from stts.pruners import ops
+from stts.pruners.base import HostInfo, PerVideo
+from stts.tokens import Site, VideoTokens
 
 
 def gather_windows(x_ND: Tensor, group_GW: Tensor) -> Tensor:
@@ -66,6 +71,32 @@ def key_bias(weight_G: Tensor, group_GW: Tensor, num_patches: int) -> Tensor:
         0, row_GW.flatten(), weight_G[:, None].expand_as(row_GW).flatten(), "amax"
     )[:num_patches]
     return torch.where(weight_N > 0, weight_N, 1.0).log()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtPruneBlock(PerVideo):
+    """A method inside the tower that decides and drops behind block `prune_block` + 1, where STTS drops."""
+
+    prune_block: int = 3
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """At the same place as STTS; ValueError for a `prune_block` that the tower does not allow."""
+        pruner = cls(**options)
+        check_prune_block(host, pruner.prune_block)
+        return pruner
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
+        return Site("vit", layer=self.prune_block + 1, drop_after=self.prune_block + 1)
+
+    def need_windows(self, video: VideoTokens) -> Tensor:
+        """The patches of every group; ValueError where some are missing."""
+        num_groups = video.grid.num_groups
+        if video.group_GW is None or len(video.group_GW) != num_groups:
+            raise ValueError(f"{type(self).__name__} needs group_GW with {num_groups} rows; use it at a vit site")
+        ops.need_full_grid(video)
+        return video.group_GW
 
 
 def check_prune_block(host: HostInfo, prune_block: int) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, PerVideo
-from stts.pruners.temporal import check_prune_block
-from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
+from stts.pruners.temporal import AtPruneBlock
+from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 
 
 class Match(NamedTuple):
@@ -32,7 +31,7 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(PerVideo):
+class ToMe(AtPruneBlock):
     """Merge, in each frame, the groups of patches that look most alike; nothing is thrown away.
 
     One step removes r of n tokens: even places (A) each name the most similar odd place (B) by the cosine of their
@@ -54,24 +53,10 @@ class ToMe(PerVideo):
     paper: ClassVar[str] = "2210.09461"
     signals: ClassVar[frozenset[Signal]] = frozenset({"keys"})
 
-    prune_block: int = 3
     proportional: bool = True
 
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """At the same place as STTS; ValueError for a `prune_block` that the tower does not allow."""
-        pruner = cls(**options)
-        check_prune_block(host, pruner.prune_block)
-        return pruner
-
-    @property
-    def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
-        return Site("vit", layer=self.prune_block + 1, drop_after=self.prune_block + 1)
-
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
-        grid, group_GW = video.grid, video.group_GW
-        if group_GW is None or len(group_GW) != grid.num_groups or video.num_groups != grid.num_groups:
-            raise ValueError(f"ToMe needs group_GW with {grid.num_groups} rows; use it at a vit site, alone")
+        grid, group_GW = video.grid, self.need_windows(video)
         keys_GD = ops.need(video.keys_GD, "keys", video).detach().float()
         share, more = divmod(budget.num_kept, grid.t)  # earlier frames keep what does not divide
         target_T = [max(1, share + (t < more)) for t in range(grid.t)]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, PerVideo, Positions
+from stts.pruners.base import ByHost
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class VCAST(PerVideo):
+class VCAST(ByHost):
     """Keep in each frame the tokens farthest from its mean and longest; frames at turns of the video keep more.
 
         f_t = unit mean of frame t,   c_t = 1 - cos(f_t - f_t-1, f_t+1 - f_t),   c = 1 at both ends
@@ -32,7 +32,6 @@ class VCAST(PerVideo):
     are noise. Ties go to the earlier token or frame."""
 
     paper: ClassVar[str] = "2603.27650"
-    positions: Positions = "compact"  # type: ignore[misc]  # the host decides, so it is a field
 
     temperature: float = 0.7
     norm_weight: float = 1.0
@@ -42,11 +41,6 @@ class VCAST(PerVideo):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-
-    @classmethod
-    def for_host(cls, host: HostInfo, **options: Any) -> Self:
-        """Original positions where they have a time of their own."""
-        return cls(**{"positions": "original" if host.mrope else "compact", **options})
 
     @property
     def count_known(self) -> bool:  # type: ignore[override]  # an option decides
