@@ -38,7 +38,8 @@ class VideoData(pl.LightningDataModule):
         max_fps: upper bound on frames per second of video.
         on_error: 'raise' stops at a sample that cannot be used (a broken file, text or picture beyond a limit), 'skip'
             counts and lists it.
-        follow_links: follow links that lead out of `root`; those of a Hugging Face cache are followed anyway.
+        follow_links: take absolute paths and links that lead out of `root`; links of a Hugging Face cache are followed
+            anyway.
         timeout_s: seconds one sample's files may take to read before they count as broken; null: no limit.
         cache_gib: memory per rank, in GiB, for decoded frames that later epochs read again; 0: none.
         shapes: form of the clips (kind 'shapes').

@@ -60,13 +60,15 @@ class Sample:
         return ", ".join(paths if len(paths) < 4 else [*paths[:2], "...", paths[-1]])
 
 
-def parse_row(row: Any, base: str, *, needs_id: bool, follow_links: bool = False) -> Sample:
+def parse_row(row: Any, base: str, *, follow_links: bool = False) -> Sample:
     """ValueError, without the row's place, for anything else than the forms that `Samples` lists."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}; write one object per line, or one array")
-    uid = row.get("id", None if needs_id else "")
-    if isinstance(uid, bool) or not isinstance(uid, (str, int)) or (needs_id and uid == ""):
-        raise ValueError(f"key 'id' is {uid!r}, expected a string or an integer; give every row its own")
+    uid = row.get("id", "")
+    if isinstance(uid, bool) or not isinstance(uid, (str, int)):
+        raise ValueError(
+            f"key 'id' is {uid!r}, expected a string or an integer; give every row its own, or leave the key out"
+        )
     for key in ("audio", "audios"):
         if row.get(key):
             raise ValueError(f"key {key!r} names sound, which no model here hears; drop the key or the row")

@@ -1,7 +1,8 @@
 """Paths that data files name: kept inside their root, because a data set is input from elsewhere.
 
 Links inside the root are followed, and so are those of a Hugging Face cache, whose files are links into its `blobs`
-folder. Other links that lead out of the root need `following_links(True)`, in commands `--follow_links true`."""
+folder. Other links that lead out of the root, and absolute paths elsewhere, need `following_links(True)`, in commands
+`--follow_links true`: for data that you wrote or trust."""
 
 from __future__ import annotations
 
@@ -50,9 +51,12 @@ def confined(base: str | Path, name: str | Path, *, follow_links: bool | None = 
     if _is_inside(base, target):
         return Path(target)
     written = os.path.normpath(os.path.join(base, name))
-    if not _is_inside(base, written):
-        raise ValueError(f"path {name!r} leaves the root {base}; move the file there, or set root to a common folder")
     follow = _FOLLOWING.get() if follow_links is None else follow_links
+    if not _is_inside(base, written) and not (follow and os.path.isabs(name)):
+        raise ValueError(
+            f"path {name!r} leaves the root {base}; move the file there, set root to a common folder, or follow "
+            "absolute paths and links of data that you trust with follow_links=True (--follow_links true)"
+        )
     if follow or _is_inside(_blobs(base), target):
         return Path(written)  # a blob has no name to speak of
     raise ValueError(

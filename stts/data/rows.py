@@ -38,8 +38,8 @@ class Samples(Sequence[Sample]):
     A missing marker is put at the start of the first user message, and `<image>` in front of a video becomes `<video>`
     (LLaVA-Video-178K). A video's path is root / `data_source` / `video` where a row has a `data_source`, or root /
     `video` where the root is that source's own folder already. Media are relative to `root` (default: the folder of
-    `path`) and must stay inside it (see `stts.data.paths`). JSONL rows need an `id` of their own; elsewhere a missing
-    or repeated one gets its row number behind it.
+    `path`) and must stay inside it (see `stts.data.paths`). A missing `id` becomes the number of
+    the row, as in `#3`. A repeated one is an error in JSONL; elsewhere it gets its row number behind it.
 
     The constructor parses every row once. ValueError, with file and line, for anything else than these forms; with
     `on_error="skip"` such rows are left out and listed in `left_out`, unless that leaves none. Media files are looked
@@ -141,7 +141,7 @@ class Samples(Sequence[Sample]):
             number = int(self._number_N[place])
             try:
                 row = next(rows)
-                sample = parse_row(row, self.base, needs_id=self._rows.strict_ids, follow_links=self.follow_links)
+                sample = parse_row(row, self.base, follow_links=self.follow_links)
             except ValueError as error:
                 raise ValueError(f"{self._rows.where(number)}: {error}") from error
             if unread is not None:

@@ -67,7 +67,8 @@ class RunConfig:
     on_error: OnError = "raise"
     """What a video does that is there but broken: raise, or skip (counted and listed)."""
     follow_links: bool = False
-    """Follow links in the data folder that lead out of it; those of a Hugging Face cache are followed anyway."""
+    """Take absolute paths, and links in the data folder that lead out of it; links of a Hugging Face cache are followed
+    anyway."""
     timeout_s: float | None = None
     """Longest time in seconds that reading one video may take."""
     num_workers: int | None = None

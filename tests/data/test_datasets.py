@@ -247,7 +247,6 @@ def test_paths_stay_inside_the_root(tmp_path, video):
         ("{", "not a JSON object"),
         ("[1]", "expected a JSON object, got list"),
         ({**ROW, "id": None}, "key 'id' is None"),
-        ({**ROW, "id": ""}, "key 'id'"),
         ({**ROW, "id": True}, "key 'id'"),
         ({**ROW, "id": "first"}, "already on line 1"),
         ({**ROW, "video": 3}, "key 'video' is 3"),
@@ -282,6 +281,11 @@ def test_bad_rows_name_file_line_and_fault(tmp_path, row, message):
     path = write(tmp_path, {**ROW, "id": "first"}, "", row)
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: .*{message}"):
         read_jsonl(path)
+
+
+def test_a_missing_id_is_the_number_of_the_row(tmp_path):
+    rows = [{key: value for key, value in ROW.items() if key != "id"}, {**ROW, "id": ""}, {**ROW, "id": "own"}]
+    assert [sample.uid for sample in Samples(write(tmp_path, *rows))] == ["#1", "#2", "own"]
 
 
 def test_bad_files(tmp_path):

@@ -75,7 +75,11 @@ def test_other_links_are_followed_when_asked_for(tmp_path: Path) -> None:
             samples = Samples(path)
         assert samples[0].video == root / name, "rows are parsed later, and as the file was opened"
     assert confined(root, "own.mp4") == root / "sub" / "c.mp4", "inside the root"
-    for name in ("../outside/c.mp4", str(outside / "c.mp4"), "a\0b"):
+    elsewhere = str(outside / "c.mp4")
+    assert confined(root, elsewhere, follow_links=True) == outside / "c.mp4", "written out by whoever asks for it"
+    with pytest.raises(ValueError, match=r"leaves the root .*--follow_links true"):
+        confined(root, elsewhere)
+    for name in ("../outside/c.mp4", "a\0b"):
         with pytest.raises(ValueError, match=r"leaves the root|cannot be followed"):
             confined(root, name, follow_links=True)
 
