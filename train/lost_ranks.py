@@ -7,7 +7,7 @@ import re
 import lightning.pytorch as pl
 import torch
 
-_SIGNS = ("closed by peer", "reset by peer", "timed out", "connection refused", "broken pipe", "socket")
+_SIGNS = ("closed by peer", "reset by peer", "timed out waiting", "connection refused", "broken pipe")
 
 
 class RankLost(Exception):

@@ -18,13 +18,13 @@ from tests.train.launch import finish, needs_deepspeed, shown, start_module, wai
 from tests.train.test_resume import STEPS, one_process, settings
 
 CABLE = "stts0"  # in both namespaces
+IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")  # not on every user's path
 
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
     """Names of two namespaces whose addresses are 10.77.0.1 and 10.77.0.2."""
-    ip = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if ip is None:
+    if IP is None:
         pytest.skip("there is no `ip` (package iproute2), which makes network namespaces")
     names = tuple(f"stts-{os.getpid()}-{host}" for host in "ab")
     first, second = names
@@ -35,19 +35,19 @@ def hosts() -> Iterator[tuple[str, str]]:
         steps += [["-n", name, "link", "set", device, "up"] for device in ("lo", CABLE)]
     try:
         for step in steps:
-            done = subprocess.run([ip, *step], capture_output=True, text=True)
+            done = subprocess.run([IP, *step], capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"network namespaces are not allowed here: ip {' '.join(step)}: {done.stderr.strip()}")
         yield first, second
     finally:
         for name in names:
             kill_host(name)
-            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+            subprocess.run([IP, "netns", "delete", name], capture_output=True)
 
 
 def kill_host(name: str) -> None:
     """kill -9 of every process in this namespace."""
-    listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    listed = subprocess.run([str(IP), "netns", "pids", name], capture_output=True, text=True)
     for process in listed.stdout.split():
         with suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)
@@ -57,7 +57,7 @@ def start_on(host: str, rank: int, argv: list[str], **env: str) -> subprocess.Po
     """The same command on each host, but for the host's number, as a scheduler starts it."""
     torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}"]
     torchrun += ["--master-addr=10.77.0.1", "--master-port=29511", "-m", "stts.cli", "fit"]
-    within = ["ip", "netns", "exec", host]
+    within = [str(IP), "netns", "exec", host]
     return start_module([*torchrun, *argv], within, GLOO_SOCKET_IFNAME=CABLE, **env)
 
 
