@@ -107,6 +107,8 @@ def test_dense_steps_alternate_with_pruned_ones_and_are_logged(tiny_folder: Path
             self.rows.append((report.retention_measured, "teacher" in report.losses))
 
     module, look = taught(tiny_folder), Look()
+    dense = VideoFinetune(str(tiny_folder), "none", **FAST)
+    assert module.tokens_per_video(8) == dense.tokens_per_video(8), "rows are planned for dense steps"
     trainer = fit(module, [batch_for(module)] * 5, callbacks=[look])
     assert look.rows == [(1.0, True), (0.5, False)] * 2 + [(1.0, True)]
     assert trainer.callback_metrics["train/teacher_loss"] > 0.05, "the value of the backward pass, not of the forward"
