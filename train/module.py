@@ -42,7 +42,7 @@ from .parts import PARTS, check_rates, cosine, learning_parts, learns, parameter
 from .precision import exact_conversions
 from .retention import Setting, holds_vlm, make_retention
 from .step_losses import StepLoss, StepLosses, TrainingPass, Weight
-from .strategies import FSDP2, DeepSpeed, adamw, allow_missing_gradients, cut, widen
+from .strategies import FSDP2, DeepSpeed, adamw, average_gradients, check_holds, cut, sync_gradients, widen
 from .validation import Validation
 
 
@@ -161,11 +161,16 @@ class VideoFinetune(pl.LightningModule):
             self._held = [p for part, group in self.parts().items() if part != "scorer" for p in group]
             for parameter in self._held:
                 parameter.requires_grad_(False)
+            sync_gradients(self.trainer.strategy, not self._held)
 
     def on_after_backward(self) -> None:
-        for parameter in self._held:
-            parameter.requires_grad_(True)
-        self._held = []
+        if self._held:
+            for parameter in self._held:
+                parameter.requires_grad_(True)
+            self._held = []
+            sync_gradients(self.trainer.strategy, True)
+            if self.losses.is_complete:
+                average_gradients(self.trainer.strategy, self.parts()["scorer"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.pruning.retention_ratio = self.retention.at(self.global_step)
@@ -299,7 +304,7 @@ class VideoFinetune(pl.LightningModule):
         self.trained |= getattr(getattr(self.trainer, "datamodule", None), "frames", {})
         self.pruning.run_all_modules(self.trainer.world_size > 1)
         if holds_vlm(self.retention):
-            allow_missing_gradients(strategy)
+            check_holds(strategy)
         if isinstance(strategy, DeepSpeed):
             self.trainer.gradient_clip_val = self.max_grad_norm
             strategy.exclude_frozen_parameters = True

@@ -58,17 +58,36 @@ def widen(module: nn.Module, strategy: Strategy, precision: str) -> None:
             parameter.data = parameter.data.float()
 
 
-def allow_missing_gradients(strategy: Strategy) -> None:
-    """Before the strategy wraps the module: some steps will give a part of the parameters no gradient, on all ranks.
-
-    ValueError where the gradients of the step before would be taken for theirs."""
-    if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs["find_unused_parameters"] = True
+def check_holds(strategy: Strategy) -> None:
+    """ValueError for a strategy under which a step cannot leave a part of the parameters alone."""
     if isinstance(strategy, DeepSpeed) and strategy.offload_optimizer:
         raise ValueError(
             "retention_ratio.dense_trains=scorer does not go with an offloaded optimizer, which keeps gradients of the "
             "step before; use trainer.strategy=deepspeed_stage_2 or _stage_3, or dense_trains=everything"
         )
+
+
+def _is_ddp(strategy: Strategy) -> bool:
+    return isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeed)  # which Lightning derives from it
+
+
+def sync_gradients(strategy: Strategy, on: bool) -> None:
+    """Whether DDP averages gradients over ranks in the backward pass; it waits for one of every parameter there."""
+    if _is_ddp(strategy):
+        wrapper: Any = strategy.model
+        wrapper.require_backward_grad_sync = on
+
+
+def average_gradients(strategy: Strategy, parameters: Sequence[nn.Parameter]) -> None:
+    """In place of DDP, in one collective: every rank must call it, and has a gradient of each of these parameters."""
+    if _is_ddp(strategy):
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        row = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(row)
+        for grad, mean in zip(
+            grads, (row / torch.distributed.get_world_size()).split([g.numel() for g in grads]), strict=True
+        ):
+            grad.copy_(mean.view_as(grad))
 
 
 def is_cut(strategy: Strategy) -> bool:

@@ -14,6 +14,11 @@ FROZEN = {
     "lora": ["--model.lora={rank: 4}", "--model.vit_lr=0", "--model.connector_lr=0"],
     "scorer": ["--model.llm_lr=0", "--model.vit_lr=0", "--model.connector_lr=0"],
     "tower": ["--model.vit_lr=0"],
+    "dense steps": [  # every second step is dense, teaches the scorer, and leaves all else alone
+        "--model.retention_ratio={target: 0.5, dense_every: 2, dense_trains: scorer}",
+        "--model.pruner_options.teacher={share: 0.2}",
+        "--model.loss_weights.teacher=1",
+    ],
 }
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STRATEGIES = ("ddp", *STAGES, "fsdp2")
@@ -54,6 +59,7 @@ CASES = {
         *(Case(stage, frozen=frozen) for stage in STAGES for frozen in ("lora", "scorer")),
         Case("deepspeed_stage_3", frozen="tower"),
     ],
+    "torch and zero, dense steps": [Case(name, frozen="dense steps") for name in STRATEGIES],
 }
 KILLED = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")
 """Killed, told to stop, and gone on with, everything learning; see test_resume.py."""
