@@ -88,6 +88,8 @@ class CompareConfig(RunConfig):
     """Run the tower on so many frames at a time, for videos that do not fit memory whole."""
     batch_size: int = 16
     """Questions answered at once."""
+    wide: bool = False
+    """Print every column: tokens, FLOPs by part, tasks, times by phase. comparison.md has them anyway."""
 
     def __post_init__(self) -> None:
         if tuple(self.pruners) == ("all",):
@@ -305,4 +307,4 @@ def compare(config: CompareConfig) -> str | None:
     with resumable(config.out):
         result = run_compare(config, ranks=Ranks.from_env())
     written = f"written: {config.out}/comparison.json, .csv, .md, .png"
-    return None if result is None else f"{render_text(result)}\n\n{written}"
+    return None if result is None else f"{render_text(result, wide=config.wide)}\n\n{written}"

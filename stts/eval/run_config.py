@@ -200,7 +200,7 @@ class RunConfig:
 
     def identity(self, tasks: Sequence[Task], *folders: str | Path | None) -> dict[str, Any]:
         """What decides the result: settings, device (times never mix), and the content of files."""
-        beside = ("out", "overwrite", "name", "num_workers", "timeout_s", "data_root", "follow_links")
+        beside = ("out", "overwrite", "name", "num_workers", "timeout_s", "data_root", "follow_links", "wide")
         settings = {name: value for name, value in self.settings().items() if name not in beside}
         return {
             **settings,

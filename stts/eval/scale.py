@@ -83,4 +83,4 @@ def scale(config: ScaleConfig) -> str | None:
     with resumable(config.out):
         result = run_scale(config, ranks=Ranks.from_env())
     written = f"written: {', '.join(str(Path(config.out) / name) for name in FILES)}"
-    return None if result is None else f"{render_text(result)}\n\n{written}"
+    return None if result is None else f"{render_text(result, wide=config.wide)}\n\n{written}"

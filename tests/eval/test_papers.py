@@ -56,7 +56,7 @@ def test_adatp_as_published_on_small_benchmarks(
         str(tmp_path / "out"),
     ]
     args += ["--data_root", str(tmp_path / "benchmarks"), "--limit=2", "--num_frames=4", "--retention_ratios=0.8"]
-    code = main(["compare", *args, "--max_new_tokens=2"])
+    code = main(["compare", *args, "--max_new_tokens=2", "--wide"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "adatp (our reconstruction)" in shown.out and "mlvu_dev %" in shown.out and "retained" in shown.out

@@ -24,9 +24,11 @@ Lines = tuple[list[str], list[list[str]]]
 """Head and body of a table."""
 
 
-def render_text(result: ComparisonResult) -> str:
-    """The table for a terminal, a block per ratio, with what it rests on above and below."""
-    head, body = _cells_of(result)
+def render_text(result: ComparisonResult, *, wide: bool = False) -> str:
+    """The table for a terminal, a block per ratio, with what it rests on above and below.
+
+    wide: with tokens, FLOPs by part, every task, and times by phase; else at most 100 columns."""
+    head, body = _cells_of(result) if wide else _narrow(*_cells_of(result))
     lines = aligned(head, body)
     rule = "-" * max(map(len, lines))
     shown = [title_of(result), "", lines[0], rule]
@@ -36,10 +38,21 @@ def render_text(result: ComparisonResult) -> str:
     blocks = [list(block) for _, block in groupby(zip(budgets, lines[1:], strict=True), key=lambda pair: pair[0])]
     for place, block in enumerate(blocks):
         shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
-    if times := _times_of(result):
+    if wide and (times := _times_of(result)):
         lines = aligned(*times)
         shown += ["", lines[0], "-" * max(map(len, lines)), *lines[1:]]
-    return "\n".join([*shown, "", *notes_on(result)])
+    more = [] if wide else ["Tokens, FLOPs by part, tasks and times by phase: --wide true, or comparison.md."]
+    return "\n".join([*shown, "", *notes_on(result), *more])
+
+
+def _narrow(head: list[str], body: list[list[str]]) -> Lines:
+    """The columns that fit a terminal."""
+    same = ("method", "frames", "equal", "kept", "measured", "accuracy %", "vs dense", "vs first dense", "mean %")
+    titles = {**dict.fromkeys(same), "retained": None, "of dense": "FLOPs", "ms/sample": "ms"}
+    places = [place for place, name in enumerate(head) if name in titles]
+    short = {"dense (before fine-tuning)": "dense, before tuning"}
+    lines = [[short.get(line[place], line[place]) for place in places] for line in body]
+    return [titles[head[place]] or head[place] for place in places], lines
 
 
 def aligned(head: list[str], body: list[list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ ADATP = Cell("adatp", 0.5, kind="inside the LLM", label="our reconstruction")
 
 
 def test_text_holds_the_numbers_and_the_reasons() -> None:
-    lines = render_text(result_with(FULL, skipped=7)).splitlines()
+    lines = render_text(result_with(FULL, skipped=7), wide=True).splitlines()
     assert lines[0] == "made up: 12 questions on 4 videos, 4 frames (interior)"
     [stts] = [line.split() for line in lines if line.startswith("stts")]
     assert stts[:4] == ["stts", "0.5", "0.500", "8"] and stts[4] == "83.3"
@@ -110,10 +110,18 @@ def test_signals_and_options_are_named_once_and_kept() -> None:
 def test_one_video_has_no_interval_and_the_table_says_so() -> None:
     made = result_with(FULL)
     one = replace(made, records=tuple(replace(record, video="only.mp4") for record in made.records))
-    line = next(line for line in render_text(one).splitlines() if line.startswith("stts"))
+    line = next(line for line in render_text(one, wide=True).splitlines() if line.startswith("stts"))
     assert "83.3 [-]" in line and "-8.3 [-]" in line
     assert "no interval, as all questions are about one video" in render_text(one)
     assert "no p-value is below 0.125" in render_text(made), "four videos"
     [row] = [row for row in one.rows if row.method == "stts"]
     assert (row.accuracy_low, row.difference_high, row.p_value) == (None, None, 1.0)
     assert draw(one)
+
+
+def test_a_table_for_the_terminal_fits_it_and_says_where_the_rest_is() -> None:
+    wide, narrow = render_text(result_with(FULL), wide=True), render_text(result_with(FULL))
+    head, rule, *rows = narrow.splitlines()[2:5]
+    assert max(map(len, (head, rule, *rows))) <= 100 < max(map(len, wide.splitlines()[2:5]))
+    assert head.split()[0] == "method" and head.split()[-2:] == ["FLOPs", "ms"] and "tokens/frame" not in head
+    assert narrow.splitlines()[-1].endswith("--wide true, or comparison.md.") and "--wide" not in wide
