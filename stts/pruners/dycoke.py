@@ -99,9 +99,10 @@ class DyCoke(ByHost):
 
     def similarity(self, video: VideoTokens, reference: list[int]) -> Tensor:
         """(T, S) fp32 cosine of each token with the same place of the reference of its frame."""
-        unit_TPD = F.normalize(video.x_ND.detach().float(), dim=-1).view(video.grid.t, video.grid.per_frame, -1)
-        similarity_TP: Tensor = torch.linalg.vecdot(unit_TPD, unit_TPD[torch.tensor(reference, device=unit_TPD.device)])
-        return similarity_TP
+        per_frame, device = video.grid.per_frame, video.x_ND.device
+        first_T1 = per_frame * torch.tensor(reference, device=device)[:, None]
+        other_N = (first_T1 + torch.arange(per_frame, device=device)).flatten()
+        return ops.similarity_to(video.x_ND.detach(), other_N).view(-1, per_frame)
 
     def _natural(self, per_frame: int, retention_ratio: float) -> int:
         """n of the release; 1 - K is taken in binary there, here as a decimal."""

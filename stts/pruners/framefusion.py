@@ -68,12 +68,10 @@ class FrameFusion(PerVideo):
 def chain_similarity(x_ND: Tensor, place_N: Tensor) -> Tensor:
     """(N,) fp32 cosine of each token with the one before it at its place; `NO_PREDECESSOR` for the first."""
     order_N = torch.sort(place_N, stable=True).indices
-    unit_ND = F.normalize(x_ND.float(), dim=-1)[order_N]
-    same_N = place_N[order_N].diff() == 0
-    cosine_N: Tensor = torch.linalg.vecdot(unit_ND[1:], unit_ND[:-1]).masked_fill(~same_N, NO_PREDECESSOR)
-    similarity_N: Tensor = cosine_N.new_full((len(x_ND),), NO_PREDECESSOR)
-    similarity_N[order_N[1:]] = cosine_N
-    return similarity_N
+    same_N = F.pad(place_N[order_N].diff() == 0, (1, 0))  # the first of a place is compared with itself, for nothing
+    other_N = torch.empty_like(order_N).scatter_(0, order_N, torch.where(same_N, order_N.roll(1), order_N))
+    has_other_N = torch.empty_like(same_N).scatter_(0, order_N, same_N)
+    return ops.similarity_to(x_ND, other_N).masked_fill(~has_other_N, NO_PREDECESSOR)
 
 
 def merge_most_similar(similarity_N: Tensor, place_N: Tensor, number: int) -> Tensor:

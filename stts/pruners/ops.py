@@ -56,6 +56,18 @@ def _cosines(x_TPD: Tensor) -> Tensor:
     return cosine_TP.flatten()
 
 
+def similarity_to(x_ND: Tensor, other_N: Tensor) -> Tensor:
+    """(N,) fp32 cosine of each token with the token `other_N` (int64), in [-1, 1]; no copy of all tokens on a CPU."""
+    norm_N = torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float32).clamp_min(1e-12)
+    block = frame_block(x_ND)
+    dots = [
+        torch.linalg.vecdot(part_ND.float(), x_ND.index_select(0, other).float())
+        for part_ND, other in zip(torch.split(x_ND, block), torch.split(other_N, block), strict=True)
+    ]
+    cosine_N: Tensor = torch.cat(dots) / (norm_N * norm_N[other_N])
+    return cosine_N
+
+
 # --- what a method may expect of a video ---------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ class VCAST(ByHost):
     def scores(self, x_TPD: Tensor, frame_TD: Tensor) -> Tensor:
         """(T, S) fp32, to be compared inside a frame only."""
         norm_TP: Tensor = torch.linalg.vector_norm(x_TPD, dim=-1)
-        cosine_TP: Tensor = torch.linalg.vecdot(x_TPD, frame_TD[:, None]) / norm_TP.clamp_min(1e-6)
+        cosine_TP = (x_TPD @ frame_TD[..., None])[..., 0] / norm_TP.clamp_min(1e-6)
         low_T1, high_T1 = norm_TP.amin(1, keepdim=True), norm_TP.amax(1, keepdim=True)
         return 1 - cosine_TP + self.norm_weight * (norm_TP - low_T1) / (high_T1 - low_T1 + 1e-6)
 

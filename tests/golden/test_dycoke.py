@@ -58,4 +58,7 @@ def test_hides_the_keys_that_the_release_hides(case: Case) -> None:
         behind = torch.arange(len(number_M), attention_HM.shape[1])
         assert torch.equal(torch.cat([number_M[visible_M], behind]), case[f"step{step}.visible"])
         assert bool(visible_M.all()) != bool(case[f"step{step}.pruned"])
-        last = Shown(visible_M[None], attention_BM * inside_BM)
+        now_BM = attention_BM * inside_BM
+        similarity = 0.0 if last is None else float(torch.cosine_similarity(now_BM, last.attention_BM))
+        assert similarity == pytest.approx(float(case[f"step{step}.similarity"]), abs=1e-5)
+        last = Shown(visible_M[None], now_BM)
