@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,7 +36,9 @@ class Summary(pl.Callback):
         self.parameters = f"training {', '.join(parts)} parameters ({_short(frozen)} frozen)"
         if trainer.is_global_zero:  # before the pruner's attention is switched on in the config
             config = copy.deepcopy(pl_module.model.config)
-            planned = make_plan(run_of(self.settings, config, gpus=trainer.world_size))
+            run = run_of(self.settings, config, gpus=trainer.world_size)
+            size = getattr(pl_module.processor.video_processor, "size", None)  # of frames of free resolution
+            planned = make_plan(replace(run, video_size=dict(size) if size else None))
             host = planned.host + planned.ready
             self.memory = f"memory planned per rank: {planned.total / GIB:.3g} GiB"
             self.memory += f", and {host / GIB:.3g} of the host" if host else ""
