@@ -178,7 +178,7 @@ def test_the_committed_page_is_made_of_the_committed_answers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scale", "methods"), [("cpu", "novelty,visionzip"), ("wide", "novelty")])
+@pytest.mark.parametrize(("scale", "methods"), [("cpu", "novelty,visionzip")])
 def test_committed_rows_come_out_again(
     scale: str, methods: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,7 +288,7 @@ def test_benchmarks_from_their_own_folders(config: EvalConfig, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pruner": "nothing"}, "--pruner 'nothing' is unknown"),
+        ({"pruner": "nothing"}, "unknown pruner 'nothing'; known: none"),
         ({"pruner": "tango", "retention_ratio": 1.5}, "--retention_ratio: "),
         ({"pruner": "tango"}, "--pruner tango needs --retention_ratio"),
         ({"retention_ratio": 0.5}, "say nothing without a --pruner"),

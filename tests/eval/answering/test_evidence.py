@@ -80,7 +80,7 @@ def test_compare_shows_evidence_beside_accuracy(tiny_folder: Path, data: Path, t
         assert row.evidence_kept == pytest.approx(found["evidence"][0] / found["evidence"][1])
         assert row.distractors_kept == pytest.approx(found["distractors"][0] / found["distractors"][1])
         assert 0 < row.distractors_kept < 1
-    head = render_text(result).splitlines()[2]
+    head = render_text(result, wide=True).splitlines()[2]
     assert "evidence %" in head and "distractors %" in render_markdown(result)
     assert any(note.startswith("Evidence, distractors:") for note in render_text(result).splitlines())
     [first, *_] = csv.DictReader((config.out / "comparison.csv").open())
@@ -105,4 +105,4 @@ def test_other_frames_and_other_data_have_no_labels(tiny_folder: Path, data: Pat
         limit=3, max_new_tokens=1,
     )  # fmt: skip
     result = run_compare(config, progress=False)
-    assert all(row.evidence_kept is None for row in result.rows) and "evidence %" not in render_text(result)
+    assert all(row.evidence_kept is None for row in result.rows) and "evidence %" not in render_text(result, wide=True)
