@@ -116,7 +116,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def in_words(message: str, names: Sequence[str], hints: Mapping[str, Any]) -> str:
-    """A message of the parser as one line: what came, what was expected, which name comes near.
+    """A message of the parser as one line: what came, what was expected, and the nearest known name.
 
     names: of all options, with their dashes. hints: types by name without them."""
     if match := re.match(r"unrecognized arguments?: (.*)", message, re.DOTALL):

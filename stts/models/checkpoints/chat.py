@@ -58,7 +58,7 @@ class Asked:
 
     question: str
     example: Example
-    """The video as it was shown: frames and their times."""
+    """The frames that the model saw, and their times."""
     pruner: str
     retention_ratio: float
     dense: Answer

@@ -158,8 +158,8 @@ class PrunedVLM(nn.Module):
         return self.model.generate(**inputs)
 
     def chat(self, *, num_frames: int | None = None, sampler: str | None = None, max_fps: float | None = None) -> Chat:
-        """The model to be asked in pieces. Frames that are None are chosen as it was trained, else 32 of them by
-        uniform_inclusive."""
+        """A `Chat` with this model. Where `num_frames` or `sampler` is None it is as the model was trained, else 32
+        frames by uniform_inclusive."""
         recorded = self.trained
         return Chat(
             self.pruning,
