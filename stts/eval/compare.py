@@ -46,6 +46,7 @@ from stts.pruners.registry import check_name
 from stts.tokens import Grid
 
 Match = Literal["tokens", "flops", "both"]
+SHARED = "On a CPU the tower runs once per batch for all methods behind it; the time that it took is in the ms of each."
 FILES = (RESULT, "comparison.csv", "comparison.md", "comparison.png")
 
 
@@ -190,7 +191,8 @@ def run_compare(
     merged = merge_points(plain, answered, config.vote)
     cells = [runner.cell for _, runners in points for runner in runners]
     result = make_result(config, plain, cells, merged, environment(model), weights_gib)
-    result = replace(result, notes=(*recorded, *result.notes))
+    once = (SHARED,) if model.device.type == "cpu" else ()
+    result = replace(result, notes=(*recorded, *result.notes, *once))
     store.finish(
         {
             FILES[3]: draw(result),

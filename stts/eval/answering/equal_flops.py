@@ -100,6 +100,7 @@ def match_flops(runners: Sequence[Runner], grid: Grid, reference: str, *, tokens
             exact=base.exact,
             positions=base.positions,
             siglip=base.siglip,
+            tower=base.tower,
         )
         matched.append(Runner(replace(cell, retention_configured=ratio), own))
     return [*rows, *matched]

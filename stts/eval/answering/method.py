@@ -21,10 +21,11 @@ from stts.eval.answering.evidence import Counts
 from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
 from stts.models.checkpoints.chat import question_of
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
-from stts.models.families.base import host_info, vlm_shape
+from stts.models.families.base import host_info, make_adapter, vlm_shape
 from stts.models.pruning.context import Pruning
 from stts.models.pruning.phases import Phases
 from stts.models.pruning.report import Report, cost_of, planned_cost
+from stts.models.pruning.shared_tower import SharedTower
 from stts.models.pruning.siglip import SiglipSource
 from stts.models.pruning.visual_pass import Phase
 from stts.pruners.base import Positions, Pruner
@@ -83,7 +84,8 @@ class Measured:
     """How one batch went."""
 
     ms: dict[str, float]
-    """Milliseconds of the batch by phase (`pruning/phases.py`), `ttft` on the device, and `generate`: all of it."""
+    """Milliseconds of the batch by phase (`pruning/phases.py`), `ttft` on the device, and `generate`: all of it. Where
+    the tower's output was that of the method before, with the time that its run took."""
     peak_gib: float | None
     """Most memory allocated meanwhile, weights included; None on a CPU."""
     report: Report
@@ -120,7 +122,8 @@ class Runner:
     def timed(self, batch: Batch, call: Callable[[], Tensor]) -> tuple[Tensor, Measured]:
         """What `call`, a generate or a forward pass, gives under the pruner, which is told about the videos."""
         assert self.pruning is not None
-        device = self.pruning.model.device
+        device, tower = self.pruning.model.device, self.pruning.tower
+        before_ms = tower.spared_ms if isinstance(tower, SharedTower) else 0.0
         with self.pruning, torch.inference_mode():
             questions = [question_of(sample) for sample in batch.samples]
             self.pruning.describe(batch.video_uids, batch.timestamps_s, questions)
@@ -130,8 +133,10 @@ class Runner:
             elapsed_ms, times = 1000 * (_now(device) - begin), phases.times
             report = self.pruning.last
         assert report is not None, "a batch of videos leaves a report"
-        ms = {phase: getattr(times, f"{phase}_ms") for phase in (*get_args(Phase), "ttft")}
-        return output, Measured({"generate": elapsed_ms, **ms}, times.peak_alloc_gib, report)
+        ms = {phase: getattr(times, f"{phase}_ms") for phase in (*get_args(Phase), "ttft")} | {"generate": elapsed_ms}
+        if isinstance(tower, SharedTower):  # every method is told what it would take alone
+            ms |= {phase: ms[phase] + tower.spared_ms - before_ms for phase in ("generate", "vit", "ttft")}
+        return output, Measured(ms, times.peak_alloc_gib, report)
 
     def answer(self, batch: Batch, processor: ProcessorMixin, max_new_tokens: int) -> tuple[list[Answer], Measured]:
         """Greedy answers with what they kept and cost."""
@@ -176,17 +181,21 @@ def make_runners(
 ) -> list[Runner]:
     """Dense, then every ratio with every pruner; learned weights and their options come from the folder `path`.
 
-    `options` are set by pruner name, on top of those.
+    `options` are set by pruner name, on top of those. Runners asked one after another about the same frames share the
+    tower's work (`SharedTower`).
 
     ValueError for an unknown pruner and a learned one without weights. A cell that this model cannot run (a ratio no
     video reaches, a site it lacks) is kept, with the reason."""
-    runners = [Runner(Cell(DENSE), Pruning(model, "none"))]
+    tower = SharedTower(make_adapter(model).tower_attention())
+    runners = [Runner(Cell(DENSE), Pruning(model, "none", tower=tower))]
     by_name = {name: _load(path, model, name, seed, options.get(name, {})) for name in pruners if name != "none"}
     for ratio in retention_ratios:
         for name, pruner in by_name.items():
             reason, pruning = None, None
             try:
-                pruning = Pruning(model, pruner, retention_ratio=ratio, exact=exact, positions=positions, siglip=siglip)
+                pruning = Pruning(
+                    model, pruner, retention_ratio=ratio, exact=exact, positions=positions, siglip=siglip, tower=tower
+                )
             except ValueError as error:
                 reason = str(error)
             at = pruning.positions if pruning is not None else ""

@@ -98,6 +98,32 @@ def capture(module: nn.Module, callback: Note) -> Iterator[None]:
         del _captured.notes[module]
 
 
+@contextmanager
+def overhear(module: nn.Module, callback: Note) -> Iterator[None]:
+    """As `capture`, beside whoever captures the module already."""
+    first = _captured.notes.get(module)
+
+    def both(q_BHSE: Tensor, k_BJSE: Tensor) -> None:
+        callback(q_BHSE, k_BJSE)
+        if first is not None:
+            first(q_BHSE, k_BJSE)
+
+    _captured.notes[module] = both
+    try:
+        yield
+    finally:
+        if first is None:
+            del _captured.notes[module]
+        else:
+            _captured.notes[module] = first
+
+
+def hand_over(module: nn.Module, q_BHSE: Tensor, k_BJSE: Tensor) -> None:
+    """Give q and k of an earlier call to whoever captures this module, as if it ran again."""
+    if module in _captured.notes:
+        _captured.notes[module](q_BHSE, k_BJSE)
+
+
 def capture_next(module: nn.Module, callback: Note) -> None:
     """Hand q and k of the next attention call of this module, in this thread, to `callback`, as `capture` does."""
 

@@ -103,6 +103,11 @@ class Settings:
         self._chunk_frames = value
 
     @property
+    def tower(self) -> Tower:
+        """What runs the tower's blocks."""
+        return self._setup.tower
+
+    @property
     def context(self) -> int:
         """Positions that the LLM was made for."""
         config: Any = self.adapter.language_model.config
