@@ -143,7 +143,11 @@ class FlopMeter:
         dropped = dict(zip(batch.video_uids, lost, strict=False))  # none of a blank batch
         rows = zip(batch.uids, batch.lengths, strict=True)
         squares = sum((length - dropped.get(uid, 0)) ** 2 for uid, length in rows)
-        return 4.0 * llm.layers * llm.heads * llm.head_dim * squares
+        attention = 4.0 * llm.attention_layers * llm.heads * llm.head_dim * squares
+        if llm.linear is None:
+            return attention
+        tokens = sum(length - dropped.get(uid, 0) for uid, length in zip(batch.uids, batch.lengths, strict=True))
+        return attention + 6.0 * len(llm.linear.layers) * llm.linear.value * llm.linear.head_dim * tokens
 
     def _free_stages(self, report: Report) -> float:
         """Training-free stages: a choice without gradient, by their own account."""

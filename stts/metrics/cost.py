@@ -9,6 +9,13 @@ width of one branch of the feed-forward, H / G = query / key-value heads of widt
     fastv   4 N d^2 + 2 N^2 d + 2 N d m              FastV, arXiv 2403.06764; HoliTom, arXiv 2505.21334
     pdrop   4 N d^2 + 2 N^2 d + 3 N d m              PyramidDrop, arXiv 2410.17247
 
+A layer of linear attention (gated delta rule; k, v = widths of all its key and value heads, e of one key head, c = taps
+of its convolution, s = value heads) has no part that is quadratic in N. `exact` counts the rule token by token, as in
+decoding; chunked kernels of a prefill do more:
+
+    exact   2 N d (2 k + 3 v + 2 s) + 2 N c (2 k + v) + 6 N v e + 6 N d m
+    fastv, pdrop   as above without their quadratic part, ours: these papers know no such layer
+
 The same dense model costs 40.8 to 97.6 T among them, so no number goes out without the name of its formula.
 """
 
@@ -26,6 +33,45 @@ Formula = Literal["exact", "macs", "fastv", "pdrop"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """The layers of an LLM that have linear attention (gated delta rule)."""
+
+    layers: frozenset[int]
+    key: int
+    """Key heads times their width; queries have the same."""
+    value: int
+    """Value heads times theirs."""
+    heads: int
+    """Value heads."""
+    head_dim: int
+    """Of a key head."""
+    kernel: int
+    """Taps of the convolution over tokens."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> LinearShape | None:
+        """From the config of a Hugging Face decoder; None where every layer has attention."""
+        kinds = getattr(config, "layer_types", None) or []
+        layers = frozenset(number for number, kind in enumerate(kinds) if kind == "linear_attention")
+        if not layers:
+            return None
+        return cls(
+            layers=layers,
+            key=config.linear_num_key_heads * config.linear_key_head_dim,
+            value=config.linear_num_value_heads * config.linear_value_head_dim,
+            heads=config.linear_num_value_heads,
+            head_dim=config.linear_key_head_dim,
+            kernel=config.linear_conv_kernel_dim,
+        )
+
+    def mixer_flops(self, num_tokens: int, width: int) -> int:
+        """One such layer without its feed-forward part."""
+        inputs = 2 * self.key + self.value
+        projections = 2 * width * (inputs + 2 * self.value + 2 * self.heads)
+        return num_tokens * (projections + 2 * self.kernel * inputs + 6 * self.value * self.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LlmShape:
     width: int
     layers: int
@@ -37,6 +83,14 @@ class LlmShape:
     """Inner width of one branch."""
     gated: bool = True
     """True: three feed-forward matrices (SwiGLU), False: two."""
+    output_gate: bool = False
+    """Attention has a gate on its output, as wide as the queries."""
+    linear: LinearShape | None = None
+    """Its layers with linear attention."""
+
+    @property
+    def attention_layers(self) -> int:
+        return self.layers - len(self.linear.layers) if self.linear else self.layers
 
     @classmethod
     def from_config(cls, config: Any) -> LlmShape:
@@ -49,6 +103,7 @@ class LlmShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             mlp=config.intermediate_size,
+            linear=LinearShape.from_config(config),
         )
 
 
@@ -129,17 +184,27 @@ class VideoCost:
         return self.vit + self.vit_embed + self.connector + self.pruner + self.llm
 
 
-def llm_block_flops(shape: LlmShape, num_tokens: int, formula: Formula = "exact", *, causal: bool = False) -> int:
-    """One LLM block on `num_tokens` tokens; `causal` halves the part that is quadratic in them."""
+def llm_block_flops(
+    shape: LlmShape, num_tokens: int, formula: Formula = "exact", *, causal: bool = False, layer: int | None = None
+) -> int:
+    """One LLM block on `num_tokens` tokens; `causal` halves the part that is quadratic in them.
+
+    layer: its number; None: one with attention."""
     n, d, m = num_tokens, shape.width, shape.mlp
+    recurrent = shape.linear if shape.linear is not None and layer in shape.linear.layers else None
     if formula in ("exact", "macs"):
-        linear = 4 * n * d * shape.head_dim * (shape.heads + shape.kv_heads) + (6 if shape.gated else 4) * n * d * m
+        feed_forward = (6 if shape.gated else 4) * n * d * m
+        if recurrent is not None:
+            flops = recurrent.mixer_flops(n, d) + feed_forward
+            return flops if formula == "exact" else flops // 2
+        queries = (2 if shape.output_gate else 1) * shape.heads
+        linear = 2 * n * d * shape.head_dim * (queries + shape.heads + 2 * shape.kv_heads) + feed_forward
         quadratic = 4 * n * n * shape.heads * shape.head_dim
         flops = linear + (quadratic // 2 if causal else quadratic)
         return flops if formula == "exact" else flops // 2
     if formula not in ("fastv", "pdrop"):
         raise ValueError(f"formula {formula!r} is unknown; expected one of {', '.join(get_args(Formula))}")
-    quadratic = 2 * n * n * d
+    quadratic = 0 if recurrent is not None else 2 * n * n * d
     return 4 * n * d * d + (quadratic // 2 if causal else quadratic) + (2 if formula == "fastv" else 3) * n * d * m
 
 
@@ -150,10 +215,10 @@ def llm_prefill_flops(
 
     ValueError when the counts are not one per layer."""
     if isinstance(num_tokens, int):
-        return shape.layers * llm_block_flops(shape, num_tokens, formula, causal=causal)
+        num_tokens = [num_tokens] * shape.layers
     if len(num_tokens) != shape.layers:
         raise ValueError(f"got {len(num_tokens)} token counts for {shape.layers} layers; give one per layer")
-    return sum(llm_block_flops(shape, n, formula, causal=causal) for n in num_tokens)
+    return sum(llm_block_flops(shape, n, formula, causal=causal, layer=layer) for layer, n in enumerate(num_tokens))
 
 
 def tokens_per_layer(entry: int, cuts: Sequence[int], counts: Sequence[int], layers: int) -> list[int]:

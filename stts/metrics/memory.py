@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from stts.metrics.cost import LinearShape
+
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
@@ -39,7 +41,7 @@ class BlockShape:
     query: int
     """Query heads times their width."""
     key: int
-    """Key heads times theirs."""
+    """Key heads times theirs; beside layers of linear attention what brings attention to the mean of all layers."""
     mlp: int
     gated: bool
     rms: bool
@@ -48,15 +50,23 @@ class BlockShape:
     """Queries and keys have a norm of their own."""
 
     @classmethod
-    def of_llm(cls, config: Any, *, norms_heads: bool = False) -> BlockShape:
-        """From the `text_config` of a decoder with RMS norms and a gated feed-forward part."""
+    def of_llm(cls, config: Any, *, norms_heads: bool = False, output_gate: bool = False) -> BlockShape:
+        """From the `text_config` of a decoder with RMS norms and a gated feed-forward part.
+
+        A layer of linear attention keeps its q, k, v before and behind the convolution, and three tensors as wide as
+        its values, as fused kernels do; the stock torch code for CPU keeps many times that."""
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        query, key = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        kept, linear = query * (4 if output_gate else 2) + 2 * key, LinearShape.from_config(config)
+        if linear is not None:
+            recurrent, share = 4 * linear.key + 5 * linear.value, len(linear.layers) / config.num_hidden_layers
+            kept = round(share * recurrent + (1 - share) * kept)
         return cls(
             width=config.hidden_size,
             heads=heads,
-            query=heads * head_dim,
-            key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+            query=query,
+            key=kept // 2 - query,
             mlp=config.intermediate_size,
             gated=True,
             rms=True,

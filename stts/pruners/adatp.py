@@ -72,7 +72,7 @@ class AdaTP:
         """Cuts before layers 2 .. N - 12 of N (shallow LLMs: 2 .. 16 of 28, scaled); `single_stage`: the first only."""
         first = host.llm_layer(2)
         last = host.llm_layers - 12 if host.llm_layers >= 24 else host.llm_layer(16)
-        layers = (first,) if single_stage else tuple(range(first, last + 1))
+        layers = (first,) if single_stage else tuple(cut for cut in host.cut_layers if first <= cut <= last)
         return cls(**{"layers": layers, **options})
 
     @property

@@ -135,15 +135,26 @@ class HostInfo:
     norm_eps: float = 1e-6
     newline_per_row: bool = False
     """A newline token follows every row of every frame (LLaVA-Video); False: one after the whole video, or none."""
+    llm_linear: frozenset[int] = frozenset()
+    """Layers of the LLM with a recurrent state instead of attention."""
     class_token: bool = False
     """The tower has one, whose attention is the salience of patches."""
     mrope: bool = False
     probe_head: bool = False
     text_tower: bool = False
 
+    @property
+    def cut_layers(self) -> tuple[int, ...]:
+        """LLM layers before which tokens may be dropped, increasing: all but the first; beside linear layers those with
+        attention, behind another whose attention says what may go."""
+        attention = [layer for layer in range(self.llm_layers) if layer not in self.llm_linear]
+        return tuple(attention[1:])
+
     def llm_layer(self, published: int) -> int:
-        """A layer number as published for deep LLMs (24 layers or more), scaled from 28 layers for shallower ones."""
-        return published if self.llm_layers >= 24 else max(1, round(published * self.llm_layers / 28))
+        """A layer number as published for deep LLMs (24 layers or more), scaled from 28 layers for shallower ones, and
+        the next one before which tokens may be dropped."""
+        layer = published if self.llm_layers >= 24 else max(1, round(published * self.llm_layers / 28))
+        return next((cut for cut in self.cut_layers if cut >= layer), layer)
 
 
 class PerVideo:

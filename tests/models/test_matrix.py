@@ -21,7 +21,7 @@ from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs
 from tests.models.checkpoints import test_llava_video
-from tests.models.families import qwen_tiny, test_internvl, test_molmo2
+from tests.models.families import qwen_tiny, test_internvl, test_molmo2, test_qwen3_5
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Inputs = Callable[[Any, str], dict[str, Any]]
@@ -57,6 +57,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], tuple[Any, Any]], Inputs]] = {
     ),
     "Qwen3-VL": (
         lambda folder: qwen_tiny.make("qwen3_vl", folder, deepstack_visual_indexes=[5, 6], num_position_embeddings=36),
+        lambda processor, side: qwen_tiny.make_inputs(processor, ["v what ?", "- how ?", "iw is ?"], padding_side=side),
+    ),
+    "Qwen3.5": (
+        test_qwen3_5.make_qwen3_5,
         lambda processor, side: qwen_tiny.make_inputs(processor, ["v what ?", "- how ?", "iw is ?"], padding_side=side),
     ),
     "Molmo2": (

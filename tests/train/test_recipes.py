@@ -31,6 +31,7 @@ RECIPES = {
     "llava_onevision_7b_stts": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "qwen2_5_vl_7b_stts": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3_vl_8b_stts": "Qwen/Qwen3-VL-8B-Instruct",
+    "qwen3_5_stts": "Qwen/Qwen3.5-9B",
     "internvl3_stts": "OpenGVLab/InternVL3-8B-hf",
 }
 

@@ -32,6 +32,7 @@ ADAPTERS = {
     "llava_onevision": "stts.models.families.llava_onevision:LlavaOnevision",
     "qwen2_5_vl": "stts.models.families.qwen2_5_vl:Qwen2_5VL",
     "qwen3_vl": "stts.models.families.qwen3_vl:Qwen3VL",
+    "qwen3_5": "stts.models.families.qwen3_5:Qwen3_5",
     "molmo2": "stts.models.families.molmo2:Molmo2",
     "internvl": "stts.models.families.internvl:InternVL",
 }
@@ -217,6 +218,12 @@ def embeds_of(kwargs: Mapping[str, Any], inner: Any) -> Tensor:
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
     embeds: Tensor = inner.get_input_embeddings()(input_ids) if x_BLd is None else x_BLd
     return embeds
+
+
+def linear_layers(text: Any) -> frozenset[int]:
+    """Layers that have linear attention, a recurrent state, from the config of an LLM."""
+    kinds = getattr(text, "layer_types", None) or []
+    return frozenset(number for number, kind in enumerate(kinds) if kind == "linear_attention")
 
 
 def layer_sizes(text: Any) -> dict[str, Any]:

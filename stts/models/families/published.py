@@ -75,6 +75,41 @@ def _qwen3_vl(
     }  # fmt: skip
 
 
+def _qwen3_5(
+    width: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    values: int,
+    tied: bool,
+    vision: tuple[int, int, int, int],
+) -> Parts:
+    """values: value heads of the linear layers; vision: depth, width, inner width and heads of the tower."""
+    depth, vit_width, vit_mlp, vit_heads = vision
+    text = {
+        "model_type": "qwen3_5_text", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 256, "vocab_size": 248320,
+        "linear_num_key_heads": 16, "linear_num_value_heads": values, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "max_position_embeddings": 262144,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (layers // 4), "tie_word_embeddings": tied,
+        "rope_parameters": {
+            **_ROPE, "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+    tower = {
+        "model_type": "qwen3_5_vision", "depth": depth, "hidden_size": vit_width, "intermediate_size": vit_mlp,
+        "num_heads": vit_heads, "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
+        "num_position_embeddings": 2304, "out_hidden_size": width,
+    }  # fmt: skip
+    return {
+        "model_type": "qwen3_5", "dtype": "bfloat16", "text_config": text, "vision_config": tower,
+        "tie_word_embeddings": tied, "image_token_id": 248056, "video_token_id": 248057,
+        "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+    }  # fmt: skip
+
+
 def _molmo2(width: int, mlp: int, theta: float) -> Parts:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72, "hidden_size": 1152}
     text = {
@@ -137,6 +172,8 @@ PUBLISHED: dict[str, Parts] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(3584, 18944, 28, 28, 4, 152064, False),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, True, 24, 1024, 4096, [5, 11, 17]),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, False, 27, 1152, 4304, [8, 16, 24]),
+    "Qwen/Qwen3.5-0.8B": _qwen3_5(1024, 3584, 24, 8, 2, 16, True, (12, 768, 3072, 12)),
+    "Qwen/Qwen3.5-9B": _qwen3_5(4096, 12288, 32, 16, 4, 32, False, (27, 1152, 4304, 16)),
     "allenai/Molmo2-4B": _molmo2(2560, 9728, 5e6),
     "allenai/Molmo2-8B": _molmo2(4096, 12288, 1e6),
     "OpenGVLab/InternVL3-1B-hf": _internvl3(896, 4864, 24, 14, 2),

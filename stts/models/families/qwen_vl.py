@@ -4,8 +4,8 @@ A frame is a temporal patch (two video frames); an image is a frame that is neve
 unit by unit, so a group is a run of `spatial_merge_size` ** 2 rows, also where a tower permutes units into windows.
 Nothing but video placeholders belongs to a group: timestamps and vision start and end tokens are text and stay.
 
-Shape suffixes beside those of `stts.tokens`: W = patches per unit, B = rows, L = prompt length, V = visual tokens
-left in the prompt, Y = merge units of all frames.
+Shape suffixes beside those of `stts.tokens`: Q = entries of the table that a patch mixes, W = patches per unit, B =
+rows, L = prompt length, V = visual tokens left in the prompt, Y = merge units of all frames.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLImageProcessor
-from transformers.vision_utils import get_vision_position_ids
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from stts.metrics.cost import LlmShape, VitShape, VlmShape, mlp_flops
 from stts.metrics.memory import BlockShape, Widths
@@ -357,3 +365,32 @@ class QwenVision(QwenFacts):
     def times(self, visual: Visual) -> dict[str, Any]:
         """Arguments of the stock position code that only some families have."""
         return {}
+
+
+class Qwen3Vision(QwenVision):
+    """What Qwen3-VL and Qwen3.5 share beside that: their processor, and a resampled table of positions.
+
+    The prompt shows every temporal patch behind its time; times, starts and ends of patches without survivors stay."""
+
+    marks_per_frame = 10
+    norms_heads = True
+    processor_classes = (Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    min_frames = 8
+
+    @classmethod
+    def resize(cls, vision: Any, num_frames: int, frame_size: tuple[int, int], low: int, high: int) -> tuple[int, int]:
+        factor, pair = vision.patch_size * vision.spatial_merge_size, vision.temporal_patch_size
+        height, width = smart_resize(num_frames, *frame_size, pair, factor, low, high)
+        return height, width
+
+    def embed(self, visual: Visual) -> TowerInput:
+        given, tower = super().embed(visual), self.tower
+        entry_SQ, weight_SQ = get_vision_interpolation_indices_and_weights(
+            visual.image_args["grid_thw"].to(given.x_SD.device),
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=self.side,
+        )
+        table_SD = (tower.pos_embed(entry_SQ) * weight_SQ[..., None]).sum(1)
+        return replace(given, x_SD=given.x_SD + table_SD.to(given.x_SD.dtype))

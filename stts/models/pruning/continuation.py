@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stts.models.families.attention import PASS_ARGUMENT, capture_next
+from stts.models.families.base import linear_layers
 from stts.models.pruning.masks import decode_mask
 from stts.pruners.base import HidesKeys, Shown
 
@@ -80,12 +81,19 @@ class _PrunedCache:
     continuation: Continuation
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_open()
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_open()  # a linear attention layer asks for it first, and changes it in place
+        return super().get_conv_state(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_open(self) -> None:
         if not self.continuation.open:
             raise ValueError(
                 "this cache holds a pruned prompt, so only a forward pass inside a pruning context can continue it; "
                 "enter the context again (`with stts.pruning(...)`), or start a new cache outside it"
             )
-        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -143,6 +151,8 @@ class DecodeStep:
 
     def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Changed inputs of a layer, or None."""
+        if layer in linear_layers(self.llm.config):
+            return None  # it reads no mask of one token
         if self.hiding is not None and layer == self.hiding.layer - 1:
             capture_next(self.llm.layers[layer].self_attn, self._hide)
         cuts = [cut for cut in self.masks if cut <= layer]

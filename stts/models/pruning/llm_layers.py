@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stts.models.families.attention import PASS_ARGUMENT, capture_next
-from stts.models.families.base import Placed, run_inside
+from stts.models.families.base import Placed, linear_layers
 from stts.models.pruning.masks import Slots, make_mask, pad_rows
 from stts.pruners.base import Stage
 from stts.tokens import Kept, PromptTokens
@@ -101,6 +101,7 @@ class Prefill:
         self._decide = decide
         self._listeners = listeners
         self._early, self._place_V = placed.early, placed.early_V
+        self._linear = linear_layers(llm.config)
         self._inputs: dict[str, Any] = {}
         if slots.packed or slots.both_RM is not None:
             self._inputs = {"attention_mask": make_mask(slots, llm)}
@@ -119,11 +120,20 @@ class Prefill:
         for number, stage in enumerate(self._stages):
             if self._layer(number) == layer:
                 x_RMD = self._cut(number, x_RMD, kwargs)
-            if self._layer(number) - 1 == layer and stage.signals & {"last_row", "keys", "prompt"}:
+            if self._shows(number) == layer and stage.signals & {"last_row", "keys", "prompt"}:
                 capture_next(self._llm.layers[layer].self_attn, partial(self._note, number))
         if any(layer == at for at, _ in self._listeners.values()):
+            if layer in self._linear:
+                raise ValueError(
+                    f"LLM layer {layer} has linear attention, which nobody can look at; name one with keys"
+                )
             capture_next(self._llm.layers[layer].self_attn, partial(self._tell, layer))
-        return ((x_RMD, *args[1:]), kwargs | self._inputs | self._rotary(kwargs)) if self._inputs else None
+        if not self._inputs:
+            return None
+        kwargs = kwargs | self._inputs | self._rotary(kwargs)
+        if layer in self._linear:  # it reads which slots are real, and zeros the others
+            kwargs["attention_mask"] = self.slots.valid_RM.to(x_RMD.dtype)
+        return (x_RMD, *args[1:]), kwargs
 
     def after(self, layer: int, x_RMD: Tensor) -> Tensor | None:
         """Changed output of a layer, or None."""
@@ -135,6 +145,10 @@ class Prefill:
         layer = self._stages[number].site.layer
         assert layer is not None
         return layer
+
+    def _shows(self, number: int) -> int:
+        """The last layer with attention before the cut, whose attention the stage sees."""
+        return max(layer for layer in range(self._layer(number)) if layer not in self._linear)
 
     def _note(self, number: int, q_RHME: Tensor, k_RJME: Tensor) -> None:
         self._seen[number] = q_RHME.detach(), k_RJME.detach()
@@ -206,11 +220,9 @@ class Prefill:
         if number in self._seen:
             q_RHME, k_RJME = self._seen[number]
             if "last_row" in signals:
-                salience_N = self._last_row(self._layer(number) - 1, q_RHME, k_RJME)
+                salience_N = self._last_row(self._shows(number), q_RHME, k_RJME)
             keys_ND = k_RJME.transpose(1, 2).flatten(2).flatten(0, 1)
-        norm = self._llm.norm
-        # inside its forward, where sharding and offload have it; a copy, because they take it away behind it
-        norm_D = run_inside(norm, lambda: norm.weight.detach().clone()) if "prompt" in signals else None
+        norm_D = norm_scale(self._llm.norm, x_ND) if "prompt" in signals else None
         present = []
         for (video, _), place in zip(self._counts, places, strict=True):
             fields: dict[str, Any] = {"x_ND": x_ND[place].detach(), "cell_G": cell_N[place]}
@@ -223,6 +235,14 @@ class Prefill:
                 fields["prompt"] = PromptTokens(x_ND[after_N].detach(), keys_ND[after_N], norm_D)
             present.append(Present(video, fields))
         return present
+
+
+def norm_scale(norm: nn.Module, x_ND: Tensor) -> Tensor:
+    """(D,) factor of an RMS norm for each width: what it makes of ones, for some norms hold it less one.
+
+    By a call, in which sharding and offload have its weight."""
+    scale_1D: Tensor = norm(torch.ones_like(x_ND[:1])).detach()
+    return scale_1D[0]
 
 
 def _take(x: Tensor, index_RM: Tensor) -> Tensor:

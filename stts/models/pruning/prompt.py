@@ -5,7 +5,9 @@ it: scatter hidden states back to full length, zeros at dropped places, so that 
 shapes stay stock. `continuation.py` has the decode steps, `llm_layers.py` the drops between layers.
 
 Without a cache (training) all rows become one packed row with explicit boundaries, so nothing is padded and nothing is
-inferred from position gaps. With a cache (generate) rows stay rows, padded like the prompt was.
+inferred from position gaps. With a cache (generate) rows stay rows, padded like the prompt was. So they do, padded on
+the left, where the LLM has linear attention layers: stock torch code of those ignores boundaries inside a row, and one
+sample's state would leak into the next without an error.
 
 Shape suffixes beside those of `stts.tokens`: B = rows, L = full prompt length, M = longest shortened row.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from stts.models.families.attention import PASS_ARGUMENT
-from stts.models.families.base import Placed
+from stts.models.families.base import Placed, linear_layers
 from stts.models.pruning.continuation import Continuation, Hiding, continue_on
 from stts.models.pruning.llm_layers import Decide, Listeners, Prefill
 from stts.models.pruning.masks import Slots, pad_rows
@@ -85,12 +87,17 @@ class Prompt:
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (llm.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=llm.config)  # stock, made here to know it
+        if linear_layers(llm.config) and self._sequence_BL is not None:
+            raise ValueError(
+                "position_ids start anew inside a row, so it packs several samples, but the linear attention layers of "
+                "this language model would carry one sample's state into the next; give every sample its own row"
+            )
         if cache is not None and self._sequence_BL is not None:
             raise ValueError(
                 "position_ids start anew inside a row, so it packs several samples, but a cache cannot tell them "
                 "apart; pass use_cache=False, or one sample per row"
             )
-        if cache is None:
+        if cache is None and not linear_layers(llm.config):
             return kwargs | self._pack(llm, x_BLD, position_BL, keep_BL)
         return kwargs | self._pad(llm, x_BLD, position_BL, real_BL, keep_BL, cache, next_B)
 
@@ -162,15 +169,17 @@ class Prompt:
     def _pad(
         self, llm: Any, x_BLD: Tensor, position_BL: Tensor, real_BL: Tensor, keep_BL: Tensor, cache: Any, next_B: Tensor
     ) -> dict[str, Any]:
-        """Rows stay rows, padded on the side where the prompt is."""
+        """Rows stay rows, padded on the side where the prompt is. Linear attention layers go through a row from left to
+        right, and their state stays what it was through padding in front of the row alone."""
         rows, length = keep_BL.shape
-        left = bool(real_BL[:, -1].all())
+        left = bool(linear_layers(llm.config)) or bool(real_BL[:, -1].all())
         index_BM, valid_BM = pad_rows(keep_BL, left=left)
         flat_BM = index_BM + torch.arange(rows, device=x_BLD.device)[:, None] * length
         self.num_tokens, self.num_slots = int(valid_BM.sum()), valid_BM.numel()
         self._layers = self._prefill(llm, self._slots(flat_BM, valid_BM, left))
-        hiding = self._hiding(llm, valid_BM)
-        continue_on(cache, Continuation(valid_BM, length, next_B, self._layers.valid, hiding))
+        if cache is not None:
+            hiding = self._hiding(llm, valid_BM)
+            continue_on(cache, Continuation(valid_BM, length, next_B, self._layers.valid, hiding))
         return {
             "inputs_embeds": x_BLD.gather(1, index_BM[..., None].expand(-1, -1, x_BLD.shape[-1])),
             "position_ids": position_BL.gather(-1, index_BM.expand(position_BL.shape[:-1] + index_BM.shape[-1:])),

@@ -20,8 +20,8 @@ from stts.tokens import Budget, Grid, Kept, Signal, VideoTokens
 IN_TOWER: frozenset[Signal] = frozenset({"attn", "keys"})
 FROM_FRAMES: frozenset[Signal] = frozenset({"frame", "text"})
 LLM_SOURCES: dict[str, str] = {
-    "last_row": "attention of the last prompt token in the LLM layer before the cut, mean over heads",
-    "keys": "keys of the LLM layer before the cut, rotary embedding applied",
+    "last_row": "attention of the last prompt token in the last LLM attention before the cut, mean over heads",
+    "keys": "keys of the last LLM attention before the cut, rotary embedding applied",
     "prompt": "hidden states and keys of the prompt behind the video, before the cut",
 }
 
@@ -125,6 +125,13 @@ def split_sites(pruner: Pruner, adapter: Adapter) -> Sites:
                 f"the drop after block {last} comes behind block {tap}, the lowest whose output is used; "
                 f"the largest prune_block for this tower is {tap - 2}"
             )
+    allowed = adapter.host.cut_layers
+    if adapter.host.llm_linear and (wrong := [layer for layer in layers if layer not in allowed]):
+        raise ValueError(
+            f"{type(pruner).__name__} drops tokens before LLM layer {wrong[0]}, but most layers of this LLM have a "
+            "recurrent state instead of attention; tokens can be dropped before one with attention that has another "
+            f"before it: one of {list(allowed)}"
+        )
     for stage in pre_llm:
         if late := stage.signals & set(LLM_SOURCES) - {"keys"}:
             raise ValueError(
@@ -139,6 +146,11 @@ def _hides_keys(pruner: Pruner, llm: Sequence[Stage], host: HostInfo) -> HidesKe
     if not hiding:
         return None
     first: int = hiding[0].hides_from or 0
+    if host.llm_linear:
+        raise ValueError(
+            f"{type(hiding[0]).__name__} hides keys while decoding, but most layers of this LLM have a recurrent state "
+            "instead of keys; leave that option out"
+        )
     if not 0 < first < host.llm_layers:
         raise ValueError(
             f"keys hidden from layer {first} on: expected 1 to {host.llm_layers - 1} for an LLM of {host.llm_layers} "

@@ -51,6 +51,8 @@ CHECKPOINTS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": Facts(8_292_166_656, (31,), 29, None, 4),
     "Qwen/Qwen3-VL-4B-Instruct": Facts(4_437_815_808, (5, 11, 17, 23), 3, None, 4),
     "Qwen/Qwen3-VL-8B-Instruct": Facts(8_767_123_696, (8, 16, 24, 26), 6, None, 4),
+    "Qwen/Qwen3.5-0.8B": Facts(852_985_920, (11,), 9, None, 4),
+    "Qwen/Qwen3.5-9B": Facts(9_409_813_744, (26,), 24, None, 4),
     "allenai/Molmo2-4B": Facts(4_850_869_200, (24, 18), 16, 81, 9),
     "allenai/Molmo2-8B": Facts(8_661_703_120, (24, 18), 16, 81, 9),
     "OpenGVLab/InternVL3-1B-hf": Facts(938_193_024, (23,), 21, 256, 4),

@@ -7,7 +7,8 @@ the flat prompt places of its groups, in the order of the cells.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import stts
+from stts.models.families.base import linear_layers
 from stts.pruners.base import keep_top
 from tests.conftest import answer_labels
 from tests.models.pruning.test_llm_layers import Cut, Cuts, masked_dense
@@ -54,6 +56,49 @@ def placeholders(model: Any, inputs: Inputs) -> Tensor:
     place_BL = ids == config.image_token_id  # one token for images and videos
     tiles_M, is_video_M = inputs["image_sizes"].T
     return place_BL.masked_scatter(place_BL, is_video_M.bool().repeat_interleave(tiles_M * config.image_seq_length))
+
+
+@contextmanager
+def shortened(model: Any, lost: dict[int, Tensor], valid_BL: Tensor) -> Iterator[None]:
+    """The stock language model on every row alone, without padding and without the tokens lost (bool B, L) from a layer
+    on: for layers with a recurrent state, which masked keys would still have entered."""
+    llm = model.model.language_model
+    stock = llm.forward
+
+    def forward(inputs_embeds: Tensor, position_ids: Tensor, **_: Any) -> Any:
+        whole = torch.zeros_like(inputs_embeds)
+        for row, valid_L in enumerate(valid_BL.bool()):
+            keep_L = valid_L & ~lost[0][row] if 0 in lost else valid_L
+            place = keep_L.nonzero().squeeze(1)
+            handles, state = [], {"place": place}
+            for cut in (cut for cut in lost if cut):
+
+                def drop(m: Any, args: Any, kwargs: Any, row: int = row, cut: int = cut, state: Any = state) -> Any:
+                    stay = ~lost[cut][row][state["place"]]
+                    if "cos" not in state:
+                        state["cos"] = tuple(x[:, stay] for x in kwargs["position_embeddings"])
+                        state["place"] = state["place"][stay]
+                        args = (args[0][:, stay],)
+                    return args, kwargs | {"position_embeddings": state["cos"]}
+
+                def later(m: Any, args: Any, kwargs: Any, state: Any = state) -> Any:
+                    return args, kwargs | {"position_embeddings": state["cos"]}
+
+                handles.append(llm.layers[cut].register_forward_pre_hook(drop, with_kwargs=True))
+                handles += [x.register_forward_pre_hook(later, with_kwargs=True) for x in llm.layers[cut + 1 :]]
+            own = position_ids[..., row : row + 1, :][..., place]
+            out = stock(inputs_embeds=inputs_embeds[row : row + 1, place], position_ids=own, use_cache=False)
+            whole[row, state["place"]] = out.last_hidden_state[0]
+            for handle in handles:
+                handle.remove()
+        out.last_hidden_state = whole
+        return out
+
+    llm.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del llm.__dict__["forward"]
 
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -103,9 +148,9 @@ def dense_is_sacred(model: Any, inputs: Inputs, name: str) -> None:
 
 
 def survivors_equal_the_masked_dense_model(
-    model: Any, inputs: Inputs, counts: Sequence[int], layer: int | None, use_cache: bool
+    model: Any, inputs: Inputs, counts: Sequence[int], layer: int | None, use_cache: bool, reference: Any = masked_dense
 ) -> None:
-    """Dropped before the LLM (layer None) or inside it: the stock model with these keys masked."""
+    """Dropped before the LLM (layer None) or inside it: the stock model with these keys masked, or `reference`."""
     pruner: Any = "uniform" if layer is None else Cuts((Cut(layer, share=0.5),))
     depth = len(model.model.language_model.layers)
     ratio = 0.4 if layer is None else (layer + 0.5 * (depth - layer)) / depth
@@ -119,7 +164,7 @@ def survivors_equal_the_masked_dense_model(
             video = pruner.stages[0].seen[number]
             assert torch.equal(keep_top(video, video.x_ND.norm(dim=-1), len(index)).index_K, index)
         gone.view(-1)[sorted(set(places) - {places[cell] for cell in index.tolist()})] = True
-    with torch.no_grad(), masked_dense(model, {layer or 0: gone}, inputs["attention_mask"]):
+    with torch.no_grad(), reference(model, {layer or 0: gone}, inputs["attention_mask"]):
         stock = model(**inputs, use_cache=False).logits
     compare = inputs["attention_mask"].bool() & ~gone
     torch.testing.assert_close(ours[compare], stock[compare], **CLOSE)
@@ -146,8 +191,12 @@ def positions_are_the_stock_ones(model: Any, inputs: Inputs, counts: Sequence[in
             keep_BL = real_BL.clone()
             for places, index in zip(video_places(model, inputs, counts), pruned.last.index, strict=True):
                 keep_BL.view(-1)[sorted(set(places) - {places[cell] for cell in index.tolist()})] = False
-            [packed_31S] = seen
-            assert torch.equal(packed_31S[:, 0], stock_3BL[:, keep_BL])
+            [ours_3RM] = seen
+            if len(real_BL) > 1 and ours_3RM.shape[1] == len(real_BL):  # padded on the left
+                keep = keep_BL.sum(1, keepdim=True) + torch.arange(-ours_3RM.shape[2], 0) >= 0
+                assert torch.equal(ours_3RM[:, keep], stock_3BL[:, keep_BL])
+            else:
+                assert torch.equal(ours_3RM[:, 0], stock_3BL[:, keep_BL])
             seen.clear()
             model.generate(**inputs, **steps)
     hook.remove()
@@ -214,7 +263,9 @@ def packed_training_equals_one_by_one(model: Any, batch: Inputs, alone: Sequence
         whole = nn.ModuleList([model, *([pruned.module] if pruned.module is not None else [])])
         pruned.describe([str(row) for row in range(len(alone))])
         together = model(**batch, use_cache=False)
-        assert pruned.last is not None and pruned.last.llm_tokens == pruned.last.llm_padded, "no padding"
+        packs = not linear_layers(model.config.text_config)
+        assert pruned.last is not None
+        assert packs == (pruned.last.llm_tokens == pruned.last.llm_padded), "no padding"
         sum_losses(together.logits, labels).backward()
         expected = grads(whole)
         whole.zero_grad()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import stts
 from stts.models.families.attention import switch_off, switch_on
-from stts.models.families.base import make_adapter
+from stts.models.families.base import TinySizes, make_adapter
 from stts.models.families.tiny import make_tiny
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.tower import run_tower
@@ -64,15 +64,23 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|im_end|>", **special)
 
 
-def make(family: str, folder: Path, tokenizer: Any = None, template: str = TEMPLATE, **vision: Any) -> tuple[Any, Any]:
-    """A model in eval mode with its processor: patches of 4 pixels, 8 tower blocks, 4 LLM layers."""
+def make(
+    family: str,
+    folder: Path,
+    tokenizer: Any = None,
+    template: str = TEMPLATE,
+    text: Mapping[str, Any] | None = None,
+    **vision: Any,
+) -> tuple[Any, Any]:
+    """A model in eval mode with its processor: patches of 4 pixels, 8 tower blocks, 4 LLM layers unless `text` says."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     config = AutoConfig.for_model(
         family,
         vision_config={"depth": 8, "patch_size": 4} | vision,
-        text_config={"max_position_embeddings": 4096, "rope_parameters": rope},
+        text_config={"max_position_embeddings": 4096, "rope_parameters": rope, **(text or {})},
     )
-    model, processor = make_tiny(config, tokenizer=tokenizer or _tokenizer(folder), template=template)
+    sizes = TinySizes(llm_layers=(text or {}).get("num_hidden_layers", TinySizes().llm_layers))
+    model, processor = make_tiny(config, sizes=sizes, tokenizer=tokenizer or _tokenizer(folder), template=template)
     for part in (processor.image_processor, processor.video_processor):
         part.size = SizeDict(shortest_edge=64, longest_edge=10**6)
     return laws.stir(model), processor
@@ -136,6 +144,11 @@ class QwenLaws:
 
     blocks_of_stts: tuple[int, ...]
     """Values of prune_block to try."""
+    reference: ClassVar[Any] = staticmethod(masked_dense)
+    """The stock model without the dropped tokens."""
+    cut: ClassVar[Any] = CUT
+    """Inside the LLM."""
+    cut_ratio: ClassVar[float] = 0.625
 
     @pytest.fixture
     @abstractmethod
@@ -168,7 +181,7 @@ class QwenLaws:
     ) -> None:
         model, processor = tiny
         inputs = make_inputs(processor, ROWS, padding_side=side)
-        laws.survivors_equal_the_masked_dense_model(model, inputs, counts(ROWS), layer, use_cache)
+        laws.survivors_equal_the_masked_dense_model(model, inputs, counts(ROWS), layer, use_cache, self.reference)
 
     def test_in_vit_pruning_equals_the_stock_tower_with_masked_keys(self, tiny: Any) -> None:
         model, processor = tiny
@@ -209,7 +222,7 @@ class QwenLaws:
                 alone = torch.eye(q.shape[2], dtype=torch.bool)  # so that lost rows divide by something
                 return logits.masked_fill(~keep_S[rows] & ~alone & (block > site.drop_after), float("-inf"))
 
-            dense = masked_dense(model, {0: gone}, inputs["attention_mask"])
+            dense = self.reference(model, {0: gone}, inputs["attention_mask"])
             with torch.no_grad(), tower_attention(model, attention), dense:
                 stock = model(**inputs, use_cache=False).logits
             compare = inputs["attention_mask"].bool() & ~gone
@@ -222,19 +235,19 @@ class QwenLaws:
         inputs = make_inputs(processor, rows, padding_side=side)
         laws.positions_are_the_stock_ones(model, inputs, counts(rows))
 
-    @pytest.mark.parametrize(
-        ("pruner", "ratio"), [("stts", 0.4), ("novelty", 0.4), (CUT, 0.625)], ids=["vit", "pre_llm", "llm"]
-    )
-    def test_generate_equals_recomputation_without_cache(self, tiny: Any, pruner: Any, ratio: float) -> None:
+    @pytest.mark.parametrize(("pruner", "ratio"), [("stts", 0.4), ("novelty", 0.4), ("llm", 0.625)])
+    def test_generate_equals_recomputation_without_cache(self, tiny: Any, pruner: str, ratio: float) -> None:
         model, processor = tiny
         inputs = make_inputs(processor, ROWS, padding_side="left")
-        laws.generate_equals_recomputation(model, inputs, pruner, ratio)
+        laws.generate_equals_recomputation(model, inputs, *self.named(pruner, ratio))
 
-    @pytest.mark.parametrize(
-        ("pruner", "ratio"), [("stts", 0.4), ("uniform", 1.0), (CUT, 0.625)], ids=["vit", "dense", "llm"]
-    )
+    def named(self, pruner: str, ratio: float) -> tuple[Any, float]:
+        return (self.cut, self.cut_ratio) if pruner == "llm" else (pruner, ratio)
+
+    @pytest.mark.parametrize(("pruner", "ratio"), [("stts", 0.4), ("uniform", 1.0), ("llm", 0.625)])
     def test_beams_and_rows_do_not_feel_each_other(self, tiny: Any, pruner: Any, ratio: float) -> None:
         model, processor = tiny
+        pruner, ratio = self.named(pruner, ratio)
         batch, alone = make_inputs(processor, ROWS, padding_side="left"), [make_inputs(processor, [r]) for r in ROWS]
         laws.beams_do_not_feel_other_rows(model, batch, alone, pruner, ratio)
         laws.rows_do_not_feel_each_other(model, batch, alone, pruner, ratio)

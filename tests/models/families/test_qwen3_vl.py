@@ -15,6 +15,17 @@ from stts.models.families.base import host_info
 from tests.models.families.qwen_tiny import CELLS, QwenLaws, make, make_inputs
 
 
+def resampled_table(model: Any, grid_thw: Tensor) -> Tensor:
+    """(S, D): the 6 x 6 table of positions resized to each grid, then laid out unit by unit."""
+    table_D66 = model.model.visual.pos_embed.weight.T.unflatten(1, (6, 6))[None]
+    parts = []
+    for t, h, w in grid_thw.tolist():
+        x_Dhw = F.interpolate(table_D66, size=(h, w), mode="bilinear", align_corners=True)[0]
+        units = x_Dhw.view(-1, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0).flatten(0, 3)
+        parts.append(units.repeat(t, 1))
+    return torch.cat(parts)
+
+
 class TestQwen3VL(QwenLaws):
     blocks_of_stts = (0, 3)
 
@@ -26,14 +37,7 @@ class TestQwen3VL(QwenLaws):
         return torch.arange(int(grid_thw.prod(1).sum()) // 4)
 
     def position_table(self, model: Any, grid_thw: Tensor) -> Tensor:
-        """The 6 x 6 table resized to each grid, then laid out unit by unit."""
-        table_D66 = model.model.visual.pos_embed.weight.T.unflatten(1, (6, 6))[None]
-        parts = []
-        for t, h, w in grid_thw.tolist():
-            x_Dhw = F.interpolate(table_D66, size=(h, w), mode="bilinear", align_corners=True)[0]
-            units = x_Dhw.view(-1, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0).flatten(0, 3)
-            parts.append(units.repeat(t, 1))
-        return torch.cat(parts)
+        return resampled_table(model, grid_thw)
 
     def test_the_host_is_read_from_the_config(self, tiny: Any) -> None:
         host = host_info(tiny[0])
