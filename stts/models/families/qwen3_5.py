@@ -47,6 +47,9 @@ class Qwen3_5(Qwen3Vision):
         text = config.text_config
         text.linear_key_head_dim = text.linear_value_head_dim = text.head_dim
         text.linear_num_key_heads, text.linear_num_value_heads = sizes.heads, 2 * sizes.heads
+        if text.num_hidden_layers - len(linear_layers(text)) < 2:  # so that a stage may act inside it, and early
+            layers = ["full_attention", "full_attention", "linear_attention", "full_attention"]
+            text.layer_types = layers[: text.num_hidden_layers]
         part = text.head_dim // 8  # all of a small head is rotated, so that three axes have frequencies
         text.rope_parameters |= {"partial_rotary_factor": 1.0, "mrope_section": [2 * part, part, part]}
 
