@@ -240,8 +240,8 @@ class Prefill:
 def norm_scale(norm: nn.Module, x_ND: Tensor) -> Tensor:
     """(D,) factor of an RMS norm for each width: what it makes of ones, for some norms hold it less one.
 
-    By a call, in which sharding and offload have its weight."""
-    scale_1D: Tensor = norm(torch.ones_like(x_ND[:1])).detach()
+    By a call, in which sharding and offload have its weight; ones so large that the norm's epsilon vanishes."""
+    scale_1D: Tensor = norm(torch.full_like(x_ND[:1], 4096.0)).detach()
     return scale_1D[0]
 
 

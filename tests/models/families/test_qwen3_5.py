@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 import stts
-from stts.models.families.base import host_info
+from stts.models.families.base import host_info, linear_layers
 from tests.models.families import family_laws as laws
 from tests.models.families.qwen_tiny import ROWS, QwenLaws, counts, make, make_inputs
 from tests.models.families.test_qwen3_vl import resampled_table
 from tests.models.pruning.test_llm_layers import Cut, Cuts
 
-TEXT = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "full_attention"] * 3, "rms_norm_eps": 0.1}
+KINDS = ["linear", "full", "full", "linear", "full", "linear"]
+TEXT = {"num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in KINDS], "rms_norm_eps": 0.1}
 """The norm behind the delta rule would else divide sums that cancel by their size, and rounding would grow with them."""
 
 
 def make_qwen3_5(folder: Path, tokenizer: Any = None, **options: Any) -> tuple[Any, Any]:
-    """Every second LLM layer has attention, so that a short LLM has two before which tokens may go: 3 and 5."""
+    """A short LLM with two layers before which tokens may go, 2 and 4, and a linear one before the second."""
     vision = {"num_position_embeddings": 36, "depth": 6}
     model, processor = make("qwen3_5", folder, tokenizer, text=TEXT, **vision, **options)
     with torch.no_grad():
-        for layer in model.model.language_model.layers[::2]:
+        for number in linear_layers(model.config.text_config):
+            layer = model.model.language_model.layers[number]
             layer.linear_attn.A_log.fill_(-3.0)  # a state that lasts, so that a leak would show
     return model, processor
 
@@ -33,8 +35,8 @@ def make_qwen3_5(folder: Path, tokenizer: Any = None, **options: Any) -> tuple[A
 class TestQwen3_5(QwenLaws):
     blocks_of_stts = (0, 3)
     reference: ClassVar[Any] = staticmethod(laws.shortened)
-    cut: ClassVar[Any] = Cuts((Cut(3, share=0.5),))
-    cut_ratio = 0.75
+    cut: ClassVar[Any] = Cuts((Cut(4, share=0.5),))
+    cut_ratio = 0.85
 
     @pytest.fixture
     def tiny(self, tmp_path: Path) -> tuple[Any, Any]:
@@ -48,7 +50,7 @@ class TestQwen3_5(QwenLaws):
 
     @pytest.mark.parametrize("use_cache", [True, False])
     @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("layer", [None, 3, 5])
+    @pytest.mark.parametrize("layer", [None, 2, 4])
     def test_survivors_equal_the_masked_dense_model(
         self, tiny: Any, layer: int | None, side: str, use_cache: bool
     ) -> None:
@@ -75,14 +77,14 @@ class TestQwen3_5(QwenLaws):
     def test_where_tokens_may_go_inside_the_llm(self, tiny: Any) -> None:
         model, processor = tiny
         host = host_info(model)
-        assert host.llm_linear == {0, 2, 4} and host.cut_layers == (3, 5)
-        assert (host.llm_layer(2), host.llm_layer(18), host.vit_depth, host.lowest_tap) == (3, 5, 6, 5)
-        for layer in (1, 2, 4):
-            with pytest.raises(ValueError, match=rf"before LLM layer {layer}, .*: one of \[3, 5\]"):
+        assert host.llm_linear == {0, 3, 5} and host.cut_layers == (2, 4)
+        assert (host.llm_layer(2), host.llm_layer(18), host.vit_depth, host.lowest_tap) == (2, 4, 6, 5)
+        for layer in (1, 3, 5):
+            with pytest.raises(ValueError, match=rf"before LLM layer {layer}, .*: one of \[2, 4\]"):
                 stts.pruning(model, Cuts((Cut(layer),)), retention_ratio=0.9)
         seen = []
-        hook = model.model.language_model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
-        shows = Cut(3, asks=frozenset({"last_row", "keys"}))
+        hook = model.model.language_model.layers[2].self_attn.register_forward_hook(lambda *_: seen.append(1))
+        shows = Cut(4, asks=frozenset({"last_row", "keys"}))
         with torch.no_grad(), stts.pruning(model, Cuts((shows,)), retention_ratio=0.8) as pruned:
             model(**make_inputs(processor, ROWS))
         hook.remove()
