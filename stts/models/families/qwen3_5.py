@@ -15,6 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
+
 from stts.metrics.cost import VlmShape
 from stts.metrics.memory import BlockShape
 from stts.models.families.base import TinySizes, linear_layers
@@ -30,6 +33,15 @@ class Qwen3_5(Qwen3Vision):
     """
 
     family = "qwen3_5"
+
+    @classmethod
+    def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
+        """A tokenizer of words, that of tiny models, stays one: transformers 5.23 rebuilds every saved tokenizer of this
+        family as byte-level BPE, which would lose all words."""
+        super().prepare_processor(processor, config)
+        tokenizer = processor.tokenizer
+        if isinstance(tokenizer, Qwen3_5Tokenizer) and "Ġ" not in tokenizer.get_vocab():  # its mark of a space
+            processor.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer.name_or_path)
 
     @classmethod
     def vlm_shape(cls, config: Any) -> VlmShape:
