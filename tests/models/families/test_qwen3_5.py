@@ -18,7 +18,7 @@ from tests.models.pruning.test_llm_layers import Cut, Cuts
 
 KINDS = ["linear", "full", "full", "linear", "full", "linear"]
 TEXT = {"num_hidden_layers": 6, "layer_types": [f"{kind}_attention" for kind in KINDS], "rms_norm_eps": 0.1}
-"""The norm behind the delta rule would else divide sums that cancel by their size, and rounding would grow with them."""
+"""Else the norm behind the delta rule divides sums that cancel by their size, and rounding grows with them."""
 
 
 def make_qwen3_5(folder: Path, tokenizer: Any = None, **options: Any) -> tuple[Any, Any]:
