@@ -36,8 +36,8 @@ class Qwen3_5(Qwen3Vision):
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin, config: Any) -> None:
-        """A tokenizer of words, that of tiny models, stays one: transformers 5.23 rebuilds every saved tokenizer of this
-        family as byte-level BPE, which would lose all words."""
+        """A tokenizer of words, that of tiny models, stays one: transformers 5.23 rebuilds every saved tokenizer of
+        this family as byte-level BPE, which would lose all words."""
         super().prepare_processor(processor, config)
         tokenizer = processor.tokenizer
         if isinstance(tokenizer, Qwen3_5Tokenizer) and "Ġ" not in tokenizer.get_vocab():  # its mark of a space
