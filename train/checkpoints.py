@@ -149,15 +149,15 @@ def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
             f"{saved.per_step}), this run has {ranks * per_step} ({ranks} x {per_step}), which would be other steps. "
             f"Use {' or '.join(fitting)} ranks with trainer.accumulate_grad_batches={size} / ranks, {elsewhere}"
         )
-    one, other = (_KEPT_WHOLE.get(name, name) for name in (saved.strategy, strategy))
-    if one != other:
+    if _ALIKE.get(saved.strategy, saved.strategy) != _ALIKE.get(strategy, strategy):
         raise ValueError(
             f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
             f"state in another way; use the same strategy, {elsewhere}"
         )
 
 
-_KEPT_WHOLE = {"SingleDeviceStrategy": "DDPStrategy"}  # both write everything into one file
+_ALIKE = {"SingleDeviceStrategy": "DDPStrategy"} | {f"DeepSpeed stage {stage}": "DeepSpeed" for stage in (1, 2, 3)}
+"""Strategies that read each other's state: two that write everything into one file, and stages, which are converted."""
 
 
 def rescale(checkpoint: dict[str, Any], factor: Fraction) -> None:

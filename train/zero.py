@@ -25,7 +25,7 @@ from stts.data.collate import Batch
 from .checkpoints import UNFINISHED
 from .zero_config import check_zero, fill_in, read_deepspeed_json
 from .zero_engine import GradientOrder, PartNorms
-from .zero_resume import TAG, convert, repair, settings_of_groups
+from .zero_resume import TAG, convert, is_cut, repair, settings_of_groups
 
 
 class _Precision(DeepSpeedPrecision):
@@ -186,15 +186,16 @@ class DeepSpeed(DeepSpeedStrategy):
             )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Also one that another number of ranks wrote, which is converted beside it first."""
+        """Also one that another number of ranks or another ZeRO stage wrote, which is converted beside it first."""
         state = Path(checkpoint_path)
         ranks = len(list(state.glob(f"{TAG}/*_mp_rank_00_optim_states.pt")))
-        if ranks == self.world_size or self.stage == 0:
+        is_alike = ranks == self.world_size and is_cut(state) == (self.stage == 3)  # 1 and 2 cut states alike
+        if is_alike or self.stage == 0:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        converted = state.parent.with_name(f"{UNFINISHED}for-{self.world_size}-ranks")
+        converted = state.parent.with_name(f"{UNFINISHED}for-stage-{self.stage}-{self.world_size}-ranks")
         if self.is_global_zero:
             shutil.rmtree(converted, ignore_errors=True)
-            convert(state, converted)
+            convert(state, converted, to_cut=self.stage == 3)
             (converted / "latest_universal").write_text(TAG)
         self.barrier()
         engine, optimizer = self.deepspeed_engine, self.deepspeed_engine.optimizer.optimizer

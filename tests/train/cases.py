@@ -56,6 +56,8 @@ CASES = {
     ],
     "zero, offload and frozen parts": [
         *(Case(f"{stage}_offload") for stage in STAGES[1:]),
+        Case(f"{STAGES[1]}_offload", frozen="lora"),
+        Case(f"{STAGES[2]}_offload", frozen="scorer"),
         *(Case(stage, frozen=frozen) for stage in STAGES for frozen in ("lora", "scorer")),
         Case("deepspeed_stage_3", frozen="tower"),
     ],
@@ -67,10 +69,16 @@ KILLED = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2")
 
 @dataclass(frozen=True)
 class Move:
-    """A run that is stopped, and goes on with other numbers of ranks."""
+    """A run that is stopped twice, and goes on with other numbers of ranks or under other ZeRO stages."""
 
     strategy: str
     frozen: str = ""
+    then: tuple[str, str] | None = None
+    """Strategies after the first and the second stop; None: the same."""
+
+    @property
+    def strategies(self) -> tuple[str, str, str]:
+        return (self.strategy, *(self.then or (self.strategy, self.strategy)))
 
     @property
     def stays(self) -> list[tuple[int, int]]:
@@ -81,27 +89,36 @@ class Move:
 
 MOVES = [
     *(Move(name) for name in KILLED),
-    *(Move(name, "lora") for name in KILLED),
-    Move("deepspeed_stage_3", "scorer"),
+    Move(STAGES[0], then=(STAGES[0], STAGES[2])),
+    *(Move(name, frozen) for frozen in ("lora", "scorer") for name in ("ddp", "fsdp2")),
+    Move(STAGES[0], "lora", (STAGES[1], STAGES[2])),
+    Move(STAGES[1], "lora", (STAGES[1], STAGES[0])),
+    Move(STAGES[2], "lora", (STAGES[2], STAGES[1])),
+    *(Move(stage, "scorer") for stage in STAGES[:2]),
+    Move(STAGES[2], "scorer", (STAGES[2], STAGES[0])),
 ]
 
 
 def table() -> str:
     """The cases as Markdown; a case of a strategy is in fp32 unless the cell says otherwise."""
     lines = [
-        "| strategy | what learns | as one process, exported | goes on, same ranks | goes on, other ranks | offload |",
-        "|---|---|---|---|---|---|",
+        "| strategy | what learns | as one process | goes on: same ranks | other ranks | other stage | offload |",
+        "|---|---|---|---|---|---|---|",
     ]
     cases = {(case.strategy, case.frozen) for kind in CASES.values() for case in kind}
     low = {case.strategy for kind in CASES.values() for case in kind if case.precision != "32-true"}
     for name in STRATEGIES:
         for frozen, what in (("", "everything"), ("lora", "LoRA and scorer"), ("scorer", "scorer")):
             precisions = "fp32, bf16" if name in low and not frozen else "fp32"
-            stays = [ranks for move in MOVES if move == Move(name, frozen) for ranks, _ in move.stays]
-            pairs = list(pairwise(stays))
-            same = (2, 2) in pairs or (name in KILLED and not frozen)
-            moved = " and ".join(f"{a} to {b}" for a, b in pairs if a != b)
+            stays = [list(zip(m.strategies, m.stays, strict=True)) for m in MOVES if m.frozen == frozen]
+            pairs = [(was, now, a, b) for s in stays for (was, (a, _)), (now, (b, _)) in pairwise(s) if was == name]
+            same = (name, name, 2, 2) in pairs or (name in KILLED and not frozen)
+            moved = " and ".join(f"{a} to {b}" for _, now, a, b in pairs if a != b and now == name)
+            staged = ", ".join(
+                f"{now[-1]}{f' ({a} to {b} ranks)' if a != b else ''}" for _, now, a, b in pairs if now != name
+            )
             offload = "yes" if (f"{name}_offload", frozen) in cases else "-"
             compared = precisions if (name, frozen) in cases else "-"
-            lines.append(f"| `{name}` | {what} | {compared} | {'yes' if same else '-'} | {moved or '-'} | {offload} |")
+            goes_on = f"{'yes' if same else '-'} | {moved or '-'} | {staged or '-'}"
+            lines.append(f"| `{name}` | {what} | {compared} | {goes_on} | {offload} |")
     return "\n".join(lines) + "\n"

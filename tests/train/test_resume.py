@@ -117,7 +117,7 @@ def check_refusals(tiny_folder: Path, out: Path, capfd: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["everything", "a part"])
-def test_a_run_goes_on_with_fewer_and_with_more_ranks(
+def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_under_other_stages(
     kind: str, tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]], subtests: pytest.Subtests
 ) -> None:
     """A step is two batches, on one rank or on two: the same steps and losses, wherever the run stops and goes on.
@@ -130,12 +130,12 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks(
     for frozen in filter(None, expected):
         expected[frozen] = one_process(tiny_folder, tmp_path / frozen, *FROZEN[frozen])
     first = 1
-    for ranks, last in moves[0].stays:
+    for number, (ranks, last) in enumerate(moves[0].stays):
         stops = {"class_path": "tests.train.fits.StopInSteps", "init_args": {"steps": [last] if last < STEPS else []}}
         more = ["--trainer.accelerator=cpu", f"--trainer.devices={ranks}", "--trainer.log_every_n_steps=1"]
         more += [f"--trainer.accumulate_grad_batches={2 // ranks}", f"--trainer.callbacks={json.dumps(stops)}"]
         more += ["--data.num_workers=0", "--checkpoint_every=0"]
-        argvs = {m: [*more, *strategy(m.strategy), *FROZEN[m.frozen]] for m in moves}
+        argvs = {m: [*more, *strategy(m.strategies[number]), *FROZEN[m.frozen]] for m in moves}
         output = run_all([settings(tiny_folder, outs[m], *argv) for m, argv in argvs.items()], tmp_path, ranks=ranks)
         assert output.count("going on from") == (len(moves) if first > 1 else 0)
         for move, out in outs.items():
