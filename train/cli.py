@@ -30,7 +30,7 @@ from .module import VideoFinetune
 from .overlays import Overlays
 from .parser import FitParser
 from .quiet import silence
-from .recipe import high_rates
+from .recipe import Machine, high_rates
 from .row_check import check_rows, sources_of
 from .summary import Summary
 from .throughput import Throughput
@@ -83,6 +83,9 @@ class FitCLI(LightningCLI):
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept, beside the best")
 
     def before_instantiate_classes(self) -> None:
+        trainer, started = self.config["trainer"], Machine.started()
+        if started is not None:  # torchrun has started so many; another number in a config is that of other machines
+            trainer["devices"], trainer["num_nodes"] = started.devices, started.nodes
         for line in high_rates(self.config["model"]):
             print_rank_zero(line)
         self.settings = settings_of(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))

@@ -73,11 +73,19 @@ class Machine:
     is_gpu: bool
 
     @classmethod
+    def started(cls) -> Machine | None:
+        """What torchrun has started; None without it."""
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            return None
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = max(1, int(os.environ.get("WORLD_SIZE", local)) // local)
+        return cls(local, nodes, torch.cuda.device_count() > 0)
+
+    @classmethod
     def here(cls) -> Machine:
         """As torchrun says, where it does; else all GPUs of this machine, or one process on its CPU."""
         gpus = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", max(1, gpus)))
-        return cls(local, max(1, int(os.environ.get("WORLD_SIZE", local)) // local), gpus > 0)
+        return cls.started() or cls(max(1, gpus), 1, gpus > 0)
 
     @property
     def ranks(self) -> int:

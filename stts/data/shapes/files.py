@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +45,7 @@ def shapes(
     num_sampled: int = 16,
     form: ShapesConfig = ShapesConfig(),  # noqa: B008  (frozen)
     files: Files = "mp4",
+    processes: int = 1,
 ) -> Path:
     """Write ShapesQA, a synthetic video question-answering data set, as MP4 files with JSONL questions.
 
@@ -56,9 +60,10 @@ def shapes(
         form: everything else about the clips, as in `--form.families '[order,flash]' --form.grid 4`; its `num_sampled`
             is not read.
         files: mp4, or png for folders with the sampled frames alone, which need no video decoder to write or read.
+        processes: that write clips at the same time; the files are the same for any number.
     """
     sizes = {name: size for name, size in zip(SPLITS, (train, val, test, long), strict=True) if size}
-    return write_shapes(out, sizes=sizes, seed=seed, config=form.sampled(num_sampled), files=files)
+    return write_shapes(out, sizes=sizes, seed=seed, config=form.sampled(num_sampled), files=files, processes=processes)
 
 
 def write_shapes(
@@ -69,6 +74,7 @@ def write_shapes(
     config: ShapesConfig | None = None,
     progress: bool = True,
     files: Files = "mp4",
+    processes: int = 1,
 ) -> Path:
     """Writes `sizes[split]` clips of each split and returns `out`.
 
@@ -88,38 +94,72 @@ def write_shapes(
         raise ValueError(f"sizes={dict(sizes)} must give at least 1 clip for one or more of the splits {SPLITS}")
     if files not in get_args(Files):
         raise ValueError(f"files={files!r} must be one of {get_args(Files)}")
+    if processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
     make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
     form = {"pixels": _PIXEL_FORMAT, "x264": _X264} if files == "mp4" else {"pixels": "png"}
     _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), **form})
-    write, suffix = (_encode_one, ".mp4") if files == "mp4" else (_save_pictures, "")
     pause_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no line per clip
-    with tqdm(
-        total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
-    ) as bar:
+    with (
+        _writers(processes) as each,
+        tqdm(  # in this order: processes are forked before the bar starts a thread
+            total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
+        ) as bar,
+    ):
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
             single_rows, conversation_rows, cell_rows = [], [], []
-            for index in range(size):
-                clip = make_clip(seed, split, index, config)
-                name = f"{split}/{clip.uid}{suffix}"
-                if not (out / name).exists():
-                    with staged(out / name) as part:
-                        write(clip, part)
-                families = [one.family for one in clip.questions]
-                for place, one in enumerate(clip.questions):
-                    turn = families[: place + 1].count(one.family)
-                    uid = f"{clip.uid}-{one.family}" + (f"-{turn}" if turn > 1 else "")
-                    single_rows.append(_row(clip, name, [one], uid))
-                conversation_rows.append(_row(clip, name, clip.conversation, clip.uid))
-                cells = [
-                    "".join(LETTERS[label] for label in frame) for frame in clip.labels.reshape(len(clip.labels), -1)
-                ]
-                cell_rows.append({"video": name, "cells": cells})
+            for singles, conversation, cells in each(
+                [(out, seed, split, index, config, files) for index in range(size)]
+            ):
+                single_rows += singles
+                conversation_rows.append(conversation)
+                cell_rows.append(cells)
                 bar.update()
             kinds = (("_cells", cell_rows), ("", single_rows), ("_conversations", conversation_rows))
             for suffix_of_file, rows in kinds:
                 write_whole(out / f"{split}{suffix_of_file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return out
+
+
+_Job = tuple[Path, int, str, int, ShapesConfig, Files]
+_Row = dict[str, Any]
+_Rows = tuple[list[_Row], _Row, _Row]
+"""Of one clip: a row per question, one with all of them as turns, and what its cells show."""
+
+
+@contextmanager
+def _writers(processes: int) -> Iterator[Callable[[Sequence[_Job]], Iterator[_Rows]]]:
+    """What writes clips, in order: this process, or several."""
+    if processes == 1:
+        yield lambda jobs: map(_write_clip, jobs)
+        return
+    with multiprocessing.Pool(processes, _leave_ctrl_c) as pool:
+        yield lambda jobs: pool.imap(_write_clip, jobs, chunksize=4)
+
+
+def _leave_ctrl_c() -> None:
+    """Ctrl-C reaches every process; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write_clip(job: _Job) -> _Rows:
+    """The file of one clip, unless it is there, and its rows."""
+    out, seed, split, index, config, files = job
+    clip = make_clip(seed, split, index, config)
+    write, suffix = (_encode_one, ".mp4") if files == "mp4" else (_save_pictures, "")
+    name = f"{split}/{clip.uid}{suffix}"
+    if not (out / name).exists():
+        with staged(out / name) as part:
+            write(clip, part)
+    families = [one.family for one in clip.questions]
+    single_rows = []
+    for place, one in enumerate(clip.questions):
+        turn = families[: place + 1].count(one.family)
+        uid = f"{clip.uid}-{one.family}" + (f"-{turn}" if turn > 1 else "")
+        single_rows.append(_row(clip, name, [one], uid))
+    cells = ["".join(LETTERS[label] for label in frame) for frame in clip.labels.reshape(len(clip.labels), -1)]
+    return single_rows, _row(clip, name, clip.conversation, clip.uid), {"video": name, "cells": cells}
 
 
 def read_cells(questions: Path) -> dict[str, NDArray[np.uint8]]:

@@ -214,7 +214,7 @@ def _answer_batch(
                     answers, measured.report.index, measured.report.grids, labels, strict=True
                 )
             ]
-            note["said"][cell] = {uid: asdict(one) for uid, one in zip(batch.uids, answers, strict=True)}
+            note["said"][cell] = {uid: one.to_json() for uid, one in zip(batch.uids, answers, strict=True)}
             ms = {name: value / len(batch.uids) for name, value in measured.ms.items()}
             before = {**loaded.ms, "preprocess": loaded.ms["preprocess"] + to_device}
             note["ms"][cell] = {**before, **ms, "ttft_e2e": sum(before.values()) + ms["ttft"]}

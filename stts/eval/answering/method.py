@@ -73,6 +73,11 @@ class Answer:
     cells: Counts = field(default_factory=dict)
     """Evidence and distractors kept, of a ShapesQA clip with labels."""
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON; `asdict` would copy every number of every list one by one, thousands of times a run."""
+        costs = {name: cost and vars(cost) for name, cost in (("cost", self.cost), ("dense_cost", self.dense_cost))}
+        return {**vars(self), **costs}
+
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         costs = {name: VideoCost(**content[name]) for name in ("cost", "dense_cost") if content.get(name) is not None}

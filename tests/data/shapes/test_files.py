@@ -63,8 +63,8 @@ def test_decoded_frames_are_the_rendered_ones(folder):
             assert np.abs(other - file.frames).mean() > error.mean() + 0.3
 
 
-def test_a_second_folder_is_the_same(folder, tmp_path):
-    again = write_shapes(tmp_path / "again", sizes=SIZES, config=CONFIG, progress=False)
+def test_a_second_folder_is_the_same_with_two_processes(folder, tmp_path):
+    again = write_shapes(tmp_path / "again", sizes=SIZES, config=CONFIG, progress=False, processes=2)
     for name in ("train.jsonl", "val.jsonl", "shapes.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     for index in range(4):
