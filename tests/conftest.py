@@ -37,13 +37,17 @@ def tiny(tiny_folder: Path) -> tuple[Any, Any]:
     return load_vlm(tiny_folder)
 
 
-def make_inputs(processor: Any, rows: Sequence[str], *, num_frames: int = 4, padding_side: str = "right") -> Any:
+def make_inputs(
+    processor: Any, rows: Sequence[str], *, num_frames: int = 4, padding_side: str = "right", by_row: bool = False
+) -> Any:
     """Processor outputs for rows such as "v what colour is the circle ?", the first letters saying which media.
 
-    v = a video, i = an image, nothing = text only; contents are random but the same for the same place in the list."""
+    v = a video, i = an image, nothing = text only; contents are random but the same for the same place in the list.
+    by_row: images in a list per row that has some, as chat templates hand them over; else in one list."""
     rng = np.random.default_rng(0)
     side = processor.video_processor.size["height"]
     texts, videos, images = [], [], []
+    num_images = [row.partition(" ")[0].count("i") for row in rows]
     for row in rows:
         media, _, question = row.partition(" ")
         content: list[dict[str, Any]] = []
@@ -57,6 +61,9 @@ def make_inputs(processor: Any, rows: Sequence[str], *, num_frames: int = 4, pad
         message = [{"role": "user", "content": content}]
         texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
     options: dict[str, Any] = {"videos": videos, "do_sample_frames": False} if videos else {}
+    if by_row:
+        rest = iter(images)
+        images = [[next(rest) for _ in range(count)] for count in num_images if count]
     options |= {"images": images} if images else {}
     return processor(text=texts, padding=True, padding_side=padding_side, return_tensors="pt", **options)
 

@@ -85,6 +85,7 @@ class Cut(PerVideo):
     """One cut of AdaTP (our reconstruction), before `layer`; `scores_G` is how much each token is due."""
 
     label: ClassVar[str] = AdaTP.label
+    needs_time: ClassVar[str] = "its tokens compete inside segments of similar frames"
     signals: ClassVar[frozenset[Signal]] = frozenset({"last_row", "frame", "text"})
     positions: ClassVar[Positions] = "original"
 

@@ -167,6 +167,8 @@ class PerVideo:
     newlines: ClassVar[Newlines] = "all"
     reads_features: ClassVar[bool] = True
     """False: NaN is looked for in the salience only, as nothing else is read."""
+    needs_time: ClassVar[str] = ""
+    """Why an image, a video of one frame, is nothing for it; empty: it chooses inside one frame too."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:

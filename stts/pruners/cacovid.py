@@ -44,6 +44,7 @@ class CaCoVID(nn.Module):
     uses, is left out."""
 
     paper: ClassVar[str] = "2602.01649"
+    needs_time: ClassVar[str] = "it shares the budget among frames by their importance"
     site: Site = Site("pre_llm")
     signals: frozenset[Signal] = frozenset({"words"})
     newlines: Newlines = "all"

@@ -44,6 +44,7 @@ class DyCoke(ByHost):
     Without `hidden`, the default, the numbers are those of the first part alone, as they are where no cache is used."""
 
     paper: ClassVar[str] = "2411.15024"
+    needs_time: ClassVar[str] = "it drops tokens that are like those of the frame before"
     newlines: ClassVar[Newlines] = "kept_rows"
     count_known: ClassVar[bool] = False
 

@@ -35,6 +35,7 @@ class EVS(ByHost):
     compared with itself only; the release in transformers joins all videos of a call."""
 
     paper: ClassVar[str] = "2510.14624"
+    needs_time: ClassVar[str] = "it keeps what differs from the frame before, and one frame whole"
     compat: Literal["official"] | None = None
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ class FastVID(PerVideo):
     of the budget (ov by the lost remainders, qw by repeated frames); an exact budget is filled by salience."""
 
     paper: ClassVar[str] = "2503.11187"
+    needs_time: ClassVar[str] = "it chooses what to merge in segments of similar frames"
     variant: Variant = "ov"
     """Which release to follow: LLaVA-OneVision, LLaVA-Video or Qwen2.5-VL."""
     min_segments: int = 8

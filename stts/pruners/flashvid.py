@@ -55,6 +55,7 @@ class FlashVID(PerVideo):
     (the release adds noise); a segment without roots keeps its selected tokens (fails there)."""
 
     paper: ClassVar[str] = "2602.08024"
+    needs_time: ClassVar[str] = "it merges tokens along trees from frame to frame"
     signals: ClassVar[frozenset[Signal]] = frozenset({"attn"})
     count_known: ClassVar[bool] = False
     newlines: ClassVar[Newlines] = "after_frame"

@@ -36,6 +36,7 @@ class FrameFusion(PerVideo):
     **Differs:** equal similarity merges the lower place first, then the earlier frame (undefined in the release)."""
 
     label: ClassVar[str] = "before the LLM only"
+    needs_time: ClassVar[str] = "it merges tokens into the same place of the frame before"
     paper: ClassVar[str] = "2501.01986"
     newlines: ClassVar[Newlines] = "kept_rows"
     positions: Positions = "original"  # type: ignore[misc]  # a field, so that one may renumber

@@ -55,6 +55,7 @@ class HoliTom(ByHost):
     lose every token gets its planned number by attention. Hosts with (t, h, w) positions keep the original ones."""
 
     paper: ClassVar[str] = "2505.21334"
+    needs_time: ClassVar[str] = "it merges places that stand still from frame to frame"
     signals: ClassVar[frozenset[Signal]] = frozenset({"attn"})
     count_known: ClassVar[bool] = False
     newlines: ClassVar[Newlines] = "kept_rows"

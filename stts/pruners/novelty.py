@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stts.pruners.base import PerVideo, keep_top
 from stts.pruners.ops import neighbour_similarity
@@ -17,6 +18,8 @@ class Novelty(PerVideo):
 
     `evs` is the published rule beside it (arXiv:2510.14624): there the first frame always stays whole, even where later
     tokens have negative cosines, which outrank it here."""
+
+    needs_time: ClassVar[str] = "it ranks tokens by their change since the frame before"
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         return keep_top(video, -neighbour_similarity(video.x_ND, video.grid), budget.num_kept)

@@ -52,6 +52,7 @@ class PruneVid(ByHost):
     falling score (compat="official", same tokens). `asked_tokens` is its stage 2 as a function; no stage runs it."""
 
     paper: ClassVar[str] = "2412.16117"
+    needs_time: ClassVar[str] = "it merges places that stand still over a scene"
     newlines: ClassVar[Newlines] = "kept_rows"
     count_known: ClassVar[bool] = False
 

@@ -45,6 +45,7 @@ class SToP:
     base instead. `rescale`, on for towers of other than 729 patches, is ours."""
 
     paper: ClassVar[str] = "2604.20937"
+    needs_time: ClassVar[str] = "a sink is a place that every frame attends to"
     base: Stage
     salience: float = 0.0
     """mu_s, on the scale of the attention."""

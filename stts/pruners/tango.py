@@ -50,6 +50,7 @@ class Tango(ByHost):
     Every centre owns itself, so that of two equal points none leaves an empty cluster. Angles are fp64."""
 
     paper: ClassVar[str] = "2604.09547"
+    needs_time: ClassVar[str] = "it prunes windows of frames and merges places that stand still"
     signals = frozenset[Signal]({"probe"})
     count_known = False
     newlines: ClassVar[Newlines] = "kept_rows"

@@ -32,6 +32,7 @@ class VCAST(ByHost):
     are noise. Ties go to the earlier token or frame."""
 
     paper: ClassVar[str] = "2603.27650"
+    needs_time: ClassVar[str] = "it shares the budget among frames by how the video turns"
 
     temperature: float = 0.7
     norm_weight: float = 1.0

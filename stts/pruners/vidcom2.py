@@ -37,6 +37,7 @@ class VidCom2(PerVideo):
     so does `compat="official"`."""
 
     paper: ClassVar[str] = "2505.14454"
+    needs_time: ClassVar[str] = "it shares the budget among frames by how they stand out"
     channel_share: float = 0.5
     bandwidths: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
     """Squared widths a of the Gaussian kernels."""

@@ -148,6 +148,11 @@ class Adapter(Protocol):
         """Remove the visual arguments from a forward call; None when there are none."""
         ...
 
+    def images_as_videos(self, visual: Visual) -> Visual:
+        """The same with every image as a video of one frame (`Visual.with_images`). ValueError where tokens of an image
+        are no plain grid."""
+        ...
+
     def with_blank(self, visual: Visual | None) -> Visual:
         """The same and one blank video of one frame, for a training pass without video: every rank runs the same
         modules. Reads no parameter: under ZeRO-3 that would gather it on this rank alone."""

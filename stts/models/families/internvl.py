@@ -1,7 +1,7 @@
 """InternVL (2.5, 3, 3.5) on stock transformers classes: InternViT with a class token, pixel shuffle, Qwen LLMs.
 
 Groups are the 2 x 2 patches that pixel shuffle makes into one token; one lives or dies whole. A frame of a video is one
-tile; an image is as many tiles as its form asks for, and is never pruned. The class token of a tile belongs to no group
+tile; an image is as many tiles as its form asks for. The class token of a tile belongs to no group
 and always stays; its attention to the patches is what the signals `attn` and `probe` mean here, as VisionZip and
 FasterVLM take it from towers that have one.
 
@@ -301,6 +301,10 @@ class InternVL(InternVLFacts):
         grids = tuple(self.grid(clip) for clip in clips)
         return Visual(pixels_FCHW, frames, len(frames) - sum(clips), grids, layout, class_tokens=1)
 
+    def images_as_videos(self, visual: Visual) -> Visual:
+        """Each tile is a video of its own: tiles of an image are views of one moment, not its frames."""
+        return visual.with_images([self.grid(1)] * visual.num_tiles)
+
     def with_blank(self, visual: Visual | None) -> Visual:
         vision = self.config.vision_config
         blank = torch.zeros(1, vision.num_channels, *vision.image_size, device=run_device(self.model))
@@ -351,7 +355,8 @@ class InternVL(InternVLFacts):
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         x_SD = self.inner.vision_tower.layernorm(tower.taps[0])
-        images = [tiles for tiles, is_video in visual.image_args["items"] if not is_video]
+        items = [] if visual.num_images else visual.image_args["items"]
+        images = [tiles for tiles, is_video in items if not is_video]
         parts = [self._rows(visual.num_tiles, x_SD.device)]
         start = visual.num_tile_patches
         for grid, length, cell in zip(visual.grids, visual.patches_per_video, cells, strict=True):
@@ -387,7 +392,7 @@ class InternVL(InternVLFacts):
         check_placeholders("visual", int(place_BL.sum()), len(is_video_P))
         none_BL = torch.zeros_like(place_BL)
         image_BL, video_BL = (none_BL.masked_scatter(place_BL, kind_P) for kind_P in (~is_video_P, is_video_P))
-        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual.grids, kept)
+        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual, kept)
         x_Nd = x_BLd.masked_fill(~placed.keep_BL[..., None], 0).flatten(0, 1)
         x_Nd = x_Nd.index_copy(0, place_V, flat_features(x_BLd, connected.images, connected.videos))
         return {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}, placed

@@ -206,6 +206,16 @@ class LlavaOnevision(LlavaFacts):
         frames = (self.side**2,) * len(pixels)
         return Visual(pixels, frames, len(pixels) - sum(clips), tuple(self.grid(clip) for clip in clips), image_args)
 
+    def images_as_videos(self, visual: Visual) -> Visual:
+        tiles = visual.image_args["tiles"]
+        if any(count > 1 for count in tiles):
+            raise ValueError(
+                f"images=True is not supported for an image in {max(tiles)} tiles: LLaVA-OneVision cuts their padding "
+                "off, may scale them down, and ends every row with a newline, so its tokens are no plain grid; a row "
+                "with several images has one tile for each, and those are pruned"
+            )
+        return visual.with_images([Grid(1, self.side, self.side)] * len(tiles))
+
     def with_blank(self, visual: Visual | None) -> Visual:
         size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
         blank = torch.zeros(1, channels, size, size, device=run_device(self.model))
@@ -214,7 +224,8 @@ class LlavaOnevision(LlavaFacts):
         return self._visual(torch.cat([visual.pixels, blank.to(visual.pixels)]), [1], visual.image_args)
 
     def runs_stock(self, visual: Visual) -> bool:
-        return (self.layout.is_stock or not visual.grids) and len({grid.t for grid in visual.grids}) <= 1
+        videos = visual.grids[visual.num_images :]
+        return (self.layout.is_stock or not videos) and len({grid.t for grid in videos}) <= 1
 
     def _num_tiles(self, size: Any) -> int:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
@@ -224,6 +235,9 @@ class LlavaOnevision(LlavaFacts):
         return self.layout.grid(num_frames, self.side)
 
     def groups(self, visual: Visual, video: int) -> tuple[Tensor, Tensor]:
+        if video < visual.num_images:  # not pooled
+            rows_G1 = torch.arange(self.side**2, device=visual.pixels.device)[:, None]
+            return rows_G1, torch.ones_like(rows_G1, dtype=torch.float32)
         patch_PW, weight_PW = (x.to(visual.pixels.device) for x in pooling_cells(self.side, self.layout))
         frames = visual.grids[video].t
         offset_T = torch.arange(frames, device=patch_PW.device)[:, None, None] * self.side**2
@@ -234,6 +248,10 @@ class LlavaOnevision(LlavaFacts):
         if video is None:
             return self._visual(visual.pixels[: visual.num_tiles], [], visual.image_args)
         start, stop = visual.span(video, first, last)
+        if video < visual.num_images:
+            return self._visual(visual.pixels[start:stop], [], {"sizes": None, "tiles": [1]}).with_images(
+                [visual.grids[video]]
+            )
         return self._visual(visual.pixels[start:stop], [last - first], {"sizes": None, "tiles": []})
 
     def embed(self, visual: Visual) -> TowerInput:
@@ -271,8 +289,11 @@ class LlavaOnevision(LlavaFacts):
         if not visual.grids:
             return Connected(images, ())
         if tower.row_S is None:
-            pooled = self._pool(y_Sd[split:].unflatten(0, (-1, num_patches)))
-            chunks = [clip.flatten(0, 1) for clip in pooled.split([grid.t for grid in visual.grids])]
+            images_FNd, frames_FNd = y_Sd[split:].unflatten(0, (-1, num_patches)).tensor_split([visual.num_images])
+            chunks = list(images_FNd)
+            if len(frames_FNd):
+                counts = [grid.t for grid in visual.grids[visual.num_images :]]
+                chunks += [clip.flatten(0, 1) for clip in self._pool(frames_FNd).split(counts)]
             return Connected(
                 images, tuple(x if cell is None else x[cell] for x, cell in zip(chunks, cells, strict=True))
             )
@@ -317,7 +338,8 @@ class LlavaOnevision(LlavaFacts):
         rows, flags, cells, numbers = [newline[:0]], [video_BL.new_zeros(0)], [nothing], [nothing]
         for video, (x_Kd, index_K, grid) in enumerate(zip(connected.videos, kept, visual.grids, strict=True)):
             index_K = index_K if index_K is None else index_K.sort().values
-            cell_P, keep_P = self.layout.places(grid, index_K, connected.newlines, x_BLd.device)
+            layout = STOCK if video < visual.num_images else self.layout  # one newline behind an image
+            cell_P, keep_P = layout.places(grid, index_K, connected.newlines, x_BLd.device)
             row_P = cell_P  # -1, no cell, is the last row below: the newline
             if index_K is not None:
                 number_G = torch.full((grid.num_groups + 1,), -1, device=x_BLd.device)
@@ -327,22 +349,30 @@ class LlavaOnevision(LlavaFacts):
             flags.append(keep_P)
             cells.append(cell_P)
             numbers.append(torch.where(cell_P >= 0, video, -1))
-        images = [newline[:0], *connected.images]
-        for kind, mask_BL, parts in (("image", image_BL, images), ("video", video_BL, flags)):
+        images, first = [newline[:0], *connected.images], 1 + visual.num_images
+        for kind, mask_BL, parts in (
+            ("image", image_BL, [*images, *flags[:first]]), ("video", video_BL, flags[first:])
+        ):  # fmt: skip
             check_placeholders(kind, int(mask_BL.sum()), sum(map(len, parts)))
-        keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, torch.cat(flags))
-        place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
+
+        def scatter(base_BL: Tensor, parts: list[Tensor]) -> Tensor:
+            base_BL = base_BL.masked_scatter(video_BL, torch.cat([parts[0], *parts[first:]]))
+            return base_BL.masked_scatter(image_BL, torch.cat(parts[:first])) if first > 1 else base_BL
+
+        keep_BL = scatter(torch.ones_like(video_BL), flags)
+        masks = image_BL & keep_BL, video_BL & keep_BL
+        place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in masks])
         if any(index_K is not None for index_K in kept):
             x_BLd = x_BLd.masked_fill(~keep_BL[..., None], 0)
         # only what stays is written: an hour of video has a long prompt and few survivors
         x_Nd = x_BLd.flatten(0, 1).index_copy(0, place_V, torch.cat([*images, *rows]).to(x_BLd))
         none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
-        cell_BL = none_BL.masked_scatter(video_BL, torch.cat(cells))
-        late_BL = video_BL & (cell_BL < 0)
+        cell_BL = scatter(none_BL, cells)
+        late_BL = (video_BL | image_BL if first > 1 else video_BL) & (cell_BL < 0)
         if visual.num_tiles:
             late_BL = late_BL.masked_scatter(image_BL, self._image_newlines(visual, x_BLd.device))
         return {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}, Placed(
-            keep_BL, none_BL.masked_scatter(video_BL, torch.cat(numbers)), cell_BL, late_BL=late_BL
+            keep_BL, scatter(none_BL, numbers), cell_BL, late_BL=late_BL
         )
 
     def _image_newlines(self, visual: Visual, device: torch.device) -> Tensor:

@@ -247,6 +247,14 @@ class Molmo2(Molmo2Facts):
         layout = {"image_windows": image_KW.long(), "image_tokens": tokens, "video_windows": video_GW.long()}
         return Visual(pixels_FUC, frames, len(frames) - sum(grid.t for grid in grids), grids, layout)
 
+    def images_as_videos(self, visual: Visual) -> Visual:
+        if visual.num_tiles:
+            raise ValueError(
+                "images=True is not supported for Molmo2: the tokens of an image are a small view and a grid of "
+                "overlapping crops, no single grid; leave images=True out, images then stay whole"
+            )
+        return visual
+
     def with_blank(self, visual: Visual | None) -> Visual:
         vision = self.config.vision_config
         values = vision.num_channels * vision.patch_size**2
@@ -337,7 +345,7 @@ class Molmo2(Molmo2Facts):
             place_BL = input_ids == patch
         none_BL = torch.zeros_like(place_BL)
         image_BL, video_BL = (none_BL, place_BL) if visual.grids else (place_BL, none_BL)
-        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual.grids, kept)
+        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual, kept)
         features_Vd = flat_features(x_BLd, connected.images, connected.videos)
         arguments = {
             "input_ids": None,

@@ -1,6 +1,6 @@
 """What the Qwen-VL families share: flat patches of any resolution, merge units as groups, mrope positions.
 
-A frame is a temporal patch (two video frames); an image is a frame that is never pruned. The processor lays patches out
+A frame is a temporal patch (two video frames); an image is a frame of its own. The processor lays patches out
 unit by unit, so a group is a run of `spatial_merge_size` ** 2 rows, also where a tower permutes units into windows.
 Nothing but video placeholders belongs to a group: timestamps and vision start and end tokens are text and stay.
 
@@ -248,6 +248,10 @@ class QwenVision(QwenFacts):
         layout = {"grid_thw": torch.tensor([*images, *videos]), "images": images, "given": given}
         return Visual(pixels, frames, sum(t for t, _, _ in images), grids, layout)
 
+    def images_as_videos(self, visual: Visual) -> Visual:
+        images = visual.image_args["images"]
+        return visual.with_images([Grid(t, h // self.side, w // self.side) for t, h, w in images])
+
     def with_blank(self, visual: Visual | None) -> Visual:
         vision = self.vision
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -317,7 +321,7 @@ class QwenVision(QwenFacts):
             sizes = [size if cell is None else len(cell) for size, cell in zip(sizes, cells, strict=True)]
             cells = [None] * len(sizes)
         order_Y = unit_Y.argsort()
-        tiles = [t * h * w // width for t, h, w in visual.image_args["images"]]
+        tiles = [] if visual.num_images else [t * h * w // width for t, h, w in visual.image_args["images"]]
 
         def lay_out(merger: nn.Module, x_SD: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             parts = merger(x_SD)[order_Y].split([*tiles, *sizes])
@@ -335,7 +339,7 @@ class QwenVision(QwenFacts):
         x_BLd = embeds_of(kwargs, self.inner)
         masks = self.inner.get_placeholder_mask(kwargs.get("input_ids"), inputs_embeds=x_BLd)
         image_BL, video_BL = (mask.squeeze(-1) for mask in masks)
-        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual.grids, kept)
+        place_V, placed = place_groups(image_BL, video_BL, connected.images, visual, kept)
         x_Nd = x_BLd.masked_fill(~placed.keep_BL[..., None], 0).flatten(0, 1)
         x_Nd = x_Nd.index_copy(0, place_V, flat_features(x_BLd, connected.images, connected.videos))
         arguments: dict[str, Any] = {"input_ids": None, "inputs_embeds": x_Nd.view_as(x_BLd)}
@@ -354,7 +358,7 @@ class QwenVision(QwenFacts):
             input_ids=kwargs.get("input_ids"),
             inputs_embeds=x_BLd,
             image_grid_thw=grid_thw[:num_images] if num_images else None,
-            video_grid_thw=grid_thw[num_images:] if visual.grids else None,
+            video_grid_thw=grid_thw[num_images:] if len(visual.grids) > visual.num_images else None,
             attention_mask=kwargs.get("attention_mask"),
             past_key_values=kwargs.get("past_key_values"),
             mm_token_type_ids=kwargs.get("mm_token_type_ids"),

@@ -27,7 +27,7 @@ class Visual:
     """Rows of every frame (image tile, temporal patch) in the tower, in the order of `pixels`: its patches, and class
     tokens in front of them."""
     num_tiles: int
-    """Leading frames that belong to images; they are never pruned."""
+    """Leading frames that belong to images and are not pruned."""
     grids: tuple[Grid, ...]
     """Groups of every video; its frames follow those of the video before."""
     image_args: dict[str, Any]
@@ -35,6 +35,8 @@ class Visual:
     class_tokens: int = 0
     """Leading rows of every frame that are no patches: they belong to no group, stay when groups are dropped, and are
     counted nowhere but in FLOPs."""
+    num_images: int = 0
+    """Leading `grids` that are images, pruned as videos of one frame; `num_tiles` is 0 then."""
 
     @property
     def streamed(self) -> bool:
@@ -44,6 +46,10 @@ class Visual:
     def loaded(self) -> Visual:
         """The same with its pixels in memory."""
         return replace(self, pixels=self.pixels.load()) if isinstance(self.pixels, StreamedPixels) else self
+
+    def with_images(self, images: Sequence[Grid]) -> Visual:
+        """The same with its images, one frame each, as videos in front of the videos."""
+        return replace(self, num_tiles=0, grids=(*images, *self.grids), num_images=len(images))
 
     @property
     def num_tile_patches(self) -> int:
@@ -159,25 +165,32 @@ def check_placeholders(kind: str, places: int, filled: int) -> None:
 
 
 def place_groups(
-    image_BL: Tensor, video_BL: Tensor, images: Sequence[Tensor], grids: Sequence[Grid], kept: Sequence[Tensor | None]
+    image_BL: Tensor, video_BL: Tensor, images: Sequence[Tensor], visual: Visual, kept: Sequence[Tensor | None]
 ) -> tuple[Tensor, Placed]:
     """Where features go in a prompt whose placeholders are groups and nothing else (no newlines).
 
-    image_BL, video_BL: bool, placeholders of images and of videos; images: features of each; kept: cells kept of each
-    video, None: all. Returns int64 places in the flattened prompt of all features, images first, and what lies where.
-    ValueError for counts that differ."""
-    device, counts = video_BL.device, [grid.num_groups for grid in grids]
-    for kind, mask_BL, number in (("image", image_BL, sum(map(len, images))), ("video", video_BL, sum(counts))):
-        check_placeholders(kind, int(mask_BL.sum()), number)
+    image_BL, video_BL: bool, placeholders of images and of videos; images: features of each that is not pruned; kept:
+    cells kept of each video, None: all. Returns int64 places in the flattened prompt of all features, images first, and
+    what lies where. ValueError for counts that differ."""
+    device, counts = video_BL.device, [grid.num_groups for grid in visual.grids]
+    split = sum(counts[: visual.num_images])
+    check_placeholders("image", int(image_BL.sum()), sum(map(len, images)) + split)
+    check_placeholders("video", int(video_BL.sum()), sum(counts) - split)
     cell_G = torch.cat([torch.arange(0), *map(torch.arange, counts)]).to(device)
     video_G = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.long)).to(device)
     keep_G = torch.zeros(len(cell_G), dtype=torch.bool, device=device)
     for mine_G, index_K in zip(keep_G.split(counts), kept, strict=True):
         mine_G[slice(None) if index_K is None else index_K] = True
-    keep_BL = torch.ones_like(video_BL).masked_scatter(video_BL, keep_G)
+
+    def scatter(base_BL: Tensor, value_G: Tensor) -> Tensor:
+        base_BL = base_BL.masked_scatter(video_BL, value_G[split:])
+        return base_BL.masked_scatter(image_BL, value_G[:split]) if split else base_BL
+
+    keep_BL = scatter(torch.ones_like(video_BL), keep_G)
     none_BL = torch.full_like(video_BL, -1, dtype=torch.long)
-    place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in (image_BL, video_BL & keep_BL)])
-    return place_V, Placed(keep_BL, none_BL.masked_scatter(video_BL, video_G), none_BL.masked_scatter(video_BL, cell_G))
+    masks = image_BL & keep_BL, video_BL & keep_BL
+    place_V = torch.cat([mask_BL.flatten().nonzero().squeeze(1) for mask_BL in masks])
+    return place_V, Placed(keep_BL, scatter(none_BL, video_G), scatter(none_BL, cell_G))
 
 
 def flat_features(x_BLd: Tensor, images: Sequence[Tensor], videos: Sequence[Tensor]) -> Tensor:

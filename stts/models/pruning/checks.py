@@ -31,6 +31,20 @@ def choose_positions(positions: Positions | None, pruner: Pruner, host: HostInfo
     return positions or ("original" if host.mrope else declared)
 
 
+def check_images(pruner: Pruner) -> None:
+    """ValueError for a pruner that has nothing to choose in an image, a video of one frame."""
+    for stage in pruner.stages:
+        why = str(getattr(stage, "needs_time", ""))
+        if stage.site.kind == "vit":
+            why = "inside the tower at least as many tokens stay as one frame has, so all of an image"
+        if why:
+            raise ValueError(
+                f"images=True: {type(stage).__name__} cannot prune an image, which is one frame: {why}; take a method "
+                "that chooses inside a frame (visionzip, divprune, cdpruner, visionselector, fastv, dart), or leave "
+                "images=True out"
+            )
+
+
 def check_one_device(model: PreTrainedModel) -> None:
     """ValueError for a model whose parts lie on several devices; weights offloaded to memory or disk are no parts."""
     places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}

@@ -46,6 +46,8 @@ class Pruning(Settings):
         recorded there counts for options and positions that are left out.
     untrained: let a pruner that learns run in evaluation although no weights were found for it and no training pass
         came before; else that is a ValueError.
+    images: prune images too, each as a video of one frame with a budget of its own; `Report` has them in front of the
+        videos. ValueError for a method that needs time, or an image whose tokens are no plain grid.
     tower, around_stage: for measuring: what runs the tower's blocks, and a context around every call of a stage.
 
     Several threads may call the model inside one context; `describe` then speaks of the caller's own next pass, and
@@ -150,13 +152,16 @@ class Pruning(Settings):
             if expand > 1 and kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name][::expand]
         visual = self.adapter.take_visual(kwargs)
+        if self.images and visual is not None:
+            visual = self.adapter.images_as_videos(visual)
         blank = runs_all and not (visual and visual.grids)
         if visual is None and not blank:
             return stock
         visual = self.adapter.with_blank(visual) if blank else visual
         assert visual is not None
         grids = [] if blank else list(visual.grids)
-        names = self._take_names(len(grids))
+        num_images = 0 if blank else visual.num_images
+        names = self._take_names(len(grids) - num_images, num_images)
         budgets = self._plan(grids)
         is_whole = all(b.num_kept == g.num_groups for row in budgets for b, g in zip(row, grids, strict=True))
         if blank:  # nothing of it is dropped; the ratio tells stages whether the passes of other ranks are dense

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stts.budget import check_ratio, plan
 from stts.models.families.base import Adapter, make_adapter, run_device
 from stts.models.pruning import pieces
-from stts.models.pruning.checks import choose_positions, without_adapters
+from stts.models.pruning.checks import check_images, choose_positions, without_adapters
 from stts.models.pruning.pass_videos import Setup
 from stts.models.pruning.report import Report
 from stts.models.pruning.siglip import SiglipSource
@@ -42,6 +42,7 @@ class Settings:
         siglip: SiglipSource | None = None,
         weights: str | Path | None = None,
         untrained: bool = False,
+        images: bool = False,
         tower: Tower = run_tower,
         around_stage: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
@@ -66,6 +67,9 @@ class Settings:
             siglip.check(self.adapter.host)
         chosen = choose_positions(positions, self.pruner, self.adapter.host)
         self._setup = Setup(self.adapter, split_sites(self.pruner, self.adapter), chosen, siglip, tower, around_stage)
+        self.images = images
+        if images:
+            check_images(self.pruner)
         self.chunk_frames = chunk_frames
         self.retention_ratio = retention_ratio
         self._max_tokens: int | None = None
@@ -211,7 +215,13 @@ class Settings:
             return self.retention_ratio
         return math.floor(1e12 * self._max_tokens / grid.num_groups) / 1e12  # down: the decimal must not keep one more
 
-    def _take_names(self, num_videos: int) -> Names:
+    def _take_names(self, num_videos: int, num_images: int) -> Names:
+        """Of the images, which nobody describes, and the videos of a pass."""
+        names = self._names_of_videos(num_videos)
+        questions = None if names.questions is None else [""] * num_images + [*names.questions]
+        return Names([""] * num_images + [*names.uids], [None] * num_images + [*names.times], questions)
+
+    def _names_of_videos(self, num_videos: int) -> Names:
         names = self._names.pop(threading.get_ident(), None)
         if names is None or num_videos == 0:
             return Names([""] * num_videos, [None] * num_videos, None)

@@ -209,11 +209,13 @@ def positions_are_the_stock_ones(model: Any, inputs: Inputs, counts: Sequence[in
         assert torch.equal(ours.expand_as(stock), stock)
 
 
-def generate_equals_recomputation(model: Any, inputs: Inputs, pruner: Any, ratio: float, steps: int = 3) -> None:
+def generate_equals_recomputation(
+    model: Any, inputs: Inputs, pruner: Any, ratio: float, steps: int = 3, **options: Any
+) -> None:
     """Left-padded rows: every step equals the pass over everything so far, without a cache."""
     names = ("image_token_id", "video_token_id")  # a random model may answer with a placeholder
     never = [number for name in names if (number := getattr(model.config, name, None)) is not None]
-    with stts.pruning(model, pruner, retention_ratio=ratio), torch.no_grad():
+    with stts.pruning(model, pruner, retention_ratio=ratio, **options), torch.no_grad():
         out = model.generate(
             **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, suppress_tokens=never,
             output_logits=True, return_dict_in_generate=True,
