@@ -355,8 +355,7 @@ class InternVL(InternVLFacts):
 
     def connect(self, tower: TowerOutput, visual: Visual, cells: Sequence[Tensor | None]) -> Connected:
         x_SD = self.inner.vision_tower.layernorm(tower.taps[0])
-        items = [] if visual.num_images else visual.image_args["items"]
-        images = [tiles for tiles, is_video in items if not is_video]
+        images = [tiles for tiles, is_video in visual.image_args["items"] if not (is_video or visual.num_images)]
         parts = [self._rows(visual.num_tiles, x_SD.device)]
         start = visual.num_tile_patches
         for grid, length, cell in zip(visual.grids, visual.patches_per_video, cells, strict=True):
