@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from stts.data.collate import Batch
 from stts.data.datasets import Skipped
 
+from .checkpoints import EXPORTED
 from .console import print_rank_zero
 
 
@@ -121,11 +122,11 @@ class Export(pl.Callback):
         if trainer.sanity_checking or accuracy is None or accuracy.item() <= self.best:
             return
         self.best = accuracy.item()
-        self._write(pl_module, "best")
+        self._write(pl_module, EXPORTED[0])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.interrupted:
-            self._write(pl_module, "model")
+            self._write(pl_module, EXPORTED[1])
 
     def _write(self, pl_module: Any, name: str) -> None:
         print_rank_zero(f"wrote {pl_module.export(self.out / name)}")

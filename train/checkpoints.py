@@ -21,9 +21,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from .console import print_rank_zero
 from .frozen import frozen_dtype
-from .loggers import run_id_of
+from .loggers import run_id_of, version_of
 
 FOLDER = "checkpoints"
+EXPORTED = ("best", "model")
+"""Folders of a run's models, which `Export` writes."""
 UNFINISHED = ".unfinished-"
 
 
@@ -46,6 +48,8 @@ class Saved:
     """What of the config decides the losses; see `settings_of`."""
     log_id: str = ""
     """Of the W&B run that it was logged to; "" without one."""
+    log_version: int | None = None
+    """Of the folders of its CSV and TensorBoard logs."""
     base: str = ""
     """Fingerprint of the frozen weights, which are those of the model that the run started from; "" without any."""
     base_dtype: str = ""
@@ -115,7 +119,7 @@ def choose(resume: str | None, out: Path, settings: Mapping[str, Any]) -> tuple[
     if changed := differences(saved.settings, settings):
         return None, (
             f"{saved.folder} was written with other settings ({', '.join(changed)}): starting anew, older checkpoints "
-            f"are set aside beside {out / FOLDER}. To go on from it under the new settings: --resume last"
+            f"and models are set aside beside {out / FOLDER}. To go on from it under the new settings: --resume last"
         )
     return saved, f"going on from {saved.folder}"
 
@@ -194,16 +198,14 @@ class Checkpoints(Checkpoint):
         self.best = -1.0
         self._step, self._before = 0, signal.getsignal(signal.SIGINT)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Clear what an earlier run left: unfinished folders, and, when this one starts anew, its checkpoints."""
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Clear what an earlier run left: unfinished folders, and, when this one starts anew, its checkpoints and the
+        models exported from it, so that `best` and `model` are of one run. The model this one starts from stays."""
         if trainer.is_global_zero:
             for folder in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(folder)
-            if self.resumed is None and self.folder.exists() and any(self.folder.iterdir()):
-                number = 1
-                while (aside := self.folder.with_name(f"{FOLDER}-{number}")).exists():
-                    number += 1
-                self.folder.rename(aside)
+            if self.resumed is None:
+                _set_aside(self.folder.parent, Path(pl_module.model.name_or_path).resolve())
         trainer.strategy.barrier()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -229,6 +231,8 @@ class Checkpoints(Checkpoint):
         if stop or (self.every_n_steps and self._step % self.every_n_steps == 0):
             self._save(trainer, pl_module, f"step-{self._step:08d}")
         if stop:
+            # Lightning logs a step behind all hooks of its end, which the exception cuts short
+            trainer._logger_connector.update_train_step_metrics()
             raise Stopped(f"stopped at step {self._step}; the same command goes on from there")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -259,6 +263,7 @@ class Checkpoints(Checkpoint):
                 "strategy": strategy_name(trainer),
                 "settings": self.settings,
                 "log_id": run_id_of(trainer.loggers),
+                "log_version": version_of(trainer.loggers),
                 "base": pl_module.base,
                 "base_dtype": frozen_dtype(pl_module),
                 "shapes": pl_module.shapes,
@@ -286,6 +291,17 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def _set_aside(out: Path, start: Path) -> None:
+    """Rename what an earlier run left in `out`, all with the same number; `start`: a folder that is read from."""
+    names = [name for name in (FOLDER, *EXPORTED) if (out / name).is_dir() and any((out / name).iterdir())]
+    number = 1
+    while any((out / f"{name}-{number}").exists() for name in (FOLDER, *EXPORTED)):
+        number += 1
+    for name in names:
+        if (out / name).resolve() not in (start, *start.parents):
+            (out / name).rename(out / f"{name}-{number}")
 
 
 def _to_disk(folder: Path) -> None:

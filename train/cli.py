@@ -98,8 +98,15 @@ class FitCLI(LightningCLI):
             trainer["default_root_dir"] = str(out)
         if trainer["logger"] in (None, True):
             settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            run_id = "" if self.saved is None else self.saved.log_id
-            trainer["logger"] = make_loggers(config["logger"], out, config=settings, run_id=run_id)
+            saved = self.saved
+            trainer["logger"] = make_loggers(
+                config["logger"],
+                out,
+                config=settings,
+                run_id="" if saved is None else saved.log_id,
+                version=None if saved is None else saved.log_version,
+                first_step=0 if saved is None else saved.step,
+            )
         every_picture = config["overlay_every"]
         every, keep = config["checkpoint_every"], config["keep_checkpoints"]
         callbacks = trainer["callbacks"] or []

@@ -133,6 +133,6 @@ def shown(output: str) -> dict[int, str]:
 
 
 def logged(out: Path, name: str) -> list[float]:
-    """A value of each optimizer step, from the newest log of a run."""
+    """A value of each optimizer step, from the newest log in a folder."""
     file = max((out / "log").glob("version_*/metrics.csv"), key=lambda file: int(file.parent.name.split("_")[1]))
     return [float(row[name]) for row in csv.DictReader(file.open()) if row.get(name)]

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import stts_train.cli as cli
+from stts.cli import main
+from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts_train.checkpoints import Saved, choose, newest
 from stts_train.export import read_weights
@@ -143,7 +145,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_under_other_stages(
                 saved = newest(out)
                 assert saved is not None and (saved.step, saved.ranks, saved.per_step) == (last, ranks, 2 // ranks)
                 losses = zip(*(logged(out, f"train/{name}_loss") for name in ("answer", "temporal")), strict=True)
-                steps = range(first, last + 1 if last == STEPS else last)  # one that was told to stop is not logged
+                steps = range(1, last + 1)  # in one file, each once
                 whole = [pytest.approx(expected[move.frozen][step], rel=1e-5, abs=1e-5) for step in steps]
                 assert [list(pair) for pair in losses] == whole
                 if move.frozen:
@@ -175,6 +177,16 @@ def test_the_newest_and_the_best_are_kept(finished: Path) -> None:
     assert len(folders(finished)) == 3, "nothing unfinished is left"
 
 
+def test_the_folder_of_a_run_names_its_model(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"is the folder of a run of `stts fit`; its model is {finished}/model"
+    assert main(["export", str(finished), str(tmp_path / "new")]) == 2
+    assert where in capsys.readouterr().err
+    with pytest.raises(ValueError, match=where):
+        load_vlm(finished)
+
+
 def test_the_same_command_again_has_nothing_to_do(
     finished: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +211,9 @@ def test_other_settings_start_anew_and_set_old_checkpoints_aside(
     assert "written with other settings (model.llm_lr, trainer.max_steps): starting anew" in text
     assert "step 1/2" in text and "step-00000002" in folders(out)
     assert {folder.name for folder in (out / "checkpoints-1").iterdir()} == folders(finished)
+    for name in ("model", "best"):  # both of the new run, or not there
+        old, new = out / f"{name}-1" / "model.safetensors", out / name / "model.safetensors"
+        assert old.read_bytes() == (finished / name / "model.safetensors").read_bytes() != new.read_bytes()
     assert cli.fit(small(tiny_folder, out, "--model.llm_lr=3e-3", "--trainer.max_steps=3", "--resume=last")) == 0
     assert "step 2/3" not in capsys.readouterr().out, "asked for by name, it goes on under other settings"
 

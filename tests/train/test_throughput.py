@@ -223,8 +223,8 @@ def test_overlays_are_written_every_n_steps(tiny_folder: Path, tmp_path: Path) -
 
 
 def test_loggers_are_chosen_by_name(tmp_path: Path) -> None:
-    assert [type(logger).__name__ for logger in make_loggers("csv,wandb", tmp_path)] == ["CSVLogger", "WandbLogger"]
-    assert [type(logger).__name__ for logger in make_loggers(["csv"], tmp_path)] == ["CSVLogger"]
+    assert [type(logger).__name__ for logger in make_loggers("csv,wandb", tmp_path)] == ["CsvLog", "WandbLogger"]
+    assert [type(logger).__name__ for logger in make_loggers(["csv"], tmp_path)] == ["CsvLog"]
     for wrong in ("mlflow", "csv,csv", ["csv", "comet"]):
         with pytest.raises(ValueError, match="expected each of csv, wandb, tensorboard at most once"):
             make_loggers(wrong, tmp_path)
@@ -271,15 +271,19 @@ def test_wandb_offline_and_csv_hold_the_same_values(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="W&B is not installed")
-def test_a_resumed_run_goes_on_with_its_wandb_run(
+def test_a_resumed_run_goes_on_in_its_own_logs(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline, through the command line: one id, the settings, a table of overlays, and nobody's key in any file."""
+    """Offline, through the command line. W&B: one id, the settings, a table of overlays, and nobody's key in any file.
+    CSV and TensorBoard: every step once, in the run's own folder, also of a start that died behind its checkpoint."""
     key = "0123456789abcdef" * 2 + "01234567"
     for name, value in {"MODE": "offline", "SILENT": "true", "API_KEY": key}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     argv = ["--config", str(ROOT / "configs" / "shapes_tiny.yaml"), "--model.model", str(tiny_folder)]
-    argv += ["--out", str(tmp_path / "out"), "--logger", "wandb", "--overlay_every", "1", "--checkpoint_every", "1"]
+    argv += ["--out", str(tmp_path / "out"), "--overlay_every", "1", "--checkpoint_every", "1"]
+    has_board = importlib.util.find_spec("tensorboard") is not None
+    local = "csv,tensorboard" if has_board else "csv"
+    argv += ["--logger", f"wandb,{local}"]
     argv += ["--data.phases=[{num_clips: 8}]", "--data.batch_size=2", "--data.num_val_clips=0", "--data.num_workers=0"]
     argv += ["--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--model.warmup_steps=0"]
     import wandb
@@ -287,6 +291,21 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(
     for steps in (1, 2):
         assert cli.fit([*argv, f"--trainer.max_steps={steps}", "--resume", "last" if steps > 1 else "auto"]) == 0
         wandb.finish()
+        if steps == 1:  # it dies in the second step, behind the checkpoint of the first
+            for logger in make_loggers(local, tmp_path / "out", version=0, first_step=1):
+                logger.log_metrics({"train/answer_loss": 99.0}, step=1)
+                logger.save()
+                logger.finalize("failed")
+    [metrics] = (tmp_path / "out" / "log").glob("*/metrics.csv")
+    rows = [row for row in csv.DictReader(metrics.open()) if row["train/answer_loss"]]
+    assert [row["step"] for row in rows] == ["0", "1"] and rows[1]["train/answer_loss"] != "99.0"
+    if has_board:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        [board] = (tmp_path / "out" / "tensorboard").iterdir()
+        events = EventAccumulator(str(board)).Reload().Scalars("train/answer_loss")
+        seen = [(event.step, pytest.approx(event.value)) for event in events]
+        assert seen == [(int(row["step"]), float(row["train/answer_loss"])) for row in rows]
     folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "under one id"
     wanted = [
@@ -313,7 +332,7 @@ def test_the_command_line_chooses_what_is_watched(tiny_folder: Path, tmp_path: P
     argv += ["--out", str(tmp_path), "--logger", "csv,wandb", "--overlay_every", "2", "--peak_tflops", "1"]
     argv += ["--model.retention_ratio", "{low: 0.2, high: 0.6, spacing: log}"]
     made = cli.make_cli(argv)
-    assert [type(logger).__name__ for logger in made.trainer.loggers] == ["CSVLogger", "WandbLogger"]
+    assert [type(logger).__name__ for logger in made.trainer.loggers] == ["CsvLog", "WandbLogger"]
     watching = {type(callback).__name__: callback for callback in made.trainer.callbacks}
     assert watching["Overlays"].every_n_steps == 2 and watching["Throughput"].peak == 1.0
     assert made.model.retention == Sampled(low=0.2, high=0.6, spacing="log")

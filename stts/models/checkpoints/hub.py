@@ -22,6 +22,7 @@ from stts.models.checkpoints.load import (
     TRAINED,
     absolute,
     as_recorded,
+    check_no_run,
     fill,
     load_vlm,
     own_files,
@@ -295,6 +296,7 @@ def export(
 
     merge: put a scorer alone together with the weights of its base. ValueError: `out` is not empty, or the two
     folders differ in kind without `merge` or `scorer_only` saying so."""
+    check_no_run(folder)
     check_empty(Path(out))
     alone = pruner_settings(folder) is not None and not (Path(folder) / "config.json").is_file()
     if merge and (scorer_only or not alone):

@@ -40,6 +40,14 @@ TRAINED = ("num_frames", "sampler", "max_fps", "retention_trained")
 """What a folder records of its training beside the pruner's settings."""
 
 
+def check_no_run(path: str | Path) -> None:
+    """ValueError for the folder of a run of `stts fit`, whose model lies in it."""
+    if not (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir():
+        inside = [Path(path) / name for name in ("model", "best") if (Path(path) / name / "config.json").is_file()]
+        use = f"its model is {inside[0]}" if inside else f"export one of {path}/checkpoints with `stts export`"
+        raise ValueError(f"{path} is the folder of a run of `stts fit`; {use}")
+
+
 def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A stock model in eval mode and its processor, from a local folder or a hub id.
 
@@ -57,6 +65,7 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
             f"{path} holds an adapter of peft for the base {base!r}, no model; merge the two first: {merge}"
         )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        check_no_run(path)
         settings = pruner_settings(path)
         if settings is None:
             raise ValueError(f"{path} has no config.json; expected a Hugging Face model folder (see `stts init`)")
