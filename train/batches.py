@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,6 +23,7 @@ from stts.data.rows import OnError
 from stts.packing.pack import pack_samples
 
 PREFETCH = 4  # batches that every loader process holds ready
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _WINDOW = 1024  # shuffled samples packed together, more where a step has over 32 batches: first-fit is quadratic
 
 
@@ -210,9 +213,14 @@ class ResumableLoader:
 
 def outlive_signals(worker: int) -> None:
     """For a loader worker: a scheduler, or Ctrl-C, signals every process of a job; the run still needs its batches to
-    finish the step and save."""
+    finish the step and save.
+
+    A rank that dies takes its workers with it (on Linux): they hold its connections open, and the other ranks would
+    learn of its end only when torch's own watchdog ends the workers, 5 s later."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 Items = Sequence[Example | Skipped]

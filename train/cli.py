@@ -25,7 +25,7 @@ from .console import print_rank_zero
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
-from .lost_ranks import RankLost, lost_rank
+from .lost_ranks import RankLost, Roster
 from .module import VideoFinetune
 from .overlays import Overlays
 from .parser import FitParser
@@ -107,10 +107,11 @@ class FitCLI(LightningCLI):
                 version=None if saved is None else saved.log_version,
                 first_step=0 if saved is None else saved.step,
             )
-        every_picture = config["overlay_every"]
+        self.roster, every_picture = Roster(), config["overlay_every"]
         every, keep = config["checkpoint_every"], config["keep_checkpoints"]
         callbacks = trainer["callbacks"] or []
         trainer["callbacks"] = [
+            self.roster,
             ProgressLines(config["progress_every"]),
             SkipList(out),
             Summary(self.config),
@@ -165,12 +166,11 @@ def _train(cli: FitCLI) -> None:
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state, weights_only=True)
     except (ValueError, RuntimeError) as error:
-        lost = lost_rank(error, cli.trainer) if isinstance(error, RuntimeError) else None
         launcher = cli.trainer.strategy.launcher
         if launcher is not None:  # the ranks that Lightning started may wait for this one
             launcher.kill(signal.SIGKILL)
-        if lost is not None:
-            raise lost from error
+        if cli.roster.lost:
+            raise RankLost(cli.roster.lost) from error
         raise
 
 
@@ -202,8 +202,7 @@ def fit(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print_rank_zero(str(stopped))
         return 0
-    except RankLost as lost:
-        print(f"error: {lost}", file=sys.stderr)
+    except RankLost:  # and has been told
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

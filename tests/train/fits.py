@@ -80,7 +80,7 @@ class WaitInStep6(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
         if "WAIT_IN_STEP_6" in os.environ and trainer.global_step == 5 and trainer.global_rank == 1:
-            print("in the middle of step 6", flush=True)
+            print("in the middle of step 6, process", os.getpid(), flush=True)
             signal.pause()
 
 

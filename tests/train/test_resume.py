@@ -70,17 +70,30 @@ def numbers(output: str) -> dict[int, list[float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_is_killed_and_told_to_stop_has_the_losses_of_one_that_is_not(
-    name: str, tiny_folder: Path, tmp_path: Path, straight: dict[int, list[float]], capfd: pytest.CaptureFixture[str]
+    name: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    straight: dict[int, list[float]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same command three times. First: kill -9 of all its processes, a step behind its checkpoint or in the middle
-    of writing the next one. Then SIGTERM, to the first process, as a shell sends it, or to all, loader workers
-    included, as schedulers do; or SIGINT to all, as Ctrl-C does."""
+    """The same command three times. First: kill -9 of one rank, whom the other names, or of all, a step behind its
+    checkpoint or in the middle of writing the next one. Then SIGTERM, to the first process, as a shell sends it, or to
+    all, loader workers included, as schedulers do; or SIGINT to all, as Ctrl-C does."""
     argv = settings(tiny_folder, tmp_path, *TWO_RANKS, *strategy(name))
-    in_save = name == "deepspeed_stage_2"
-    process = start([*argv, *(["--trainer.callbacks=tests.train.fits.DieInSave"] if in_save else [])])
-    killed = wait_for(process, "half written" if in_save else "step 5/")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    in_save = name in ("deepspeed_stage_2", "deepspeed_stage_3")
+    with monkeypatch.context() as during:
+        during.setenv("WAIT_IN_STEP_6", "1")
+        process = start([*argv, f"--trainer.callbacks=tests.train.fits.{'DieInSave' if in_save else 'WaitInStep6'}"])
+    killed = wait_for(process, "half written" if in_save else "in the middle of step 6")
+    if name == "ddp":
+        os.kill(int(killed.split()[-1]), signal.SIGKILL)
+        code, rest = finish(process)
+        assert code != 0 and "error: rank 0 of 2 lost rank 1 in step 6: " in rest, rest
+        killed += rest
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     assert list(numbers(killed)) == list(range(1, 9 if in_save else 6))
     assert bool(list((tmp_path / "checkpoints").glob(".unfinished-step-00000008/run.json"))) == in_save
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stts_train.checkpoints import newest
+from stts_train.lost_ranks import Place, name_lost
 from tests.train.launch import finish, needs_deepspeed, shown, start_module, wait_for
 from tests.train.test_resume import STEPS, one_process, settings
 
@@ -61,6 +64,21 @@ def start_on(host: str, rank: int, argv: list[str], **env: str) -> subprocess.Po
     return start_module([*torchrun, *argv], within, GLOO_SOCKET_IFNAME=CABLE, **env)
 
 
+def test_what_is_lost_is_named_by_rank() -> None:
+    """Two ranks on this host, one of which has ended, and two on another host."""
+    process = subprocess.Popen(["sleep", "60"])
+    here = replace(Place.here(), addresses=("10.77.0.1",))
+    there = Place("b", (), 1, ("b", "10.77.0.2"))
+    places = [here, replace(here, pid=process.pid), there, there]
+    assert name_lost("Connection closed by peer [10.77.0.2]:53722", places, 0) == "one of ranks 2, 3 on host b"
+    for unknown in ("Connection closed by peer [10.77.0.21]:53722", "Timed out waiting 1800000ms for recv operation"):
+        assert name_lost(unknown, places, 0) == "another rank"
+    process.kill()  # nobody has waited for it: its number is still there
+    assert name_lost("Connection closed by peer [10.77.0.1]:53722", places, 0) == "rank 1"
+    process.wait()
+    assert name_lost("Connection closed by peer [10.77.0.1]:53722", places, 0) == "rank 1"
+
+
 @pytest.mark.slow
 @needs_deepspeed
 def test_a_host_that_dies_ends_the_run_with_a_message_and_the_same_command_goes_on(
@@ -77,7 +95,8 @@ def test_a_host_that_dies_ends_the_run_with_a_message_and_the_same_command_goes_
     died = time.monotonic()
     code, output = finish(first)
     assert code != 0 and time.monotonic() - died < 60
-    assert "error: rank 0 of 2 lost another rank in step 6: " in output and "10.77.0.2" in output, output[-4000:]
+    lost = f"error: rank 0 of 2 lost rank 1 on host {socket.gethostname()} in step 6: "
+    assert lost in output and "10.77.0.2" in output, output[-4000:]
     saved = newest(tmp_path / "out")
     assert saved is not None and saved.step == 4
 
