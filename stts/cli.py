@@ -85,7 +85,9 @@ def _main(args: list[str]) -> int:
         print(text)
         return 0
     from stts.command_line import run  # jsonargparse takes a third of a second, which `stts --help` need not wait for
+    from stts_train.quiet import silence  # takes nothing; other verbs than `fit` meet DeepSpeed and Lightning too
 
+    silence()
     module, _, name = target_of(args[0], args[1:]).partition(":")
     return run(getattr(importlib.import_module(module), name), f"stts {args[0]}", args[1:])
 

@@ -18,7 +18,8 @@ from .console import print_rank_zero
 
 
 class ProgressLines(pl.Callback):
-    """One line every `every_n_steps` optimizer steps, and one per validation, so that a log file tells the story.
+    """One line every `every_n_steps` optimizer steps, at the first and the last one, and one per validation, so that a
+    log file tells the story. The time left is that of the steps at the speed since the line before.
 
     Also logs the learning rate of every group."""
 
@@ -26,16 +27,17 @@ class ProgressLines(pl.Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
-        self._since, self._step = time.perf_counter(), 0
+        self._since, self._step, self._first = time.perf_counter(), 0, 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since, self._step = time.perf_counter(), trainer.global_step
+        self._first = self._step + 1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps or step == self._step:
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        if step == self._step or (step % self.every_n_steps and step not in (self._first, total)):
             return
         rates = {f"lr/{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups}
         pl_module.log_dict(rates, batch_size=1)
@@ -44,14 +46,22 @@ class ProgressLines(pl.Callback):
         values = trainer.callback_metrics
         losses = " ".join(f"{name[6:]} {values[name].item():.4f}" for name in values if name.startswith("train/"))
         kept = f" kept {values['retention_measured'].item():.3f}" if "retention_measured" in values else ""
-        total = trainer.estimated_stepping_batches
-        print_rank_zero(f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step")
+        left = f"  {_span(seconds * (total - step))} left" if step < total < float("inf") else ""
+        print_rank_zero(
+            f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step{left}"
+        )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if values and not trainer.sanity_checking:
             shown = "  ".join(f"{name[4:]} {value.item():.4f}" for name, value in values.items())
             print_rank_zero(f"validation at step {trainer.global_step}:  {shown}")
+
+
+def _span(seconds: float) -> str:
+    """As a clock shows it: 4:05, or 12:30:00."""
+    minutes, hours = round(seconds) // 60 % 60, round(seconds) // 3600
+    return f"{hours}:{minutes:02}:{round(seconds) % 60:02}" if hours else f"{minutes}:{round(seconds) % 60:02}"
 
 
 class SkipList(pl.Callback):

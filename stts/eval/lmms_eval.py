@@ -18,7 +18,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
-from tqdm import tqdm
+
+from stts.progress import progress_bar
 
 if TYPE_CHECKING:
     from stts.models.checkpoints.chat import Chat, Piece
@@ -79,7 +80,7 @@ class STTS(lmms):
         results: dict[int, GenerationResult] = {}
         retained: list[float] = []
         elapsed_s, num_tokens = 0.0, 0
-        with tqdm(total=len(requests), desc="stts", unit="answer", disable=self.rank != 0) as bar:
+        with progress_bar(len(requests), "stts", "answers", shown=self.rank == 0) as bar:
             for places in batches:
                 _, _, settings, _, _, _ = requests[places[0]].args
                 assert self.chat is not None

@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from stts.data.shapes.clips import SPLITS, Clip, Question, ShapesConfig, make_clip, sampled_indices
 from stts.data.shapes.world import LETTERS
 from stts.files import staged, write_whole
+from stts.progress import progress_bar
 
 Files = Literal["mp4", "png"]
 MANIFEST = "shapes.json"
@@ -99,13 +98,8 @@ def write_shapes(
     make_clip(seed, SPLITS[0], 0, config)  # a wrong seed must not leave a folder behind
     form = {"pixels": _PIXEL_FORMAT, "x264": _X264} if files == "mp4" else {"pixels": "png"}
     _claim(out, {"version": _VERSION, "seed": seed, "config": asdict(config), **form})
-    pause_s = 0.1 if sys.stderr.isatty() else 10  # a log file needs no line per clip
-    with (
-        _writers(processes) as each,
-        tqdm(  # in this order: processes are forked before the bar starts a thread
-            total=sum(sizes.values()), desc="ShapesQA", unit="clip", disable=not progress, mininterval=pause_s
-        ) as bar,
-    ):
+    # in this order: processes are forked before the bar starts a thread
+    with _writers(processes) as each, progress_bar(sum(sizes.values()), "ShapesQA", "clips", shown=progress) as bar:
         for split, size in sizes.items():
             (out / split).mkdir(exist_ok=True)
             single_rows, conversation_rows, cell_rows = [], [], []

@@ -14,7 +14,6 @@ A note (a line of a part file) holds, with `cell` = `Cell.key` and `key` = `Aske
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from stts.data.batches import make_batch
 from stts.data.collate import Batch, Collator
@@ -35,6 +33,7 @@ from stts.eval.answering.method import Answer, Runner
 from stts.eval.answering.questions import Source
 from stts.eval.answering.run_folder import Note, Store
 from stts.models.checkpoints.chat import asked_of
+from stts.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,12 @@ def _answer_mine(
         multiprocessing_context="fork" if options.num_workers else None,
     )
     total, ahead = sum(map(len, batches)), sum(map(len, left))
-    bar = tqdm(
-        total=total * len(active),
-        initial=(total - ahead) * len(active),
-        desc=options.name if ranks.world_size == 1 else f"{options.name}, rank 0 of {ranks.world_size}",
-        unit="answer",
-        disable=not options.progress or not ranks.is_first,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no line per batch
+    bar = progress_bar(
+        total * len(active),
+        options.name if ranks.world_size == 1 else f"{options.name}, rank 0 of {ranks.world_size}",
+        "answers",
+        done=(total - ahead) * len(active),
+        shown=options.progress and ranks.is_first,
     )
     warm = False
     with bar:
