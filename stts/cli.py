@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,9 +72,15 @@ def _main(args: list[str]) -> int:
         width = max(map(len, VERBS))
         lines = (f"  {verb:{width}}  {text}" for verb, (text, _) in VERBS.items())
         print("usage: stts VERB ... (stts VERB --help for its options; stts --version)\n", *lines, sep="\n")
+        print('\nTab completes verbs and options after: eval "$(stts --completion bash)", or zsh')
         return 0
     if args[0] == "--version":
         print(f"stts {stts.__version__}")
+        return 0
+    if args[0] == "--completion":
+        if len(args) != 2 or args[1] not in SHELLS:
+            raise ValueError(f"--completion {' '.join(args[1:])}: expected one of {', '.join(SHELLS)}")
+        print(completion(args[1]))
         return 0
     if " ".join(args[:2]) in VERBS:
         args = [" ".join(args[:2]), *args[2:]]
@@ -102,6 +109,44 @@ def help_of(verb: str, words: Sequence[str]) -> str | None:
     form = next((option for name, option in FORMS if name == verb and option in given), "")
     name = f"{verb.replace(' ', '-')}{form.replace('--', '-')}" if asked else "fit-trainer"
     return (HELP / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+"""Shells that `stts --completion` knows, and what comes in front of bash's own words there."""
+_COMPLETION = """\
+_stts() {{
+  local words="{verbs}" verb="${{COMP_WORDS[1]}}" word="${{COMP_WORDS[COMP_CWORD]}}"
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    case "$verb ${{COMP_WORDS[COMP_CWORD - 1]}}" in
+{values}
+      *)
+        words=""
+        case "$verb" in
+{options}
+        esac ;;
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _stts stts"""
+
+
+def completion(shell: str) -> str:
+    """A script that teaches the shell our verbs, options and named values, from the texts of the help: nothing but them
+    is read, so it is there at once. Where none of them fits, the shell completes files."""
+    options: dict[str, list[str]] = {"data": ["shapes"]}
+    values: dict[str, str] = {}
+    for file in sorted(HELP.glob("*.txt")):
+        verb = file.stem.partition("-")[0]
+        for name, given in re.findall(r"^  (--[\w.]+)(?: (\S+))?", file.read_text(encoding="utf-8"), re.MULTILINE):
+            options.setdefault(verb, []).append(name)
+            if choices := re.fullmatch(r"[\[{]?[a-z]\w*(?:[,|][a-z]\w*)+[\]}]?", given):
+                values[f"{verb} {name}"] = re.sub(r"\W+", " ", choices[0]).strip()
+    first = dict.fromkeys(verb.partition(" ")[0] for verb in VERBS)
+    lines = [f'          {verb}) words="{" ".join(dict.fromkeys(options.get(verb, [])))}" ;;' for verb in first]
+    cases = [f'      "{name}") words="{words}" ;;' for name, words in values.items()]
+    script = _COMPLETION.format(verbs=" ".join(first), values="\n".join(cases), options="\n".join(lines))
+    return SHELLS[shell] + script
 
 
 def target_of(verb: str, words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,32 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"\n  {verb} " in text for verb in VERBS) and max(map(len, text.splitlines())) <= 120
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"stts {stts.__version__}\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("compa", "compare"),
+        ("compare --retention", "--retention_ratios"),
+        ("compare --vote ''", "mean majority"),
+        ("data shapes --proc", "--processes"),
+        ("fit --trainer.dev", "--trainer.devices"),
+        ("ask clip", ""),  # a file: the shell's own
+    ],
+)
+def test_bash_completes_verbs_options_and_values(words: str, offered: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out + f"\nCOMP_WORDS=(stts {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _stts"
+    done = subprocess.run(["bash", "-c", f'{script}; echo "${{COMPREPLY[*]}}"'], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (offered, "")
+
+
+def test_completion_is_for_shells_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "fish"]) == 2
+    assert "--completion fish: expected one of bash, zsh" in capsys.readouterr().err
+    assert main(["--completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit && bashcompinit\n_stts() {")
 
 
 def test_a_wrong_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
