@@ -6,14 +6,28 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from stts.pruners.base import HostInfo, Positions, Pruner
 
 
 def without_adapters(model: Any) -> PreTrainedModel:
-    """The stock model inside a peft model, whose adapters lie in its layers and stay in use; any other model itself."""
+    """The stock model inside a peft model, whose adapters lie in its layers and stay in use; any other model itself.
+
+    ValueError for adapters that lengthen the prompt, and for a model inside `torch.compile`."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "torch.compile(model) would trace the pruner and the tower with the model; prune the model itself, and "
+            "compile layers of its language model: for layer in language_model.layers: layer.compile()"
+        )
     wraps = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
+    for name, config in getattr(model, "peft_config", {}).items() if wraps else ():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"adapter {name!r} is {config.peft_type.value}, which puts tokens of its own in front of the prompt, "
+                "so places of visual tokens would be wrong; LoRA and other adapters inside layers work"
+            )
     stock: PreTrainedModel = model.get_base_model() if wraps else model
     return stock
 
@@ -42,6 +56,17 @@ def check_images(pruner: Pruner) -> None:
                 f"images=True: {type(stage).__name__} cannot prune an image, which is one frame: {why}; take a method "
                 "that chooses inside a frame (visionzip, divprune, cdpruner, visionselector, fastv, dart), or leave "
                 "images=True out"
+            )
+
+
+def check_uncompiled(*modules: nn.Module) -> None:
+    """ValueError where one of these, inside which the tower runs, was compiled in place: attention of a traced tower
+    shows nobody its queries and keys."""
+    for module in modules:
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__}.compile() would trace the pruner and the tower with the model; compile "
+                "layers of its language model: for layer in language_model.layers: layer.compile()"
             )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from stts.models.families.attention import PASS_ARGUMENT, check_device, is_on, switch_off, switch_on
 from stts.models.pruning import pieces
-from stts.models.pruning.checks import check_checkpointing, check_one_device
+from stts.models.pruning.checks import check_checkpointing, check_one_device, check_uncompiled
 from stts.models.pruning.continuation import DecodeStep, continuation_of, decode
 from stts.models.pruning.llm_layers import attach_layers
 from stts.models.pruning.pass_videos import make_report
@@ -73,6 +73,7 @@ class Pruning(Settings):
         if not self.model.training:
             self._check_trained()
         check_one_device(self.model)
+        check_uncompiled(self.model, self.adapter.inner)
         for config in self.adapter.configs:
             check_device(config, self.model.device)
         self._originals = [switch_on(config) for config in self.adapter.configs]
