@@ -34,6 +34,7 @@ VERBS = {  # verb -> what it does, and the function that does it
         'ask a video: stts ask CLIP "question" --model M, with every token and with few',
         "stts.report.visualize:ask",
     ),
+    "app": ("a page on this machine to ask clips on, with two methods side by side", "stts.report.app:app"),
     "visualize": (
         "one video, one question, one pruner: what was kept, as .png, .mp4 or .html",
         "stts.report.visualize:visualize",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.budget import check_ratio
 from stts.eval.answering.method import cell_of, every_pruner
@@ -67,7 +67,25 @@ def compare_clip(
     recorded = as_recorded(model, num_frames=num_frames, sampler=sampler, max_fps=None, exact=None, positions=positions)
     vlm, processor = load_vlm(model)
     vlm.to("cuda" if torch.cuda.is_available() else "cpu")
-    prunings, reasons = _prunings(vlm, model, names, retention_ratios, recorded)
+    prunings, reasons = make_prunings(vlm, model, names, retention_ratios, recorded)
+    views = ask_all(prunings, processor, recorded, piece, question, max_new_tokens=max_new_tokens)
+    summary = f"{video.name}: {question} ({len(views[0].times_s)} frames)"
+    write_whole(out, draw_page(views, summary, reasons))
+    return "\n".join([summary, "", *_table(views), "", *reasons, f"wrote {out}"])
+
+
+def ask_all(
+    prunings: Sequence[Pruning],
+    processor: ProcessorMixin,
+    recorded: Mapping[str, Any],
+    piece: Piece,
+    question: str,
+    *,
+    max_new_tokens: int = _LONGEST_ANSWER,
+    like: Asked | None = None,
+) -> list[View]:
+    """The question under every one of `prunings`, which are on one model; decoded and answered densely once, or not at
+    all with `like`, an earlier answer to the same question on the same clip."""
     views: list[View] = []
     for pruning in prunings:
         with pruning:
@@ -75,15 +93,13 @@ def compare_clip(
                 pruning, processor, num_frames=recorded["num_frames"] or 16,
                 sampler=recorded["sampler"] or "uniform_inclusive", max_fps=recorded["max_fps"],
             )  # fmt: skip
-            like = views[0].asked if views else None
             asked = chat.side_by_side(piece, question, max_new_tokens=max_new_tokens, like=like)
         views.append(View(asked, cell_of(pruning)))
-    summary = f"{video.name}: {question} ({len(views[0].times_s)} frames)"
-    write_whole(out, draw_page(views, summary, reasons))
-    return "\n".join([summary, "", *_table(views), "", *reasons, f"wrote {out}"])
+        like = like or asked
+    return views
 
 
-def _prunings(
+def make_prunings(
     vlm: PreTrainedModel, model: str, names: Sequence[str], ratios: Sequence[float], recorded: Mapping[str, Any]
 ) -> tuple[list[Pruning], list[str]]:
     """Every method at every ratio, and why some cannot be run. ValueError: a name is unknown, or none can be run."""
@@ -109,18 +125,18 @@ def _prunings(
 def _table(views: Sequence[View]) -> list[str]:
     """A line per method, dense first."""
     first = views[0].asked
-    rows = [["dense", "", str(first.num_tokens[0]), *_times(first, dense=True), _short(first.dense.text)]]
+    rows = [["dense", "", str(first.num_tokens[0]), *times_of(first, dense=True), _short(first.dense.text)]]
     rows += [
         [
             view.cell.title, f"{view.cell.retention_configured:g}", str(view.asked.num_tokens[1]),
-            *_times(view.asked, dense=False), _short(view.asked.pruned.text),
+            *times_of(view.asked, dense=False), _short(view.asked.pruned.text),
         ]
         for view in views
     ]  # fmt: skip
     return aligned(["method", "kept", "tokens", "first ms", "all ms", "answer"], rows)
 
 
-def _times(asked: Asked, *, dense: bool) -> tuple[str, str]:
+def times_of(asked: Asked, *, dense: bool) -> tuple[str, str]:
     times = asked.dense_times if dense else asked.pruned_times
     return f"{times.ttft_ms:.1f}", f"{asked.ms[0 if dense else 1]:.1f}"
 

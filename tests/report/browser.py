@@ -27,9 +27,10 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One open page. `errors`: everything thrown, or logged as an error; `requests`: starts of every address asked."""
+    """One open page, of a file or an address. `errors`: everything thrown, or logged as an error; `requests`: starts of
+    every address asked."""
 
-    def __init__(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, path: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.errors: list[str] = []
         self.requests: list[str] = []
         self._numbers = itertools.count(1)
@@ -64,7 +65,7 @@ class Page:
         scheme = "dark" if dark else "light"
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.resize(width, height)
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def resize(self, width: int, height: int) -> None:
