@@ -194,9 +194,13 @@ class ResumableLoader:
     def _steps(self, batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], list[Step]]]:
         """The batches of one optimizer step after the other, and the counts that go with each."""
         is_first = True
-        while step := list(islice(batches, self.per_step)):
-            yield step, Step.of(step, is_first=is_first)
-            is_first = False
+        try:
+            while step := list(islice(batches, self.per_step)):
+                yield step, Step.of(step, is_first=is_first)
+                is_first = False
+        finally:  # after an error of a sample: workers outlive the SIGTERM with which Python would end them at exit
+            if (end := getattr(batches, "_shutdown_workers", None)) is not None:
+                end()
 
     def _next(self, batch: Batch) -> Batch:
         self.position += 1

@@ -141,22 +141,29 @@ def check_model(saved: Saved, module: Any) -> None:
         )
 
 
-def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
-    """ValueError unless this run makes optimizer steps of the same batches, and its strategy can read the state."""
-    strategy, ranks, per_step = strategy_name(trainer), trainer.world_size, trainer.accumulate_grad_batches
+_ELSEWHERE = "or start another run (another --out) from the model that `stts export` makes of it"
+
+
+def check_size(saved: Saved, ranks: int, per_step: int) -> None:
+    """ValueError unless a run on so many ranks makes optimizer steps of the same batches."""
     size = saved.ranks * saved.per_step
-    elsewhere = "or start another run (another --out) from the model that `stts export` makes of it"
     if size != ranks * per_step:
         fitting = [str(number) for number in range(1, size + 1) if size % number == 0]
         raise ValueError(
             f"{saved.folder} was written with {size} batches in an optimizer step ({saved.ranks} rank(s) x "
             f"{saved.per_step}), this run has {ranks * per_step} ({ranks} x {per_step}), which would be other steps. "
-            f"Use {' or '.join(fitting)} ranks with trainer.accumulate_grad_batches={size} / ranks, {elsewhere}"
+            f"Use {' or '.join(fitting)} ranks with trainer.accumulate_grad_batches={size} / ranks, {_ELSEWHERE}"
         )
+
+
+def check_fits(saved: Saved, trainer: pl.Trainer) -> None:
+    """ValueError unless this run makes optimizer steps of the same batches, and its strategy can read the state."""
+    check_size(saved, trainer.world_size, trainer.accumulate_grad_batches)
+    strategy = strategy_name(trainer)
     if _ALIKE.get(saved.strategy, saved.strategy) != _ALIKE.get(strategy, strategy):
         raise ValueError(
             f"{saved.folder} was written under strategy {saved.strategy}, this run uses {strategy}, which cuts the "
-            f"state in another way; use the same strategy, {elsewhere}"
+            f"state in another way; use the same strategy, {_ELSEWHERE}"
         )
 
 

@@ -20,8 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from . import strategies  # noqa: F401  (its short names)
 from .callbacks import Export, ProgressLines, SkipList
-from .checkpoints import Checkpoints, Stopped, check_fits, check_model, choose, settings_of
-from .console import print_rank_zero
+from .checkpoints import Checkpoints, Stopped, check_fits, check_model, check_size, choose, settings_of
+from .console import one_line, print_rank_zero
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
@@ -82,6 +82,14 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--keep_checkpoints", type=int, default=2, help="newest checkpoints kept, beside the best")
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """**Differs** from Lightning's: data before the model, so that files that are not there are named before a
+        model is loaded."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(VideoData, "data")
+        parser.add_lightning_class_args(VideoFinetune, "model")
+
     def before_instantiate_classes(self) -> None:
         trainer, started = self.config["trainer"], Machine.started()
         if started is not None:  # torchrun has started so many; another number in a config is that of other machines
@@ -90,6 +98,9 @@ class FitCLI(LightningCLI):
             print_rank_zero(line)
         self.settings = settings_of(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         self.saved, self.why = choose(self.config["resume"], Path(self.config["out"]), self.settings)
+        devices = trainer["devices"]
+        if self.saved is not None and isinstance(devices, int) and devices > 0:
+            check_size(self.saved, devices * trainer["num_nodes"], trainer["accumulate_grad_batches"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config, out = self.config_init, Path(self.config_init["out"])
@@ -205,7 +216,7 @@ def fit(argv: Sequence[str]) -> int:
     except RankLost:  # and has been told
         return 1
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 130 if cli.trainer.interrupted else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -9,3 +11,15 @@ from lightning.pytorch.utilities import rank_zero_only
 def print_rank_zero(text: str) -> None:
     """Print one line on rank 0, at once: a log that is read while the run goes on must not wait in a buffer."""
     print(text, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong, without what loader workers and jsonargparse write around it: a traceback; kinds of values, and
+    every reason why another kind does not fit either."""
+    text = str(error)
+    if text.startswith("Caught "):
+        return re.split(r"\n[\w.]+: ", text)[-1].strip()
+    if text.startswith("Does not validate against any of the Union"):
+        reasons = re.findall(r"\n  - (.*?)(?=\n  - |\nGiven value type|\Z)", text, re.DOTALL)
+        text = "; ".join(reason for reason in reasons if not reason.startswith("Expected a <class")) or text
+    return " ".join(text.split())

@@ -24,6 +24,8 @@ from .console import print_rank_zero
 from .lengths import _TokenCounts
 from .precision import PIXEL_DTYPES
 
+_LOOKED_FOR = 256  # videos of each file; more would take long on a disk far away
+
 
 class VideoData(pl.LightningDataModule):
     """Data files with videos and images (JSONL, JSON arrays, Parquet; see stts/data/datasets.py), or ShapesQA.
@@ -149,8 +151,13 @@ class VideoData(pl.LightningDataModule):
         ]
         self.train_data = ConcatDataset(self.files)
         self.mixture = Mixture(tuple(len(file) for file in self.files), weights)
+        checked = list(self.files)
         if val is not None:
-            self.val_data = VideoJsonl(val, root=root, **reading)
+            self.val_data = file = VideoJsonl(val, root=root, **reading)
+            checked.append(file)
+        if self.on_error == "raise":
+            for file in checked:
+                file.check_files(_LOOKED_FOR)
 
     def train_dataloader(self) -> ResumableLoader:
         collator = self._collator()

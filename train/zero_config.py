@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stts.command_line import nearest
+
 AUTO = "auto"
 _PASSED_ON = frozenset(
     {
@@ -58,7 +60,8 @@ def read_deepspeed_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"{name} holds {type(settings).__name__}; expected a JSON object with zero_optimization")
     if unknown := sorted(set(settings) - _PASSED_ON - _DECIDED_HERE):
         raise ValueError(
-            f"{name} has the keys {unknown}, which are not known here; expected {', '.join(sorted(_PASSED_ON))}"
+            f"{name} has the keys {unknown}, which are not known here{nearest(unknown[0], sorted(_PASSED_ON))}; "
+            f"expected {', '.join(sorted(_PASSED_ON))}"
         )
     zero = settings.get("zero_optimization", {})
     check_zero(name, zero)
@@ -79,9 +82,10 @@ def check_zero(name: str, zero: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: zero_optimization is not as DeepSpeed expects: {' '.join(lines)}") from error
     for part in ("offload_optimizer", "offload_param"):
         offload = zero.get(part) or {}
-        if offload.get("device") == "nvme" and not Path(offload.get("nvme_path") or "").is_dir():
+        path = offload.get("nvme_path")
+        if offload.get("device") == "nvme" and not (path and Path(path).is_dir()):
             raise ValueError(
-                f"{name}: zero_optimization.{part}.nvme_path={offload.get('nvme_path')!r} is no folder; create it on a "
+                f"{name}: zero_optimization.{part}.nvme_path={path!r} is no folder; create it on a "
                 "local disk, or use device: cpu"
             )
         if part == "offload_param" and offload.get("device", "none") != "none" and zero.get("stage") != 3:
@@ -105,15 +109,27 @@ def fill_in(
     filled = copy.deepcopy(dict(settings))
     samples = batch_size or None
     decided = {
-        "gradient_accumulation_steps": (accumulate, "trainer.accumulate_grad_batches"),
-        "train_micro_batch_size_per_gpu": (samples, "data.batch_size"),
-        "train_batch_size": (samples and samples * accumulate * ranks, "data.batch_size"),
-        "gradient_clipping": (max_grad_norm or 0.0, "model.max_grad_norm"),
+        "gradient_accumulation_steps": (accumulate, "trainer.accumulate_grad_batches", ""),
+        "train_micro_batch_size_per_gpu": (samples, "data.batch_size", ""),
+        "train_batch_size": (
+            samples and samples * accumulate * ranks,
+            "data.batch_size",
+            f" ({samples} samples x {accumulate} batches x {ranks} ranks)",
+        ),
+        "gradient_clipping": (max_grad_norm or 0.0, "model.max_grad_norm", ""),
     }
-    for key, (value, setting) in decided.items():
+    for key, (value, setting, how) in decided.items():
         stated = filled.pop(key, AUTO)
+        if stated != AUTO and value is None:
+            raise ValueError(
+                f"{key}={stated} in the DeepSpeed config contradicts data.max_tokens, by which batches differ in "
+                "samples; write 'auto', or set data.batch_size and data.max_tokens=0"
+            )
         if stated != AUTO and stated != value:
-            raise ValueError(f"{key}={stated} in the DeepSpeed config contradicts {setting}, by which it is {value}")
+            raise ValueError(
+                f"{key}={stated} in the DeepSpeed config contradicts {setting}, by which it is {value}{how}; "
+                "write 'auto'"
+            )
     filled["gradient_clipping"] = max_grad_norm or 0.0
     for key, kinds in (("bf16", ("bf16-mixed", "bf16-true")), ("fp16", ("16-mixed", "16-true"))):
         section = dict(filled.get(key) or {})

@@ -91,6 +91,16 @@ class VideoJsonl(Dataset[Example | Skipped]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def check_files(self, at_most: int) -> None:
+        """VideoError, which names the sample, where a video of so many rows, evenly spread, is not there."""
+        for index in np.linspace(0, len(self) - 1, min(at_most, len(self))).astype(int).tolist():
+            sample = self.samples[index]
+            try:
+                if sample.video is not None:
+                    _check_there(sample.video)
+            except VideoError as error:
+                raise VideoError(f"sample {sample.uid!r}: {error}") from error
+
     def __getitem__(self, index: int) -> Example | Skipped:
         sample = self.samples[index]
         try:
@@ -135,9 +145,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
         if type(fps) not in (int, float) or not 0 < fps < math.inf:
             raise VideoError(f"key 'fps' is {fps!r}, expected a positive number; correct it or leave it out")
         with time_limit(self.timeout_s):
-            first = path if isinstance(path, Path) else path[0]
-            if not first.is_file() and not first.is_dir():
-                raise VideoError(f"no video file at {first}; fetch it, or correct the row's 'video' or the root")
+            first = _check_there(path)
             key = frames_key(first, (path, self.sampler, self.num_frames, sample.clip, self.max_fps, fps))
         # The cache stays outside the limit: an alarm must not fall between taking its lock and giving it back.
         cached = None if self.cache is None else self.cache.get(key)
@@ -158,3 +166,11 @@ class VideoJsonl(Dataset[Example | Skipped]):
         if self.cache is not None:
             self.cache.put(key, decoded)
         return decoded
+
+
+def _check_there(video: Path | tuple[Path, ...]) -> Path:
+    """The file or folder of a video, or its first picture. VideoError where it is not there."""
+    first = video if isinstance(video, Path) else video[0]
+    if not first.is_file() and not first.is_dir():
+        raise VideoError(f"no video file at {first}; fetch it, or correct the row's 'video' or the root")
+    return first

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stts.budget import check_ratio
+from stts.data.video.sample import check_file
 from stts.eval.answering.method import cell_of, every_pruner
 from stts.eval.results.table import aligned
 from stts.files import write_whole
@@ -60,6 +61,8 @@ def compare_clip(
         raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'!r}; expected a page, .html")
     for ratio in retention_ratios:
         check_ratio(ratio)
+    if not video.is_dir():
+        check_file(str(video))
     names = every_pruner(model) if tuple(pruners) == ("all",) else tuple(name for name in pruners if name != "none")
     if not names or not retention_ratios:
         raise ValueError("--pruners and --retention_ratios must each name at least one that drops tokens")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from stts.data.video.sample import check_file
 from stts.eval.answering.method import cell_of
 from stts.eval.results.table import DENSE, Cell
 from stts.files import staged, write_whole
@@ -211,6 +212,8 @@ def look(
         raise ValueError(f"--folder_fps {folder_fps} must be a positive number of pictures a second")
     if num_frames == 0 or min(num_frames or 1, max_new_tokens) < 1:
         raise ValueError("--num_frames and --max_new_tokens must be at least 1")
+    if not Path(video).is_dir():
+        check_file(str(video))
     if pruner is None and pruner_settings(model) is None:
         pruner = "tango"
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -118,6 +118,7 @@ def test_one_file_of_the_kind_its_name_says(
         ({"--pruner": "none"}, "keeps everything"),
         ({"--pruner": "fastv", "--retention_ratio": "0.1"}, "cannot be reached"),
         ({"--num_frames": "0"}, "must be at least 1"),
+        ({"--retention_ratio": "1.5", "--model": "/nowhere"}, "retention_ratio=1.5 must be in (0, 1]"),
         ({"--pruner": "nosuch"}, "nosuch"),
     ],
 )
@@ -128,6 +129,12 @@ def test_what_cannot_be_shown_is_refused_in_a_line(
     words = [word for pair in (given | change).items() if pair[1] for word in pair]
     assert stts(["visualize", str(clip), *words]) == 2
     assert said in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_that_is_not_there_is_named_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["ask", "none.mp4", "a ?"], ["compare", "--video", "none.mp4", "--question", "a ?"]):
+        assert stts([*words, "--model", "/nowhere"]) == 2
+        assert "error: none.mp4: No such file or directory" in capsys.readouterr().err
 
 
 def test_ask_prints_both_answers_and_saves_the_picture_where_told(

@@ -16,6 +16,7 @@ import yaml
 import stts_train.cli as cli
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
+from tests.train.launch import needs_deepspeed
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("shapes_*.yaml"))  # recipes need their own family: test_recipes.py
@@ -147,6 +148,55 @@ def test_a_mistake_is_named_without_a_traceback(
     shown = capsys.readouterr()
     assert code == 2 and message in shown.err and "Traceback" not in shown.err
     assert not out.exists(), "nothing is written before the settings are known to be good"
+
+
+DEEPSPEED = "--trainer.strategy=stts_train.strategies.DeepSpeed"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.retention_ratio=1.5"], "retention_ratio=1.5 must be in (0, 1]"),
+        (["--data.train=/nowhere/rows.jsonl"], "no JSONL, JSON or Parquet file at /nowhere/rows.jsonl"),
+        (["--data.val=/nowhere/rows.jsonl"], "no JSONL, JSON or Parquet file at /nowhere/rows.jsonl"),
+        (["--data.root=/nowhere"], "no video file at /nowhere/"),
+        *(
+            pytest.param([DEEPSPEED, f"--trainer.strategy.init_args={json.dumps(given)}"], said, marks=needs_deepspeed)
+            for given, said in (
+                ({"config": {"zero_optimisation": {}}}, "did you mean zero_optimization?"),
+                (
+                    {"config": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
+                    "nvme_path=None is no folder; create it",
+                ),
+                ({"stage": 7}, "stage=7 is not a stage of ZeRO; use 0, 1, 2 or 3"),
+            )
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(
+    more: list[str], message: str, files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The model is not there either, which would be said next."""
+    argv = ["--config", str(ROOT / "configs" / "shapes_stts.yaml"), f"--model.model={tmp_path / 'none'}"]
+    argv += [f"--data.train={files / 'train.jsonl'}", "--data.val=null", "--data.on_error=raise"]
+    assert cli.fit([*argv, f"--out={tmp_path / 'out'}", *more]) == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "Seed set" not in line]
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_file_that_goes_while_a_run_reads_it_is_one_line(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a loader process, whose traceback torch puts into the message."""
+    files = write_shapes(tmp_path / "own", sizes={"train": 4, "val": 1}, config=ShapesConfig(num_sampled=8))
+    for video in (files / "train").glob("*.mp4"):
+        video.write_bytes(b"no video")
+    argv = ["--config", str(ROOT / "configs" / "shapes_stts.yaml"), f"--model.model={tiny_folder}"]
+    argv += [f"--data.train={files / 'train.jsonl'}", "--data.val=null", "--data.on_error=raise", "--data.max_tokens=0"]
+    argv += ["--data.batch_size=2", "--trainer.accelerator=cpu", f"--out={tmp_path / 'out'}"]
+    assert cli.fit(argv) == 2
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown and len(re.findall(r"error: sample '\S+: \S+\.mp4: .*", shown)) == 1, shown
 
 
 def test_a_typo_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def sample_frames(
     name = os.fspath(path)
     if timeout_s is not None and not timeout_s > 0:
         raise VideoError(f"{name}: timeout_s={timeout_s} must be positive; leave it out (None) for no limit")
-    _check_file(name)
+    check_file(name)
     from stts.data.video.decode import NotShownError, Reader
 
     with _naming(name, timeout_s):
@@ -111,7 +111,7 @@ class FrameStream:
         self._picture_shape: tuple[int, ...] | None = None
         self._ahead: Iterator[tuple[int, npt.NDArray[np.uint8]]] | None = None  # of a file decoded in order
         self._newest: tuple[int, npt.NDArray[np.uint8]]
-        _check_file(self._name)
+        check_file(self._name)
         from stts.data.video.decode import Reader
 
         self._reader = Reader(self._name, _deadline_s(timeout_s))
@@ -162,7 +162,7 @@ def _deadline_s(timeout_s: float | None) -> float:
     return math.inf if timeout_s is None else time.monotonic() + timeout_s
 
 
-def _check_file(name: str) -> None:
+def check_file(name: str) -> None:
     """VideoError unless `name` is a regular file with content."""
     try:
         status = os.stat(name)

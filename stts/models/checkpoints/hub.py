@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from stts.budget import check_ratio
 from stts.models.checkpoints.chat import Asked, Chat, Piece
 from stts.models.checkpoints.load import (
     ADAPTER_FILE,
@@ -100,6 +101,8 @@ class PrunedVLM(nn.Module):
         What is None, and options left out, come from what we wrote there; for a stock checkpoint `pruner` must be
         named, and the rest is as in `Pruning`. base_model: where to load the model of a scorer alone from (default:
         the base it names). ValueError when anything does not fit; a pruner that learns is never left random."""
+        if retention_ratio is not None:
+            check_ratio(retention_ratio)
         folder = own_files(base)
         settings = pruner_settings(folder) or {}
         alone = bool(settings) and not (folder / "config.json").is_file()
