@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from stts.models.pruning.context import Pruning
 
 # Tests run scorers with random weights on purpose; those of the refusal say untrained=False.
 Pruning.__init__.__kwdefaults__["untrained"] = True  # type: ignore[index]
+
+# Operators that DeepSpeed compiles on first use are kept between runs of these tests; scripts/test.sh has them already.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "stts_test_operators"))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&`: tests of Ctrl-C would wait for ever
     signal.signal(signal.SIGINT, signal.default_int_handler)

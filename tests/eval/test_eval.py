@@ -27,6 +27,7 @@ from stts.models.checkpoints.load import load_vlm, save_pruned
 from tests.data.video.clips import numbered_images, write_video
 from tests.eval.benchmarks import test_five_options, test_mvbench, test_videomme
 from tests.eval.benchmarks.folders import touch, write_parquet
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 3
@@ -63,7 +64,11 @@ def start(args: Sequence[str], **more: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def fork(args: Sequence[str], **more: str) -> Forked:
+    return Forked("stts.cli:main", ["eval", *args], errors_apart=True, **more)
+
+
+def finish(process: subprocess.Popen[str] | Forked, code: int = 0) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     return out + err
@@ -88,7 +93,7 @@ def written(out: Path) -> dict[str, Any]:
 
 
 def test_files_hold_what_lmms_eval_readers_look_for(config: EvalConfig) -> None:
-    shown = finish(start(flags(config)))
+    shown = finish(fork(flags(config)))
     assert "visionzip at 0.5" in shown and "jsonl" in shown
     made = written(config.out)
     results = made["results"]
@@ -230,7 +235,7 @@ def test_a_killed_run_goes_on_to_the_same_files(config: EvalConfig, stops: str, 
 
 def test_two_ranks_write_what_one_writes(config: EvalConfig, tmp_path: Path) -> None:
     run_eval(replace(config, out=tmp_path / "one"), progress=False)
-    ranks = [start(flags(config), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
+    ranks = [fork(flags(config), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
     for process in ranks:
         finish(process)
     assert written(config.out) == written(tmp_path / "one")
@@ -272,7 +277,7 @@ def benchmarks(root: Path) -> Path:
 def test_benchmarks_from_their_own_folders(config: EvalConfig, tmp_path: Path) -> None:
     root = benchmarks(tmp_path / "benchmarks")
     args = flags(config, data=None, data_root=root, batch_size=8, limit=4)
-    shown = finish(start([*args, "--tasks", "videomme", "videomme_w_subtitle", "mvbench", "egoschema"]))
+    shown = finish(fork([*args, "--tasks", "videomme", "videomme_w_subtitle", "mvbench", "egoschema"]))
     assert "no public answers" in shown
     made = written(config.out)
     found = made["results"]["results"]

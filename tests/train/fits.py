@@ -1,15 +1,12 @@
-"""Several runs of `stts fit`, one after the other in the processes that torchrun starts: starting them takes longest.
+"""Several runs of `stts fit`, one after the other in the same processes.
 
-    torchrun --nproc-per-node 2 tests/train/fits.py runs.json
-
-`runs.json` is a list of argument lists. Each run starts with a line "== its folder"."""
+`main` takes a JSON file with a list of argument lists. Each run starts with a line "== its folder"."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -115,9 +112,10 @@ def write_on_every_rank(*args: Any) -> Path:
         return write_tiny(*args)
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
     dry_run.write_tiny = write_on_every_rank
-    for argv in json.loads(Path(sys.argv[1]).read_text()):
-        print_rank_zero(f"== {next(word for word in argv if word.startswith('--out='))}")
-        if code := fit(argv):
-            sys.exit(code)
+    for words in json.loads(Path(argv[0]).read_text()):
+        print_rank_zero(f"== {next(word for word in words if word.startswith('--out='))}")
+        if code := fit(words):
+            return code
+    return 0

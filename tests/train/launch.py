@@ -1,4 +1,4 @@
-"""`stts fit` as a user starts it: a process of its own, which starts those of the other ranks."""
+"""`stts fit` in processes of its own, one for each rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -20,8 +19,11 @@ from typing import Any
 
 import pytest
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 RATES = [f"--model.{part}_lr=1e-3" for part in ("llm", "vit", "connector", "scorer")]
+Started = subprocess.Popen[str] | Forked
 TWO_RANKS = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 CUTS = [
@@ -44,18 +46,18 @@ def strategy(name: str) -> list[str]:
     ]
 
 
-def start(argv: Sequence[str | Path]) -> subprocess.Popen[str]:
-    """`stts fit`, which starts the other ranks itself."""
-    return start_module(["stts.cli", "fit", *map(str, argv)])
+def start(argv: Sequence[str | Path], errors_apart: bool = False) -> Forked:
+    """`stts fit` on as many ranks as `--trainer.devices` says, as torchrun starts them."""
+    words = list(map(str, argv))
+    asked = re.findall(r"--trainer\.devices[ =](\d+)", " ".join(words)) or ["1"]
+    return Forked("stts.cli:main", ["fit", *words], int(asked[-1]), errors_apart)
 
 
 def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600, ranks: int = 2) -> str:
-    """These runs one after the other in the same processes, under torchrun on a free port."""
+    """These runs one after the other in the same processes, as torchrun starts them."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    script = str(Path(__file__).with_name("fits.py"))
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    code, output = finish(start_module([*torchrun, script, str(file)]), timeout_s)
+    code, output = finish(Forked("tests.train.fits:main", [str(file)], ranks=ranks), timeout_s)
     assert code == 0, output[-4000:]
     noise = ("Warning", "Seed set", "GPU available", "Initializing distributed", "All distributed", "Writing model")
     warnings = [text for text in output.splitlines() if any(map(text.__contains__, noise))]
@@ -66,30 +68,20 @@ def run_all(runs: Sequence[Sequence[str]], folder: Path, timeout_s: float = 600,
 
 def start_module(module: Sequence[str], within: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
     """`python -m`, started by the command `within`, in a process group of its own, so that all ranks and loader workers
-    can be signalled or ended together.
-
-    Operators that DeepSpeed compiles on first use are kept between runs of these tests; scripts/test.sh has them
-    already."""
-    built = Path(tempfile.gettempdir()) / "stts_test_operators"
+    can be signalled or ended together."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    more = {"PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen(
         [*within, sys.executable, "-m", *module],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={
-            "TORCH_EXTENSIONS_DIR": str(built),
-            **os.environ,
-            "PYTHONPATH": paths,
-            "PYTHONFAULTHANDLER": "1",
-            "OMP_NUM_THREADS": "1",
-            **env,
-        },
+        env={**os.environ, **more},
         start_new_session=True,
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str]:
+def finish(process: Started, timeout_s: float = 300) -> tuple[int, str]:
     """Exit code and output. A rank that waits for another for ever fails the test, and is ended."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -99,7 +91,7 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int,
     return process.returncode, output
 
 
-def _abort(process: subprocess.Popen[str]) -> None:
+def _abort(process: Started) -> None:
     """End every process of a run that hangs; each first writes where its threads are into the run's output."""
     os.killpg(process.pid, signal.SIGABRT)
     time.sleep(5)
@@ -113,7 +105,7 @@ def run(argv: Sequence[str | Path]) -> str:
     return output
 
 
-def wait_for(process: subprocess.Popen[str], marker: str, timeout_s: float = 300) -> str:
+def wait_for(process: Started, marker: str, timeout_s: float = 300) -> str:
     """Read output up to a line with `marker`. What takes longer is ended, and fails the test."""
     assert process.stdout is not None
     seen = ""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,22 +13,18 @@ import yaml
 import stts_train.cli as cli
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
-from tests.train.launch import needs_deepspeed
+from tests.train.launch import needs_deepspeed, start
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("shapes_*.yaml"))  # recipes need their own family: test_recipes.py
 
 
-def stts_fit(*argv: str | Path) -> subprocess.CompletedProcess[str]:
-    """`stts fit` as a user calls it, from another folder."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "stts.cli", "fit", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+def stts_fit(*argv: str | Path) -> tuple[str, str]:
+    """What `stts fit` prints, and its errors."""
+    process = start(argv, errors_apart=True)
+    out, err = process.communicate(300)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +60,18 @@ def test_a_run_from_files_to_folders(tiny_folder: Path, files: Path, tmp_path: P
     argv += ["--data.train", files / "train.jsonl", "--data.val", files / "val.jsonl", "--data.num_frames", "8"]
     argv += ["--data.max_tokens", "400", "--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
     argv += ["--progress_every", "4", "--checkpoint_every", "3", "--trainer.log_every_n_steps", "1"]
-    done = stts_fit(*argv)
-    assert done.returncode == 0, done.stderr
-    shown = re.findall(r"step (\d)/6  .* s/step(?:  (\d+:\d\d) left)?\n", done.stdout)
+    done, noise = stts_fit(*argv)
+    shown = re.findall(r"step (\d)/6  .* s/step(?:  (\d+:\d\d) left)?\n", done)
     assert [step for step, _ in shown] == ["1", "4", "6"] and [bool(left) for _, left in shown] == [True, True, False]
-    for noise in ("Loading weights", "Writing model", "Seed set", "GPU available", "`Trainer.fit` stopped"):
-        assert noise not in done.stdout + done.stderr, "nobody can act on it"
+    for text in ("Loading weights", "Writing model", "Seed set", "GPU available", "`Trainer.fit` stopped"):
+        assert text not in done + noise, "nobody can act on it"
     for expected in (
         "temporal_loss",
         "kept 0.5",
         "validation at step 3",
         f"wrote {out}/model",
     ):
-        assert expected in done.stdout
+        assert expected in done
     for name in ("model", "best"):
         recorded = json.loads((out / name / "stts.json").read_text())
         expected = {"pruner": "stts", "positions": "original", "num_frames": 8, "sampler": "uniform_inclusive"}
@@ -94,9 +86,8 @@ def test_a_run_from_files_to_folders(tiny_folder: Path, files: Path, tmp_path: P
     names |= {"pad_waste", "scorer_grad_norm", "lr/scorer", "lr/llm", "val/accuracy", "val/answer_loss", "skipped"}
     assert names <= {name for row in rows for name, value in row.items() if value}
 
-    again = stts_fit(*argv, "--resume", "last", "--trainer.max_steps", "8")
-    assert again.returncode == 0, again.stderr
-    assert "step 8/8" in again.stdout and "step 4/8" not in again.stdout
+    again, _ = stts_fit(*argv, "--resume", "last", "--trainer.max_steps", "8")
+    assert "step 8/8" in again and "step 4/8" not in again
 
 
 @pytest.mark.slow
@@ -107,18 +98,16 @@ def test_two_ranks_stay_in_step_when_one_has_nothing_to_read(tiny_folder: Path, 
     argv += ["--data.train", files / "train.jsonl", "--data.val", files / "val.jsonl", "--data.num_frames", "8"]
     argv += ["--data.max_tokens", "0", "--data.batch_size", "1", "--data.num_workers", "0", "--trainer.devices", "2"]
     argv += ["--trainer.strategy", "ddp", "--trainer.accelerator", "cpu", "--trainer.max_steps", "6"]
-    done = stts_fit(*argv, "--trainer.val_check_interval", "6", "--progress_every", "6")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 6/6" in done.stdout and done.stdout.count("wrote ") == 2, "rank 0 alone prints and exports"
+    done, _ = stts_fit(*argv, "--trainer.val_check_interval", "6", "--progress_every", "6")
+    assert "step 6/6" in done and done.count("wrote ") == 2, "rank 0 alone prints and exports"
     skipped = [line for file in out.glob("skipped-rank*.txt") for line in file.read_text().splitlines()]
     assert len(skipped) == len(set(skipped)) == 3
 
 
 @pytest.mark.slow
 def test_print_config(tmp_path: Path) -> None:
-    done = stts_fit("--config", ROOT / "configs" / "shapes_tiny.yaml", "--model.pruner", "easy", "--print_config")
-    assert done.returncode == 0, done.stderr
-    shown = yaml.safe_load(done.stdout)
+    done, _ = stts_fit("--config", ROOT / "configs" / "shapes_tiny.yaml", "--model.pruner", "easy", "--print_config")
+    shown = yaml.safe_load(done)
     assert shown["model"]["pruner"] == "easy" and shown["data"]["batch_size"] == 4
     assert shown["model"]["retention_ratio"] == 0.5
 
