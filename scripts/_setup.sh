@@ -138,9 +138,10 @@ PY
 
 has_nvidia_gpu() { command -v nvidia-smi >/dev/null 2>&1 || [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ]; }
 
-# pip_install ARGUMENTS...: with bars on a terminal, only errors in a log.
+# pip_install ARGUMENTS...: with bars on a terminal, only errors in a log. Python compiles a module when it is first
+# imported: compiling all of them here takes as long as the rest of the install.
 pip_install() {
-  local options=(--constraint "$VENV/constraints.txt")
+  local options=(--no-compile --constraint "$VENV/constraints.txt")
   [ -t 1 ] || options+=(--quiet --quiet)
   "$VENV/bin/python" -m pip --disable-pip-version-check install "${options[@]}" "$@"
 }
