@@ -187,6 +187,7 @@ def become(given: dict[str, Any], rank: int, outputs: list[int]) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     os.chdir(given["cwd"])
     module, _, function = given["call"].partition(":")
+    sys.path[1:1] = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
     sys.argv = [module, *given["argv"]]
     return int(getattr(importlib.import_module(module), function)(given["argv"]))
 
