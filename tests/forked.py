@@ -27,6 +27,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 ROOT = Path(__file__).parents[1]
 EVERYTHING = (  # `stts` before Lightning
     "stts", "lightning.pytorch", "deepspeed", "torch._inductor.compile_fx", "torch.utils.cpp_extension", "stts.cli",
@@ -185,6 +187,7 @@ def become(given: dict[str, Any], rank: int, outputs: list[int]) -> int:
     os.environ.update(given["env"])
     if given["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        rank_zero_only.rank = rank  # read from the environment when it was imported
     os.chdir(given["cwd"])
     module, _, function = given["call"].partition(":")
     sys.path[1:1] = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
