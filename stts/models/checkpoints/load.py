@@ -11,8 +11,7 @@ it through `as_recorded` and `recorded_options`, so that a setting left out is t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from stts.files import staged
+from stts.models.bars import WORTH_A_BAR, no_bars
 from stts.models.checkpoints.card import model_card
 from stts.models.families.base import adapter_class, check_transformers, host_info
 from stts.models.pruning.context import Pruning
@@ -40,20 +39,6 @@ from stts.pruners.registry import PRUNERS, make_pruner
 CARD_FILE = "README.md"
 TRAINED = ("num_frames", "sampler", "max_fps", "retention_trained")
 """What a folder records of its training beside the pruner's settings."""
-_WORTH_A_BAR = 2**30
-
-
-@contextmanager
-def no_bars(num_bytes: int) -> Iterator[None]:
-    """Around reading or writing weights: no bars of transformers for so few that a bar is gone before it is read."""
-    if num_bytes > _WORTH_A_BAR or not is_progress_bar_enabled():
-        yield
-        return
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        enable_progress_bar()
 
 
 def check_no_run(path: str | Path) -> None:
@@ -103,7 +88,7 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Pre
             "first: `stts export --from_llava_video FOLDER OUT`"
         ) from error
     adapter = adapter_class(config.model_type)
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) or _WORTH_A_BAR + 1  # of a hub id: any
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) or WORTH_A_BAR + 1  # of a hub id: any
     with no_bars(size):
         model, info = AutoModelForImageTextToText.from_pretrained(
             path,

@@ -25,6 +25,7 @@ from transformers import (
 
 from stts.data.shapes.clips import vocabulary
 from stts.files import new_folder
+from stts.models.bars import no_bars
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
@@ -77,7 +78,8 @@ def write_small_vlm(out: str | Path, config: SmallVlmConfig | None = None, **siz
         model = _model(config, processor.tokenizer)
         if config.start is not None:
             _begin_with(model, processor.tokenizer, config.start)
-        model.save_pretrained(part)
+        with no_bars(model.get_memory_footprint()):
+            model.save_pretrained(part)
         processor.save_pretrained(part)
     return out
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from stts.data.shapes.clips import vocabulary
 from stts.files import new_folder
+from stts.models.bars import no_bars
 from stts.models.families.base import Adapter, TinySizes, adapter_class
 
 _CHAT = ("<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>")
@@ -36,7 +37,8 @@ def write_tiny(out: str | Path, config: PretrainedConfig, **options: Any) -> Pat
     It appears whole or not at all. ValueError for a family without an adapter, or a folder that is not empty."""
     model, processor = make_tiny(config, **options)
     with new_folder(Path(out)) as part:
-        model.save_pretrained(part)
+        with no_bars(model.get_memory_footprint()):
+            model.save_pretrained(part)
         processor.save_pretrained(part)
     return Path(out)
 
