@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+WORTH_A_BAR = 2**30
+"""Bytes of weights; a bar of fewer is gone before it is read."""
 _LINES = "{desc}  {n_fmt}/{total_fmt}  {rate_fmt}  {remaining} left"
 
 
@@ -34,3 +39,16 @@ def progress_bar(total: int, name: str, unit: str, *, done: int = 0, shown: bool
     if sys.stderr.isatty():
         return tqdm(**same)
     return tqdm(**same, file=_Lines(), mininterval=10, bar_format=_LINES)
+
+
+@contextmanager
+def no_bars(num_bytes: int) -> Iterator[None]:
+    """Around reading or writing weights: no bars of transformers for fewer bytes than `WORTH_A_BAR`."""
+    if num_bytes > WORTH_A_BAR or not is_progress_bar_enabled():
+        yield
+        return
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from stts.files import staged
-from stts.models.bars import WORTH_A_BAR, no_bars
 from stts.models.checkpoints.card import model_card
 from stts.models.families.base import adapter_class, check_transformers, host_info
 from stts.models.pruning.context import Pruning
@@ -33,6 +32,7 @@ from stts.models.pruning.weights import load_weights as load_weights
 from stts.models.pruning.weights import own_files as own_files
 from stts.models.pruning.weights import pruner_settings as pruner_settings
 from stts.models.pruning.weights import recorded_options as recorded_options
+from stts.progress import WORTH_A_BAR, no_bars
 from stts.pruners.base import Pruner
 from stts.pruners.registry import PRUNERS, make_pruner
 

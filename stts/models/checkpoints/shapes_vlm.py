@@ -25,7 +25,7 @@ from transformers import (
 
 from stts.data.shapes.clips import vocabulary
 from stts.files import new_folder
-from stts.models.bars import no_bars
+from stts.progress import no_bars
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "

@@ -25,8 +25,8 @@ from transformers import (
 
 from stts.data.shapes.clips import vocabulary
 from stts.files import new_folder
-from stts.models.bars import no_bars
 from stts.models.families.base import Adapter, TinySizes, adapter_class
+from stts.progress import no_bars
 
 _CHAT = ("<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>")
 
