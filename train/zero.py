@@ -100,7 +100,7 @@ class DeepSpeed(DeepSpeedStrategy):
             self._zero["stage3_param_persistence_threshold"] = persistence_threshold
             check_zero("trainer.strategy", self._zero)
         # Stage 3 keeps a parameter that is read again within so many elements (DeepSpeed: 1e9), and to know that walks
-        # after every module over all modules within that distance: the whole tower, in a time that grows with its square.
+        # after every module over all modules within that distance: the whole tower, in time that grows with its square.
         # What comes again so soon are the last layers alone, as backward begins.
         self._zero.setdefault("stage3_max_reuse_distance", 0)
         self.clip_per_part = False
