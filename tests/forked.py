@@ -49,10 +49,8 @@ class Forked:
             errors_apart: Whether `stderr` is a pipe of its own, rather than part of `stdout`.
             env: Further environment variables.
         """
-        given = {"call": call, "argv": list(argv), "ranks": ranks, "cwd": os.getcwd(), "env": {**os.environ, **env}}
-        if ranks > 1:
-            given["env"] |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
-            given["env"] |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
+        given = {"call": call, "argv": list(argv), "ranks": ranks, "cwd": os.getcwd()}
+        given["env"] = {**os.environ, **env, **(_torchrun(ranks) if ranks > 1 else {})}
         pipes = [os.pipe() for _ in range(1 + errors_apart)]
         self._link = socket.socket(socket.AF_UNIX)
         self._link.connect(str(_server()))
@@ -99,10 +97,12 @@ class Forked:
         self._read[file] = file.read()
 
 
-def _free_port() -> int:
+def _torchrun(ranks: int) -> dict[str, str]:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
+        port = door.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    return {**where, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
 
 
 def _receive(link: socket.socket, size: int) -> bytes:
@@ -137,7 +137,7 @@ def serve(path: str) -> tuple[dict[str, Any], int, list[int]]:
         door.listen()
         print("ready", flush=True)
         while True:
-            ready, _, _ = select.select([door, 0], [], [])
+            ready, _, _ = select.select([door.fileno(), 0], [], [])
             if 0 in ready:
                 sys.exit()
             link, _ = door.accept()
@@ -187,7 +187,7 @@ def become(given: dict[str, Any], rank: int, outputs: list[int]) -> int:
     os.environ.update(given["env"])
     if given["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        rank_zero_only.rank = rank  # read from the environment when it was imported
+        setattr(rank_zero_only, "rank", rank)  # noqa: B010  (else read from the environment at import)
     os.chdir(given["cwd"])
     module, _, function = given["call"].partition(":")
     sys.path[1:1] = [x for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]

@@ -88,7 +88,7 @@ def finish(process: Started, timeout_s: float = 300) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         _abort(process)
         pytest.fail(f"still running after {timeout_s} s:\n{process.communicate()[0][-20000:]}")
-    return process.returncode, output
+    return process.wait(), output
 
 
 def _abort(process: Started) -> None:
