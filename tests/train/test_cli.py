@@ -13,7 +13,7 @@ import yaml
 import stts_train.cli as cli
 from stts.data.shapes.clips import ShapesConfig
 from stts.data.shapes.files import write_shapes
-from tests.train.launch import needs_deepspeed, start
+from tests.train.launch import finish, needs_deepspeed, start, start_module
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("shapes_*.yaml"))  # recipes need their own family: test_recipes.py
@@ -98,7 +98,10 @@ def test_two_ranks_stay_in_step_when_one_has_nothing_to_read(tiny_folder: Path, 
     argv += ["--data.train", files / "train.jsonl", "--data.val", files / "val.jsonl", "--data.num_frames", "8"]
     argv += ["--data.max_tokens", "0", "--data.batch_size", "1", "--data.num_workers", "0", "--trainer.devices", "2"]
     argv += ["--trainer.strategy", "ddp", "--trainer.accelerator", "cpu", "--trainer.max_steps", "6"]
-    done, _ = stts_fit(*argv, "--trainer.val_check_interval", "6", "--progress_every", "6")
+    argv += ["--trainer.val_check_interval", "6", "--progress_every", "6"]
+    # a process as users start it, which starts that of the other rank
+    code, done = finish(start_module(["stts.cli", "fit", *map(str, argv)]))
+    assert code == 0, done[-3000:]
     assert "step 6/6" in done and done.count("wrote ") == 2, "rank 0 alone prints and exports"
     skipped = [line for file in out.glob("skipped-rank*.txt") for line in file.read_text().splitlines()]
     assert len(skipped) == len(set(skipped)) == 3
