@@ -2,7 +2,8 @@
 
 Imports take 6 s of CPU in each process, most runs of these tests less, and with Lightning's launcher the second rank
 begins to import when the first has finished. The code that runs is that of the command. What forking would hide is
-tested by real starts: Lightning's launcher in test_cli.py, torchrun in test_two_hosts.py, the commands of README and docs.
+tested by real starts: Lightning's launcher in test_cli.py, torchrun in test_two_hosts.py, the commands of README and
+docs.
 
     python tests/forked.py SOCKET     the process that forks, until its standard input is closed
 """
