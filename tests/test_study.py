@@ -58,9 +58,10 @@ def test_arms_differ_in_the_choice_of_tokens_alone(tmp_path: Path, capsys: pytes
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     fits = [shlex.split(line) for line in lines if line.startswith("stts fit")]
     scale = steps.SCALES["distractors"]
-    assert len(fits) == len(scale.arms) * len(scale.seeds)
+    runs = [arm for arm in scale.arms for _ in arms.ArmsStudy(tmp_path, scale).seeds(arm)]
+    assert len(fits) == len(runs) < len(scale.arms) * len(scale.seeds), "some arms have the first seed only"
     shared = []
-    for words, arm in zip(fits, [arm for arm in scale.arms for _ in scale.seeds], strict=True):
+    for words, arm in zip(fits, runs, strict=True):
         own, out = arms.ARMS[arm].options, words.index("--out") + 1
         place = next(n for n in range(len(words)) if tuple(words[n : n + len(own)]) == own)
         shared.append(words[:out] + words[out + 1 : place] + words[place + len(own) : -4])

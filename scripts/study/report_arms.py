@@ -34,7 +34,7 @@ def write_arms(study: ArmsStudy, out: Path) -> Path:
 
 
 def _runs(study: ArmsStudy, results: Results, arm: str) -> list[ComparisonResult]:
-    found = (results[study.run_name(arm, seed)] for seed in study.scale.seeds)
+    found = (results[study.run_name(arm, seed)] for seed in study.seeds(arm))
     return [result for result in found if result is not None]
 
 
@@ -51,7 +51,8 @@ def _minus(study: ArmsStudy, results: Results, arm: str, other: str, ratio: floa
     their_cell = f"{ARMS[other].method}@{ratio:g}"
     found = [
         paired_points([results[study.run_name(arm, seed)]], cell, results[study.run_name(other, seed)], their_cell)
-        for seed in study.scale.seeds
+        for seed in study.seeds(arm)
+        if seed in study.seeds(other)
     ]
     return "; ".join(found)
 

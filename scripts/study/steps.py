@@ -105,9 +105,10 @@ SCALES = {
         given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
     "distractors": Scale(
-        num_test=120, num_long=0, seeds=(0,), ratios=(0.25, 0.15), frames=(), ablations=(), batch_size=30,
+        num_test=120, num_long=0, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(), batch_size=30,
         pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
-        given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, arms=("evs", "stts", "teacher"),
+        given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS,
+        arms=("evs", "stts", "teacher", "teacher-trains", "teacher-half", "teacher-rest"),
         fit=(*trained_on(DISTRACTORS), "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]",
              "--data.num_val_clips", "50", "--data.batch_size", "8", "--data.num_workers", "0",
              "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
