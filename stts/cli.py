@@ -93,7 +93,7 @@ def _main(args: list[str]) -> int:
         print(text)
         return 0
     from stts.command_line import run  # jsonargparse takes a third of a second, which `stts --help` need not wait for
-    from stts_train.quiet import silence  # takes nothing; other verbs than `fit` meet DeepSpeed and Lightning too
+    from stts_train.quiet import silence  # late too; every verb meets lines of Lightning
 
     silence()
     module, _, name = target_of(args[0], args[1:]).partition(":")

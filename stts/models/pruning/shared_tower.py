@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +76,12 @@ class SharedTower:
         return output
 
 
-def _equal(one: TowerInput, other: TowerInput) -> bool:
-    """Whether the blocks would compute the same."""
-    same = all(
-        getattr(one, name) == getattr(other, name) for name in ("frames", "windows", "windowed", "batched")
-    ) and len(one.aux) == len(other.aux)
-    pairs = zip((one.x_SD, *one.aux), (other.x_SD, *other.aux), strict=False)
-    return same and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+def _equal(one: Any, other: Any) -> bool:
+    """Whether the blocks would compute the same: inputs are compared field by field, whatever fields they have."""
+    if isinstance(one, TowerInput):
+        return all(_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
