@@ -57,8 +57,8 @@ class DeepSpeed(DeepSpeedStrategy):
     **Differs** from Lightning's: runs on CPU ranks over gloo too; of a batch only pixels are cast, of the model only
     parameters (with rotary frequencies in bf16, late tokens turn by whole radians more or less than in the exported
     model); gradients are summed in one order on all ranks, whatever their batches hold; each part of the model may
-    have a gradient norm of its own; stage 3 gives up every parameter behind its module (`stage3_max_reuse_distance` is 0
-    where no file says otherwise)."""
+    have a gradient norm of its own; stage 3 gives up every parameter behind its module (`stage3_max_reuse_distance`
+    is 0 where no file says otherwise)."""
 
     def __init__(
         self,
