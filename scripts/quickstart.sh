@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a table: pretrained VLM -> fine-tune it with STTS -> compare learned with training-free.
 # Needs Python >= 3.11 with venv, and git; no GPU, no compiler, no DeepSpeed.
-# Takes about 7 and a half minutes on 2 CPU cores after the install, and 2 GB of disk (a CUDA build of torch: 8 GB).
+# Takes 6 to 8 minutes on 2 CPU cores after the install, and 2 GB of disk (a CUDA build of torch: 8 GB).
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
