@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from stts.data.datasets import VideoJsonl
 from stts.data.mixture import Mixture, Source, weights_of
 from stts.data.rows import OnError, Samples
 from stts.data.shapes.clips import ShapesConfig, ShapesFrames
+from stts.data.shapes.files import read_cells
 from stts.data.video.cache import FrameCache
 
 from .batches import Collate, Order, Phase, ResumableLoader, outlive_signals
@@ -153,7 +155,7 @@ class VideoData(pl.LightningDataModule):
         self.mixture = Mixture(tuple(len(file) for file in self.files), weights)
         checked = list(self.files)
         if val is not None:
-            self.val_data = file = VideoJsonl(val, root=root, **reading)
+            self.val_data = file = VideoJsonl(val, root=root, labels=read_cells(Path(val)), **reading)
             checked.append(file)
         if self.on_error == "raise":
             for file in checked:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ProcessorMixin
 
@@ -93,6 +94,8 @@ class Batch:
     answer_places: Tensor | None = None
     """int64, places of `labels` moved one to the left where some row has an answer: where the LLM's head must run. None
     without labels."""
+    cell_labels: tuple[NDArray[np.uint8] | None, ...] = ()
+    """Per video, `Example.label_TYX`."""
 
     @property
     def num_answer_tokens(self) -> int:
@@ -183,6 +186,7 @@ class Collator:
             skipped=skipped,
             lengths=tuple(inputs["attention_mask"].sum(1).tolist()),
             answer_places=places,
+            cell_labels=tuple(example.label_TYX for example in videos),
         )
 
     def blank(self, skipped: Sequence[Skipped] = ()) -> Batch:

@@ -5,6 +5,8 @@ Shape suffixes beside those of `stts.tokens`: H, W = pixels, C = 3 colour channe
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -32,6 +34,8 @@ class Example:
     """Of the whole video file."""
     stream: FrameStream | None = None
     """Instead of `frames`: decoded piece by piece while the model runs"""
+    label_TYX: NDArray[np.uint8] | None = None
+    """What every cell of a ShapesQA clip shows, as `stts.data.shapes.world` numbers it; None where nothing says so."""
 
     @property
     def has_video(self) -> bool:
@@ -53,7 +57,8 @@ class VideoJsonl(Dataset[Example | Skipped]):
     `on_error="skip"` returns a `Skipped` where media are missing, broken or not read within `timeout_s`, and leaves out
     rows that cannot be parsed (see `Samples`); "raise" lets the ValueError out, which names sample and file. The
     pictures of a frame folder or list are shown at the row's key `fps`, one a second where it has none. follow_links:
-    see `Samples`; it holds for the pictures of a folder too."""
+    see `Samples`; it holds for the pictures of a folder too. labels: (T, Y, X) by a row's `video`, for
+    `Example.label_TYX`."""
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
         cache: FrameCache | None = None,
         stream: bool = False,
         follow_links: bool | None = None,
+        labels: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} must be one of {get_args(OnError)}")
@@ -87,6 +93,7 @@ class VideoJsonl(Dataset[Example | Skipped]):
         )
         self.sampler, self.num_frames, self.max_fps, self.on_error = sampler, num_frames, max_fps, on_error
         self.timeout_s, self.cache, self.stream = timeout_s, cache, stream
+        self.labels = labels or {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -127,7 +134,15 @@ class VideoJsonl(Dataset[Example | Skipped]):
                 f"{sample.files}: not read within timeout_s={self.timeout_s}; is the disk there? Otherwise raise the "
                 "limit, ask for a shorter clip, or re-encode the file"
             ) from error
-        return Example(sample, video.frames, video.timestamps_s, images, video.duration_s)
+        labels = self._labels(sample, sample.video)
+        return Example(sample, video.frames, video.timestamps_s, images, video.duration_s, label_TYX=labels)
+
+    def _labels(self, sample: Sample, video: Path | tuple[Path, ...]) -> NDArray[np.uint8] | None:
+        if not self.labels or isinstance(video, tuple):
+            return None
+        label_TYX = self.labels.get(os.path.relpath(video, self.samples.base))
+        reading = self.sampler, self.num_frames, self.max_fps
+        return labels_as_read(label_TYX, video, reading, sample.clip)
 
     def _streamed(self, sample: Sample, path: Path, images: tuple[NDArray[np.uint8], ...]) -> Example:
         stream = FrameStream(
@@ -166,6 +181,20 @@ class VideoJsonl(Dataset[Example | Skipped]):
         if self.cache is not None:
             self.cache.put(key, decoded)
         return decoded
+
+
+def labels_as_read(
+    label_TYX: NDArray[np.uint8] | None,
+    video: Path,
+    reading: tuple[str, int, float | None],
+    clip: tuple[float, float] | None,
+) -> NDArray[np.uint8] | None:
+    """The labels of a ShapesQA clip, where the frames that are read are those that were labelled; else None.
+
+    reading: sampler, number of frames, upper bound on frames a second. clip: the part of the video that is read."""
+    sampler, num_frames, max_fps = reading
+    whole = clip is None and max_fps is None and (video.is_dir() or sampler == "uniform_inclusive")
+    return label_TYX if whole and label_TYX is not None and len(label_TYX) == num_frames else None
 
 
 def _check_there(video: Path | tuple[Path, ...]) -> Path:

@@ -230,7 +230,8 @@ class ShapesFrames(Dataset[Example]):
             },
         )
         times_T = frame_index_T / self.config.fps
-        return Example(sample, clip.render(frame_index_T), times_T, duration_s=clip.num_frames / self.config.fps)
+        seconds = clip.num_frames / self.config.fps
+        return Example(sample, clip.render(frame_index_T), times_T, duration_s=seconds, label_TYX=clip.labels)
 
     def _focus(self, index: int) -> str | None:
         if self._shares is None:

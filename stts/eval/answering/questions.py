@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stts.data.datasets import Example, Skipped
+from stts.data.datasets import Example, Skipped, labels_as_read
 from stts.data.rows import OnError
 from stts.data.shapes.files import read_cells
 from stts.data.video.cache import Decoded
@@ -185,15 +185,13 @@ class Source:
         """(T, Y, X): what every cell of a ShapesQA clip shows on the frames that are asked about; None for other data,
         and where other frames are chosen than those that were labelled."""
         one = self.asked[place]
-        if not isinstance(one.task.benchmark, PlainJsonl) or one.question.clip is not None:
+        if not isinstance(one.task.benchmark, PlainJsonl):
             return None
         path = one.task.root / one.task.benchmark.file
         if path not in self._labels:
             self._labels[path] = read_cells(path)
-        label_TYX = self._labels[path].get(one.video)
-        folder, sampler = one.question.video.is_dir(), self.sampler or one.task.benchmark.sampler
-        same = label_TYX is not None and len(label_TYX) == self.num_frames and self.max_fps is None
-        return label_TYX if same and (folder or sampler == "uniform_inclusive") else None
+        reading = self.sampler or one.task.benchmark.sampler, self.num_frames, self.max_fps
+        return labels_as_read(self._labels[path].get(one.video), one.question.video, reading, one.question.clip)
 
     def number(self, place: int) -> int:
         """Place among all questions of the tasks, which stays the same when a limit grows."""
