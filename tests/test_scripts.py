@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,33 @@ def test_a_torch_in_range_stays_though_another_is_pinned(checkout: Path) -> None
     assert call(checkout, "set_up fit").returncode == 0
     used = Path(f"{log}.constraints").read_text(encoding="utf-8")
     assert used.splitlines() == ["torchdata==0.11.0", f"torch=={torch.__version__}"]
+
+
+@pytest.mark.parametrize("broken", ["evs", "stts"])
+def test_quick_start_stops_when_one_of_its_two_runs_fails(checkout: Path, broken: str) -> None:
+    fake_venv(checkout)
+    (checkout / ".venv" / "constraints.txt").touch()
+    done, stops = checkout.parent / "done", f'echo "{broken} is out of memory" >&2; exit 3'
+    executable(
+        checkout / ".venv" / "bin" / "stts",
+        f"""case "$*" in
+  *"--out runs/quickstart/{broken} "* | *"--out runs/quickstart/{broken}") {stops} ;;
+  fit*) sleep 0.4; touch "{done}" ;;
+  *) echo "called $1" ;;
+esac""",
+    )
+    (checkout / "runs" / "quickstart").mkdir(parents=True)  # by `stts data shapes`
+    for tool in ("sleep", "touch"):
+        (checkout.parent / "bin" / tool).symlink_to(shutil.which(tool) or "")
+    ended = run(checkout, str(checkout / "scripts" / "quickstart.sh"))
+    assert ended.returncode in (1, 3) and f"{broken} is out of memory" in ended.stderr
+    assert "called data" in ended.stdout and "3/4" not in ended.stdout
+    if broken == "evs":
+        assert "runs/quickstart/evs.log is above" in ended.stderr
+        assert done.exists(), "the other one was let finish"
+    else:
+        time.sleep(0.6)
+        assert not done.exists(), "the other one was stopped"
 
 
 @pytest.mark.parametrize(

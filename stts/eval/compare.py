@@ -8,7 +8,7 @@ With several --num_frames all methods are compared at each of them, with dense a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,14 @@ from stts.data.collate import Collator
 from stts.eval.answering.cell import Cell
 from stts.eval.answering.equal_flops import match_flops
 from stts.eval.answering.loop import Answers, LoopOptions, answer_all
-from stts.eval.answering.method import Runner, environment, every_pruner, make_baseline, make_runners
+from stts.eval.answering.method import (
+    Runner,
+    environment,
+    every_pruner,
+    load_alike,
+    make_baseline,
+    make_runners,
+)
 from stts.eval.answering.points import (
     OptionRunner,
     Overflow,
@@ -39,8 +46,9 @@ from stts.eval.answering.voting import Vote
 from stts.eval.results.grading import TaskScore, make_records, score_tasks
 from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
-from stts.eval.results.table import render_csv, render_markdown, render_text
+from stts.eval.results.table import BEFORE, DENSE, render_csv, render_markdown, render_text
 from stts.eval.run_config import RunConfig, check_answers, notes_on_tasks, resumable
+from stts.models.checkpoints.load import pruner_settings, recorded_pruner
 from stts.models.pruning.siglip import SiglipSource
 from stts.pruners.registry import check_name
 from stts.tokens import Grid
@@ -70,6 +78,10 @@ class CompareConfig(RunConfig):
     connector, LLM and its own work cost what `match_to` costs at that ratio), or both, one after the other."""
     match_to: str = "stts"
     """The method whose FLOPs the others get, for --match flops and both."""
+    trained: dict[str, str] = field(default_factory=dict)
+    """Further models, fine-tuned from --model, by the names of their rows: {stts: runs/stts/model, evs-tuned:
+    runs/evs/model}. Each runs the pruner that its folder records, at every ratio; --pruners run on --model. The first
+    is compared with each of the others, paired by question."""
     baseline_model: str | Path | None = None
     """The same model before fine-tuning, for a dense row that shows what fine-tuning itself changed."""
     budget: int | Literal["dense"] | None = None
@@ -102,9 +114,9 @@ class CompareConfig(RunConfig):
                 raise ValueError(f"--{flag} {list(values)} must name at least one value, each once")
         for name in self.pruners:
             check_name(name)
-        unknown = sorted(set(self.pruner_options) - (set(self.pruners) - {"none"}))
+        unknown = sorted(set(self.pruner_options) - ({*self.pruners, *self.trained} - {"none"}))
         if unknown:
-            raise ValueError(f"--pruner_options: {unknown} are not among --pruners {list(self.pruners)}")
+            raise ValueError(f"--pruner_options: {unknown} are not among --pruners {[*self.pruners, *self.trained]}")
         for ratio in self.retention_ratios:
             try:
                 check_ratio(ratio)
@@ -117,6 +129,12 @@ class CompareConfig(RunConfig):
                 f"--match_to {self.match_to!r} is not among --pruners {list(self.pruners)}; name the one whose FLOPs "
                 "the others get, or use --match tokens"
             )
+        if taken := sorted(set(self.trained) & {*self.pruners, DENSE, BEFORE}):
+            raise ValueError(
+                f"--trained: {taken} are names of other rows; call them otherwise, such as {taken[0]}-tuned"
+            )
+        if self.trained and self.match != "tokens":
+            raise ValueError("--trained goes with --match tokens: these models differ in more than their pruner")
         super().__post_init__()
         self._check_points()
 
@@ -139,6 +157,10 @@ class CompareConfig(RunConfig):
             raise ValueError("--save_kept goes with one number of --num_frames and no --parts")
 
     @property
+    def recording(self) -> tuple[str | Path, ...]:
+        return (self.model, *self.trained.values())
+
+    @property
     def points(self) -> list[tuple[int, int]]:
         """Frames and parts of every point."""
         parts = self.parts if len(self.parts) > 1 else self.parts * len(self.frames)
@@ -158,7 +180,7 @@ def run_compare(
     config, recorded = config.as_recorded()
     tasks = config.open_tasks()
     check_answers(tasks)
-    identity = config.identity(tasks, config.baseline_model)
+    identity = config.identity(tasks, config.baseline_model, *config.trained.values())
     store = Store(Path(config.out), identity, kind="comparison", result=FILES, overwrite=config.overwrite, ranks=ranks)
     if store.finished is not None:
         return ComparisonResult.from_json(store.finished)
@@ -167,7 +189,8 @@ def run_compare(
     model, processor, siglip = config.load(ranks)
     weights_gib = model.get_memory_footprint() / 2**30
     collate = Collator(processor, training=False)
-    points = _points(config, plain, model, siglip, collate)
+    trained = {name: load_alike(path, model, processor, "--trained") for name, path in config.trained.items()}
+    points = _points(config, plain, model, trained, siglip, collate)
     if not store.notes() or config.on_overflow == "skip":  # what goes on was checked when it began
         points = [(source, check_context(source, runners, collate, config.on_overflow)) for source, runners in points]
     if config.baseline_model is not None:
@@ -205,24 +228,19 @@ def run_compare(
 
 
 def _points(
-    config: CompareConfig, plain: Source, model: PreTrainedModel, siglip: SiglipSource | None, collate: Collator
+    config: CompareConfig,
+    plain: Source,
+    model: PreTrainedModel,
+    trained: Mapping[str, PreTrainedModel],
+    siglip: SiglipSource | None,
+    collate: Collator,
 ) -> list[tuple[PointSource, list[Runner]]]:
     """What is asked, and who answers, at every number of frames."""
     points: list[tuple[PointSource, list[Runner]]] = []
     budget = config.budget
     for number, (num_frames, parts) in enumerate(config.points):
         source = at_point(plain, num_frames, parts, prefix=f"{num_frames}f/" if len(config.points) > 1 else "")
-        runners = make_runners(
-            model,
-            config.model,
-            pruners=config.pruners,
-            retention_ratios=config.retention_ratios if budget is None else (1.0,),
-            exact=config.exact is not False,
-            positions=config.positions,
-            options=config.pruner_options,
-            siglip=siglip,
-            seed=config.seed,
-        )
+        runners = _runners(config, model, trained, siglip)
         dense = runners[0].pruning
         assert dense is not None
         if config.match != "tokens":
@@ -234,6 +252,45 @@ def _points(
             runners = [_limited(runner, budget, grid) for runner in runners]
         points.append((source, [_at(runner, config, source, number) for runner in runners]))
     return points
+
+
+def _runners(
+    config: CompareConfig, model: PreTrainedModel, trained: Mapping[str, PreTrainedModel], siglip: SiglipSource | None
+) -> list[Runner]:
+    """Dense, then at every ratio what was fine-tuned and the pruners of --model."""
+    ratios = config.retention_ratios if config.budget is None else (1.0,)
+
+    def of(
+        model: PreTrainedModel, path: str | Path, pruners: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+    ) -> list[Runner]:
+        return make_runners(
+            model,
+            path,
+            pruners=pruners,
+            retention_ratios=ratios,
+            exact=config.exact is not False,
+            positions=config.positions,
+            options=options,
+            siglip=siglip,
+            seed=config.seed,
+        )
+
+    dense, *runners = of(model, config.model, config.pruners, config.pruner_options)
+    tuned: list[Runner] = []
+    for name, own in trained.items():
+        path = config.trained[name]
+        pruner = _pruner_of(path)
+        _, *its = of(own, path, [pruner], {pruner: config.pruner_options.get(name, {})})
+        tuned += [replace(runner, cell=replace(runner.cell, method=name)) for runner in its]
+    return [dense, *sorted([*tuned, *runners], key=lambda runner: ratios.index(runner.cell.retention_configured))]
+
+
+def _pruner_of(path: str) -> str:
+    """The pruner that a folder of --trained records. ValueError where there is none."""
+    settings = pruner_settings(path)
+    if settings is None or settings["pruner"] == "none":
+        raise ValueError(f"--trained {path} records no pruner; name the `model` folder of a run of `stts fit` with one")
+    return recorded_pruner(path, settings)
 
 
 def _limited(runner: Runner, budget: int, grid: Grid) -> Runner:

@@ -22,8 +22,9 @@ from stts.eval.answering.ranks import Ranks
 from stts.eval.answering.run_folder import Store, read_notes
 from stts.eval.lmms_eval_files import RESULTS, SAMPLES, Run, result_files
 from stts.eval.results.dense_reference import DenseReference
+from stts.eval.results.footnotes import interval
 from stts.eval.results.grading import score_tasks
-from stts.eval.results.table import aligned, interval
+from stts.eval.results.table import aligned
 from stts.eval.run_config import EvalConfig, notes_on_tasks, resumable
 from stts.metrics.accuracy import note_on_videos
 

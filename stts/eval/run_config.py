@@ -117,11 +117,13 @@ class RunConfig:
         self._check_questions()
 
     def _check_folders(self) -> None:
-        for flag in ("model", "baseline_model", "siglip"):
-            path = getattr(self, flag, None)
+        paths = {flag: getattr(self, flag, None) for flag in ("model", "baseline_model", "siglip")}
+        for flag, path in paths.items():
             if isinstance(path, str):  # one folder, one name
                 path = path.rstrip("/") or path
                 object.__setattr__(self, flag, path)
+        paths |= {f"trained: {name}": folder for name, folder in getattr(self, "trained", {}).items()}
+        for flag, path in paths.items():
             hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
             if path is not None and not Path(path).is_dir() and not hub_id:
                 raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")
@@ -146,6 +148,11 @@ class RunConfig:
         return (self.num_frames or 16,) if not isinstance(self.num_frames, tuple) else self.num_frames
 
     @property
+    def recording(self) -> tuple[str | Path, ...]:
+        """Folders whose records fill in what was left out."""
+        return (self.model,)
+
+    @property
     def title(self) -> str:
         return self.name or Path(self.model).resolve().name
 
@@ -153,11 +160,17 @@ class RunConfig:
         """The same settings, with those that are None taken from what the model's folder records of its training; and a
         note that names what was."""
         empty = [name for name in _RECORDED if getattr(self, name) is None]
-        known = {
-            name: value for name, value in as_recorded(self.model, **dict.fromkeys(empty)).items() if value is not None
-        }
+        known: dict[str, Any] = {}
+        for folder in self.recording:
+            for name, value in as_recorded(folder, **dict.fromkeys(empty)).items():
+                if value is not None and known.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"{folder} was trained with {name} {value}, another of these folders with {known[name]}; say "
+                        f"which with --{name}"
+                    )
         shown = ", ".join(f"{name} {value}" for name, value in known.items())
-        notes = (f"As the folder of the model records: {shown}.",) if known else ()
+        who = "the folder of the model records" if len(self.recording) == 1 else "the folders of the models record"
+        notes = (f"As {who}: {shown}.",) if known else ()
         return replace(self, **{**{name: _RECORDED[name] for name in empty}, **known}), notes
 
     def open_tasks(self) -> list[Task]:

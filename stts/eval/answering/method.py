@@ -244,14 +244,20 @@ def kind_of(pruner: Pruner) -> Kind:
 
 def make_baseline(path: str | Path, like: PreTrainedModel, processor: ProcessorMixin) -> Runner:
     """Dense on the checkpoint before fine-tuning. ValueError when it cannot read the batches made for `like`."""
+    return Runner(Cell(BEFORE), Pruning(load_alike(path, like, processor, "--baseline_model"), "none"))
+
+
+def load_alike(path: str | Path, like: PreTrainedModel, processor: ProcessorMixin, option: str) -> PreTrainedModel:
+    """The same model before or after fine-tuning, on the device of `like`. ValueError, with the name of the option,
+    when it cannot read the batches made for `like`."""
     model, own = load_vlm(path, dtype=like.dtype)
     same_words = own.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     if host_info(model) != host_info(like) or not same_words:
         raise ValueError(
-            f"--baseline_model {path} has another architecture or vocabulary than --model; it must be the checkpoint "
-            "that was fine-tuned"
+            f"{option} {path} has another architecture or vocabulary than --model; it must be the same model, before "
+            "or after fine-tuning"
         )
-    return Runner(Cell(BEFORE), Pruning(model.to(like.device), "none"))
+    return model.to(like.device)
 
 
 def _tokens(report: Report, video: int, shape: VlmShape) -> list[int]:

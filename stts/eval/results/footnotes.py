@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stts.eval.answering.cell import DENSE
-from stts.metrics.accuracy import note_on_videos
+from stts.eval.answering.cell import DENSE, Cell
+from stts.metrics.accuracy import note_on_videos, paired_difference
 
 if TYPE_CHECKING:
     from stts.eval.results.result import ComparisonResult
@@ -21,6 +22,42 @@ def title_of(result: ComparisonResult) -> str:
         f"{', '.join(map(str, result.frames))} frames "
         f"({config['sampler']})"
     )
+
+
+def interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """In percent, such as "66.7 [42.0, 85.1]"; sign "+" for differences."""
+    if value is None:
+        return "-"
+    if low is None or high is None:  # all questions are about one video: a note under the table says so
+        return f"{100 * value:{sign}.1f} [-]"
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def _notes_on_trained(result: ComparisonResult) -> list[str]:
+    """Which folders stand behind the names of --trained, and the first of them against each of the others."""
+    trained = result.config.get("trained") or {}
+    if not trained:
+        return []
+    folders = ", ".join(f"{name} = {folder}" for name, folder in trained.items())
+    notes = [f"Fine-tuned, each with the pruner that its folder records: {folders}."]
+    first, *others = trained
+    for other in others:
+        found = [text for cell in result.cells if cell.method == first if (text := _against(result, cell, other))]
+        if found:
+            notes.append(f"{first} minus {other}, paired over all questions, in points: {'; '.join(found)}.")
+    return notes
+
+
+def _against(result: ComparisonResult, cell: Cell, other: str) -> str:
+    """What a cell has over the one of `other` at the same budget; "" where one of the two was not run."""
+    theirs = replace(cell, method=other).key
+    both = [record for record in result.records if cell.key in record.outcomes and theirs in record.outcomes]
+    if not both:
+        return ""
+    ours, rival = ([record.outcomes[key].correct for record in both] for key in (cell.key, theirs))
+    found = paired_difference(ours, rival, [f"{record.task}/{record.video}" for record in both])
+    frames = f" of {cell.num_frames} frames" if result.has_points else ""
+    return f"{interval(found.value, found.low, found.high, '+')} at {cell.retention_configured:g}{frames}"
 
 
 def _notes_on_evidence(result: ComparisonResult) -> list[str]:
@@ -39,6 +76,7 @@ def notes_on(result: ComparisonResult) -> list[str]:
     notes = [
         f"Positions of surviving tokens: {_positions(result)}.",
         "95 % intervals, clustered by video; vs dense is paired, in points.",
+        *_notes_on_trained(result),
         *_notes_on_evidence(result),
         *_notes_on_points(result),
         *_notes_on_videos(result),

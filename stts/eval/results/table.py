@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import groupby
 
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
-from stts.eval.results.footnotes import notes_on, title_of
+from stts.eval.results.footnotes import interval, notes_on, title_of
 from stts.eval.results.grading import Graded, Record, TaskScore
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.summary import PHASES, Row
@@ -207,12 +207,3 @@ def _scaled(value: float | None, size: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def interval(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    """In percent, such as "66.7 [42.0, 85.1]"; sign "+" for differences."""
-    if value is None:
-        return "-"
-    if low is None or high is None:  # all questions are about one video: a note under the table says so
-        return f"{100 * value:{sign}.1f} [-]"
-    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
