@@ -112,11 +112,15 @@ def help_of(verb: str, words: Sequence[str]) -> str | None:
     return (HELP / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
-SHELLS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -U compinit && compinit -i; }
+autoload -U +X bashcompinit && bashcompinit
+"""
+SHELLS = {"bash": "", "zsh": _ZSH}
 """Shells that `stts --completion` knows, and what comes in front of bash's own words there."""
 _COMPLETION = """\
 _stts() {{
-  local words="{verbs}" verb="${{COMP_WORDS[1]}}" word="${{COMP_WORDS[COMP_CWORD]}}"
+  local words="{verbs}" verb="${{COMP_WORDS[1]}}" word="${{COMP_WORDS[COMP_CWORD]}}" before=""
   if [ "$COMP_CWORD" -gt 1 ]; then
     case "$verb ${{COMP_WORDS[COMP_CWORD - 1]}}" in
 {values}
@@ -127,15 +131,20 @@ _stts() {{
         esac ;;
     esac
   fi
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  case "$word" in *,*) before="${{word%,*}}," ;; esac
+  COMPREPLY=($(compgen -P "$before" -W "$words" -- "${{word##*,}}"))
 }}
 complete -o default -F _stts stts"""
 
+_TAKE_PRUNERS = ("--pruner", "--pruners", "--model.pruner", "--match_to", "--check")
+
 
 def completion(shell: str) -> str:
-    """A script that teaches the shell our verbs, options and named values, from the texts of the help: nothing but them
-    is read, so it is there at once. Where none of them fits, the shell completes files."""
-    options: dict[str, list[str]] = {"data": ["shapes"]}
+    """A script that teaches the shell our verbs, options, named values and pruners, from the texts of help and
+    registry: nothing is imported, so it is there at once. Where none of them fits, the shell completes files."""
+    registry = (HELP.parents[1] / "pruners" / "registry.py").read_text(encoding="utf-8")
+    pruners = " ".join(re.findall(r'^    "([\w+-]+)": ', registry.partition("\nPRUNERS: ")[2], re.MULTILINE))
+    options: dict[str, list[str]] = {"data": ["shapes"], "pruners": pruners.split()}
     values: dict[str, str] = {}
     for file in sorted(HELP.glob("*.txt")):
         verb = file.stem.partition("-")[0]
@@ -143,6 +152,8 @@ def completion(shell: str) -> str:
             options.setdefault(verb, []).append(name)
             if choices := re.fullmatch(r"[\[{]?[a-z]\w*(?:[,|][a-z]\w*)+[\]}]?", given):
                 values[f"{verb} {name}"] = re.sub(r"\W+", " ", choices[0]).strip()
+            elif name in _TAKE_PRUNERS:
+                values[f"{verb} {name}"] = pruners
     first = dict.fromkeys(verb.partition(" ")[0] for verb in VERBS)
     lines = [f'          {verb}) words="{" ".join(dict.fromkeys(options.get(verb, [])))}" ;;' for verb in first]
     cases = [f'      "{name}") words="{words}" ;;' for name, words in values.items()]

@@ -12,6 +12,7 @@ import pytest
 import stts
 from stts.cli import VERBS, main
 from stts.command_line import join_words, parse, run
+from stts.pruners.registry import PRUNERS
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
@@ -36,6 +37,9 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ("compa", "compare"),
         ("compare --retention", "--retention_ratios"),
         ("compare --vote ''", "mean majority"),
+        ("compare --pruners tango,visionz", "tango,visionzip"),
+        ("fit --model.pruner fastvi", "fastvid"),
+        ("pruners earl", "earlytom"),
         ("data shapes --proc", "--processes"),
         ("fit --trainer.dev", "--trainer.devices"),
         ("ask clip", ""),  # a file: the shell's own
@@ -48,11 +52,25 @@ def test_bash_completes_verbs_options_and_values(words: str, offered: str, capsy
     assert (done.stdout.strip(), done.stderr) == (offered, "")
 
 
+def test_completion_offers_every_pruner(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "bash"]) == 0
+    assert f'"compare --pruners") words="{" ".join(PRUNERS)}"' in capsys.readouterr().out
+
+
 def test_completion_is_for_shells_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion", "fish"]) == 2
     assert "--completion fish: expected one of bash, zsh" in capsys.readouterr().err
     assert main(["--completion", "zsh"]) == 0
-    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit && bashcompinit\n_stts() {")
+    assert "autoload -U +X bashcompinit && bashcompinit\n_stts() {" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_is_offered_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion", "zsh"]) == 0
+    words = "emulate ksh; COMP_WORDS=(stts compare --pruners tango,visionz); COMP_CWORD=3"  # as bashcompinit calls it
+    script = f'{capsys.readouterr().out}\n{words}; _stts; echo "${{COMPREPLY[*]}}"'
+    done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, timeout=30)
+    assert "tango,visionzip" in done.stdout.split() and not done.stderr, "zsh itself drops what does not begin so"
 
 
 def test_a_wrong_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ def test_a_researcher_trains_on_own_rows_without_a_config(typed: Callable[[str],
         "--data.num_frames 8 --data.num_workers 0"
     )
     assert "recipe   shapes_stts.yaml" in said and "rows     18 of clips/train.jsonl parsed" in said
+    summary = said.partition("training llm")[2].partition("step 1/")[0].splitlines()
+    assert len(summary) == 3 and max(map(len, summary)) <= 100, summary
     assert "step 2/2  answer_loss" in said and said.endswith("wrote runs/own/model\n")
     assert json.loads((folder / "runs/own/model/stts.json").read_text())["pruner"] == "stts"
     said = typed(f"ask CLIP '{QUESTION}' --model runs/own/model --max_new_tokens 1")

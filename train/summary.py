@@ -1,9 +1,10 @@
-"""One line before the first step: what learns, on how many ranks, how much a step is, and what memory is planned."""
+"""Before the first step: what learns, on how many ranks, how much a step is, and what memory is planned."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,9 @@ from .console import print_rank_zero
 from .parts import PARTS, part_of
 from .plan import GIB, make_plan
 from .plan_config import run_of
+
+_WIDTH = 100
+"""Columns, as of the tables."""
 
 
 class Summary(pl.Callback):
@@ -49,10 +53,13 @@ class Summary(pl.Callback):
         each = f"at most {data.max_tokens} tokens" if data.max_tokens else f"{data.batch_size} samples"
         total = (data.max_tokens or data.batch_size) * ranks * per_step
         unit = "tokens" if data.max_tokens else "samples"
-        print_rank_zero(
-            f"{self.parameters}; {strategy_name(trainer)} on {ranks} rank(s), {trainer.precision}; a step is {ranks} x "
-            f"{per_step} batches of {each}: {total:,} {unit}; {self.memory}"
+        lines = (
+            self.parameters,
+            f"a step is {ranks} x {per_step} batches of {each}: {total:,} {unit}",
+            f"{strategy_name(trainer)} on {ranks} rank(s), {trainer.precision}; {self.memory}",
         )
+        for line in lines:
+            print_rank_zero(fill(line, _WIDTH, subsequent_indent="  "))
 
 
 def _short(number: int) -> str:
