@@ -165,6 +165,8 @@ class VideoTokens:
     """Seeds `random`; equal uids share one question."""
     sink: SinkPenalty | None = None
     """Set by SToP, read only inside ops."""
+    norm_N: Tensor | None = None
+    """fp32 lengths of the rows of `x_ND`, at least 1e-12; set by `PerVideo`, which looks at them for NaN."""
 
     @property
     def num_groups(self) -> int:

@@ -39,6 +39,8 @@ class Timed:
     """How many times faster than the rival: median over the rounds, so that what slows a whole round cancels."""
     ratio_spread: float
     """Interquartile range of that ratio / its median."""
+    least: float
+    """Of all rounds, in ms: what neighbours on the machine lengthen least."""
 
 
 def clock_name(device: torch.device) -> str:
@@ -73,7 +75,7 @@ def in_turns(ways: Mapping[str, Call], device: torch.device, repeats: int) -> di
 def compared(rival: Sequence[float], ms: Sequence[float]) -> Timed:
     """Times of one way beside those of its rival in the same rounds."""
     ratios = [other / own for other, own in zip(rival, ms, strict=True)]
-    return Timed(statistics.median(ms), spread(ms), statistics.median(ratios), spread(ratios))
+    return Timed(statistics.median(ms), spread(ms), statistics.median(ratios), spread(ratios), min(ms))
 
 
 def spread(values: Sequence[float]) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from stts.pruners import ops
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 Positions = Literal["original", "compact"]
@@ -179,8 +180,9 @@ class PerVideo:
         """Decide for one video; must not write to its tensors."""
 
     def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
-        check_finite(videos, features=self.reads_features)
+        norms = check_finite(videos, features=self.reads_features)
         check_counts(videos, budgets)
+        videos = [replace(video, norm_N=norm_N) for video, norm_N in zip(videos, norms, strict=True)]
         return [self.prune(video, budget) for video, budget in zip(videos, budgets, strict=True)]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
@@ -206,25 +208,29 @@ def check_counts(videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> No
             raise ValueError(f"num_kept={budget.num_kept} is outside [1, {video.num_groups}]; see budget.plan")
 
 
-def check_finite(videos: Sequence[VideoTokens], *, features: bool = True) -> None:
-    """ValueError naming the video whose features or salience hold NaN or infinity; one host synchronisation in all.
+def check_finite(videos: Sequence[VideoTokens], *, features: bool = True) -> list[Tensor | None]:
+    """`VideoTokens.norm_N` of each video; ValueError naming one whose features or salience hold NaN or infinity.
 
-    features: False: only the salience is looked at, for a stage that reads nothing else."""
-    tensors = [[x for x in (video.x_ND if features else None, video.salience_G) if x is not None] for video in videos]
-    # One value that is not finite makes the sum so, and a sum is read twice as fast as two extremes.
-    sums = [torch.sum(x, dtype=torch.float32) for row in tensors for x in row]
+    One host synchronisation in all. features: False: only the salience is looked at, for a stage that reads nothing
+    else, and there are no lengths."""
+    norms = [ops.lengths(video.x_ND) if features else None for video in videos]
+    # One value that is not finite makes a length or a sum so, and these are read twice as fast as two extremes.
+    found = [x for x in (*norms, *(video.salience_G for video in videos)) if x is not None]
+    sums = [torch.sum(x, dtype=torch.float32) for x in found]
     if not sums or torch.stack(sums).isfinite().all().item():
-        return
+        return norms
     bad = [
         video.uid or f"number {i}"
-        for i, (video, row) in enumerate(zip(videos, tensors, strict=True))
-        if not all(x.isfinite().all() for x in row)  # huge values may only have a sum that overflows
+        for i, video in enumerate(videos)
+        # Huge values may only have a length or a sum that overflows.
+        if not all(x.isfinite().all() for x in (video.x_ND if features else None, video.salience_G) if x is not None)
     ]
     if bad:
         raise ValueError(
             f"video {', '.join(bad)} has NaN or infinite features; expected finite ones: check the checkpoint, or load "
             "the model in float32 or bfloat16 if it overflows in float16"
         )
+    return norms
 
 
 def with_newlines(index_K: Tensor, grid: Grid, rule: Newlines) -> Tensor:
@@ -265,5 +271,4 @@ def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:
         )
     if not 1 <= num_kept <= num_groups:
         raise ValueError(f"num_kept={num_kept} is outside [1, {num_groups}]; see budget.plan")
-    ranked_G = torch.sort(scores_G, descending=True, stable=True).indices
-    return Kept(index_K=ranked_G[:num_kept].sort().values, scores_G=scores_G.float())
+    return Kept(index_K=ops.highest(scores_G.detach(), num_kept), scores_G=scores_G.float())

@@ -5,7 +5,8 @@ Shape suffixes beside those of `stts.tokens`: B = sets of points, R = rows of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from torch import Tensor
 from stts.pruners.ops import FEW_PAIRS
 
 
-def distances(x_BND: Tensor) -> Tensor:
+def distances(x_BND: Tensor, *, scratch: bool = False) -> Tensor:
     """(B, N, N) fp32 Euclidean distances; the diagonal is exactly 0.
 
-    By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
-    x_BND, square_BN = _centred(x_BND)
+    By one matrix product of the centred points: |a - b|^2 = |a|^2 + |b|^2 - 2 a.b. scratch: `x_BND` may be centred in
+    place."""
+    x_BND, square_BN = _centred(x_BND, scratch)
     squares_BNN = torch.matmul(x_BND, x_BND.transpose(1, 2)).mul_(-2)
     squares_BNN += square_BN[:, :, None]
     squares_BNN += square_BN[:, None, :]
@@ -26,10 +28,11 @@ def distances(x_BND: Tensor) -> Tensor:
     return squares_BNN.clamp_min_(0).sqrt_()
 
 
-def _centred(x_BND: Tensor) -> tuple[Tensor, Tensor]:
+def _centred(x_BND: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor]:
     """fp32 points less their mean, and their squared lengths (by the norm, which writes no squares to memory)."""
     x_BND = x_BND.float()
-    x_BND = x_BND - x_BND.mean(1, keepdim=True)
+    mean_B1D = x_BND.mean(1, keepdim=True)
+    x_BND = x_BND.sub_(mean_B1D) if scratch else x_BND - mean_B1D
     return x_BND, torch.linalg.vector_norm(x_BND, dim=-1).square()
 
 
@@ -52,13 +55,18 @@ def density_peaks(
     return _peaks(lambda: [(0, distance_BNN)], num_neighbours, count_self, valid_BN, fewer_B)
 
 
+def fits(x_BND: Tensor) -> bool:
+    """The distances of all pairs are few, or at most twice as large as the points."""
+    return x_BND.shape[1] ** 2 * len(x_BND) <= max(FEW_PAIRS, 2 * x_BND.numel())
+
+
 def density_peaks_of(x_BND: Tensor, num_neighbours: int, *, count_self: bool, valid_BN: Tensor | None = None) -> Tensor:
     """(B, N) `density_peaks` of points.
 
     Where the distances of all pairs would be more than twice as large as the points, they are computed twice, in blocks
     of rows half as large."""
     num_points, width = x_BND.shape[1:]
-    if num_points**2 * len(x_BND) <= max(FEW_PAIRS, 2 * x_BND.numel()):
+    if fits(x_BND):
         return density_peaks(distances(x_BND), num_neighbours, count_self=count_self, valid_BN=valid_BN)
     x_BND, square_BN = _centred(x_BND)
     block = max(1, width // 2, FEW_PAIRS // (num_points * len(x_BND)))
@@ -112,3 +120,18 @@ def _peaks(
     delta_BN = torch.where(delta_BN.isfinite(), delta_BN, widest_B[:, None])
     score_BN = torch.exp(-sparse_BN) * delta_BN
     return score_BN if valid_BN is None else score_BN.masked_fill(~valid_BN, -torch.inf)
+
+
+def alike(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of sets of points, divided so that the sets of a group may be padded to its largest.
+
+    All in one group where comparing pairs then costs at most twice what it must, or little; else the sets above a half,
+    a quarter and an eighth of the largest are apart, so that there are four groups at most."""
+    if not sizes:
+        return []
+    pairs, largest = sum(size**2 for size in sizes), max(sizes)
+    if len(sizes) * largest**2 <= max(FEW_PAIRS, 2 * pairs):
+        return [list(range(len(sizes)))]
+    octave = [min(3, int(math.log2(largest / size))) if size else 3 for size in sizes]
+    groups = [[n for n, own in enumerate(octave) if own == number] for number in range(4)]
+    return [group for group in groups if group]

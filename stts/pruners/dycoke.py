@@ -79,7 +79,8 @@ class DyCoke(ByHost):
         whole = [t % group == 0 for t in range(grid.t)]
         if self.compat == "official":
             whole = [full or (t % 4 == 2 and t - 2 >= grid.t - 4) for t, full in enumerate(whole)]
-        similarity_TP = self.similarity(video, [t & (t - 1) for t in range(grid.t)])  # the lowest bit of t cleared
+        reference = [t & (t - 1) if t % group else t for t in range(grid.t)]  # the lowest bit of t cleared
+        similarity_TP = self.similarity(video, reference)
         whole_T = torch.tensor(whole, device=device)
         count_T = whole_T * grid.per_frame
         if budget.exact:
@@ -99,11 +100,20 @@ class DyCoke(ByHost):
         return Kept(index_K=index_K.sort().values if budget.exact else index_K, scores_G=score_TP.flatten())
 
     def similarity(self, video: VideoTokens, reference: list[int]) -> Tensor:
-        """(T, S) fp32 cosine of each token with the same place of the reference of its frame."""
-        per_frame, device = video.grid.per_frame, video.x_ND.device
-        first_T1 = per_frame * torch.tensor(reference, device=device)[:, None]
-        other_N = (first_T1 + torch.arange(per_frame, device=device)).flatten()
-        return ops.similarity_to(video.x_ND.detach(), other_N).view(-1, per_frame)
+        """(T, S) fp32 cosine of each token with the same place of the reference of its frame.
+
+        reference: the number of each frame with its lowest bit cleared; a frame that is its own gets 0."""
+        x_TPD = video.x_ND.view(video.grid.t, video.grid.per_frame, -1)
+        norm_TP = (ops.lengths(video.x_ND) if video.norm_N is None else video.norm_N).view(x_TPD.shape[:2])
+        similarity_TP, step = torch.zeros_like(norm_TP), 1
+        while (
+            step < video.grid.t and reference[step] != step
+        ):  # frames step, 3 step, 5 step, ... refer to 0, 2 step, ...
+            later, earlier = slice(step, None, 2 * step), slice(0, video.grid.t - step, 2 * step)
+            dot_TP = ops.row_dots(x_TPD[later], x_TPD[earlier])
+            similarity_TP[later] = dot_TP / (norm_TP[later] * norm_TP[earlier])
+            step *= 2
+        return similarity_TP
 
     def _natural(self, per_frame: int, retention_ratio: float) -> int:
         """n of the release; 1 - K is taken in binary there, here as a decimal."""

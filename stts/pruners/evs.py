@@ -64,7 +64,7 @@ class EVS(ByHost):
             x_TPD = x_ND.view(video.grid.t, per_frame, -1)
             score_N = 1 - F.cosine_similarity(x_TPD[1:], x_TPD[:-1], dim=-1).flatten().float()
         else:
-            score_N = 1 - ops.neighbour_similarity(x_ND, video.grid)[per_frame:]
+            score_N = 1 - ops.neighbour_similarity(x_ND, video.grid, video.norm_N)[per_frame:]
         return torch.cat([score_N.new_full((per_frame,), FIRST_FRAME), score_N])
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:

@@ -199,7 +199,8 @@ class FastVID(PerVideo):
         frame_B, num_B, length_B = torch.tensor(table, device=device).unbind(1)
         x_TPD, place_P = video.x_ND.view(*salient_TP.shape, -1), torch.arange(places, device=device)
         with torch.no_grad():
-            score_BP = density_scores(video, x_TPD[frame_B], ~salient_TP[frame_B], self.num_neighbours)
+            free_BP = ~salient_TP[frame_B]
+            score_BP = density_scores(video, x_TPD[frame_B], free_BP, self.num_neighbours, scratch=True)
         # Once more in longer segments, as the release of SToP does; nothing changes without a sink penalty.
         score_BP = torch.where(length_B[:, None] > 1, ops.rank_density(video, score_BP, place_P), score_BP)
         most = max(own.number for own in anchors)
@@ -231,11 +232,13 @@ class FastVID(PerVideo):
             own_BP.scatter_(1, place_BM, True)
         sum_CD = x_TPD.new_zeros(num_sets * most + 1, width, dtype=torch.float32)  # the last row: outside the pool
         count_C = torch.zeros(num_sets * most + 1, dtype=torch.int64, device=x_TPD.device)
+        unit_EMD = torch.empty_like(unit_BMD[:0])  # one buffer for all blocks: new memory takes as long as the copy
         for pairs, is_whole in blocks(anchors, len(x_TPD), ops.CACHED // x_TPD[0].numel()):
             set_E, frame_E, own_E, none_E = torch.tensor(pairs, device=x_TPD.device).unbind(1)
             x_EPD = x_TPD if is_whole else x_TPD.index_select(0, frame_E)
             with torch.no_grad():
-                similarity_EPM = x_EPD.float() @ unit_BMD.index_select(0, set_E).transpose(1, 2)
+                torch.index_select(unit_BMD, 0, set_E, out=unit_EMD.resize_(len(set_E), most, width))
+                similarity_EPM = x_EPD.float() @ unit_EMD.transpose(1, 2)
                 nearest_EP = similarity_EPM.masked_fill_(~valid_BM[set_E][:, None, :], -torch.inf).argmax(-1)
                 outside_EP = salient_TP[frame_E] | own_BP[set_E] & own_E[:, None].bool() | none_E[:, None].bool()
                 target_N = (nearest_EP + most * set_E[:, None]).masked_fill_(outside_EP, num_sets * most).flatten()
@@ -279,9 +282,13 @@ def frame_similarity(video: VideoTokens) -> Tensor:
     return (frame_TC[:-1] * frame_TC[1:]).sum(-1)
 
 
-def density_scores(video: VideoTokens, x_BPD: Tensor, free_BP: Tensor, num_neighbours: int) -> Tensor:
-    """(B, S) density peak scores of each frame's free tokens among themselves, -inf at the others."""
-    distance_BPP = density.distances(x_BPD) / math.sqrt(x_BPD.shape[-1])
+def density_scores(
+    video: VideoTokens, x_BPD: Tensor, free_BP: Tensor, num_neighbours: int, *, scratch: bool = False
+) -> Tensor:
+    """(B, S) density peak scores of each frame's free tokens among themselves, -inf at the others.
+
+    scratch: `x_BPD` may be overwritten."""
+    distance_BPP = density.distances(x_BPD, scratch=scratch).div_(math.sqrt(x_BPD.shape[-1]))
     score_BP = density.density_peaks(distance_BPP, num_neighbours, count_self=True, valid_BN=free_BP)
     return ops.rank_density(video, score_BP, torch.arange(x_BPD.shape[1], device=x_BPD.device))
 

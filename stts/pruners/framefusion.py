@@ -52,7 +52,7 @@ class FrameFusion(PerVideo):
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         place_N = video.cell_G % video.grid.per_frame
-        similarity_N = chain_similarity(video.x_ND.detach(), place_N)
+        similarity_N = similarity_of(video, place_N)
         merged_N = merge_most_similar(similarity_N, place_N, video.num_groups - budget.num_kept)
         if not budget.exact:
             merged_N &= similarity_N >= self.threshold
@@ -66,13 +66,21 @@ class FrameFusion(PerVideo):
         return 5 * grid.num_groups * width  # one norm and one dot product per token, the means
 
 
-def chain_similarity(x_ND: Tensor, place_N: Tensor) -> Tensor:
+def similarity_of(video: VideoTokens, place_N: Tensor) -> Tensor:
+    """`chain_similarity` of a video; of a whole one without gathering, as its places follow each other in memory."""
+    if video.num_groups != video.grid.num_groups:
+        return chain_similarity(video.x_ND, place_N, video.norm_N)
+    similarity_N = ops.neighbour_similarity(video.x_ND, video.grid, video.norm_N)
+    return similarity_N.index_fill_(0, place_N[: video.grid.per_frame], NO_PREDECESSOR)
+
+
+def chain_similarity(x_ND: Tensor, place_N: Tensor, norm_N: Tensor | None = None) -> Tensor:
     """(N,) fp32 cosine of each token with the one before it at its place; `NO_PREDECESSOR` for the first."""
     order_N = torch.sort(place_N, stable=True).indices
     same_N = F.pad(place_N[order_N].diff() == 0, (1, 0))  # the first of a place is compared with itself, for nothing
     other_N = torch.empty_like(order_N).scatter_(0, order_N, torch.where(same_N, order_N.roll(1), order_N))
     has_other_N = torch.empty_like(same_N).scatter_(0, order_N, same_N)
-    return ops.similarity_to(x_ND, other_N).masked_fill(~has_other_N, NO_PREDECESSOR)
+    return ops.similarity_to(x_ND, other_N, norm_N).masked_fill(~has_other_N, NO_PREDECESSOR)
 
 
 def merge_most_similar(similarity_N: Tensor, place_N: Tensor, number: int) -> Tensor:

@@ -82,8 +82,7 @@ class HoliTom(ByHost):
         num_groups, num_places = video.num_groups, video.grid.per_frame
         salience_G = ops.rank_salience(video)
         tau = published_tau(budget.retention_ratio) if self.tau is None else self.tau
-        with torch.no_grad():
-            similarity_TP = ops.neighbour_similarity(video.x_ND, video.grid).view(-1, num_places)[1:]
+        similarity_TP = ops.neighbour_similarity(video.x_ND, video.grid, video.norm_N).view(-1, num_places)[1:]
         windows, gain = ops.temporal_windows(similarity_TP > tau, self.max_window)
         ratio = min(budget.retention_ratio / ((num_groups - gain) / num_groups), 1.0)
         stays_TP = ops.is_static(video, similarity_TP, tau if self.static_tau is None else self.static_tau)
@@ -128,7 +127,7 @@ class HoliTom(ByHost):
         static_TP: for each frame the static places of its window."""
         x_TN = video.x_ND.reshape(video.grid.t, -1)
         merged = []
-        for group in ops.alike([still.num_places for still in sets]):
+        for group in density.alike([still.num_places for still in sets]):
             chosen = [sets[n] for n in group]
             set_T = torch.full((video.grid.t,), -1)
             for number, still in enumerate(chosen):
@@ -140,18 +139,17 @@ class HoliTom(ByHost):
             place_BQ = ops.top(static_TP[start_B].to(torch.uint8), most)
             y_BPD = mean_BN.view(len(chosen), video.grid.per_frame, -1)
             y_BQD = y_BPD.gather(1, place_BQ[..., None].expand(-1, -1, y_BPD.shape[-1]))
-            centre_BQ, x_BQD, score_BQ = self._cluster(video, y_BQD, place_BQ, size_B, num_B)
-            row_C = centre_BQ.flatten().nonzero_static(size=sum(still.num_centres for still in chosen))[:, 0]
+            num_centres = sum(still.num_centres for still in chosen)
+            row_C, x_CD, score_BQ = self._cluster(video, y_BQD, place_BQ, size_B, num_B, num_centres)
             index_BQ = start_B[:, None] * video.grid.per_frame + place_BQ
-            x_CD = x_BQD.flatten(0, 1)[row_C].to(video.x_ND.dtype)
-            merged.append((index_BQ.flatten()[row_C], x_CD, score_BQ.flatten()[row_C]))
+            merged.append((index_BQ.flatten()[row_C], x_CD.to(video.x_ND.dtype), score_BQ.flatten()[row_C]))
         return merged
 
     def _cluster(
-        self, video: VideoTokens, y_BQD: Tensor, place_BQ: Tensor, size_B: Tensor, num_B: Tensor
+        self, video: VideoTokens, y_BQD: Tensor, place_BQ: Tensor, size_B: Tensor, num_B: Tensor, num_centres: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which of the first `size_B` tokens of each set are its `num_B` centres, (B, Q); blended tokens; scores."""
-        num_sets, most, width = y_BQD.shape
+        """The `num_B` centres among the first `size_B` tokens of each set, (C,) of all rows; blended; all scores."""
+        _, most, width = y_BQD.shape
         number_Q = torch.arange(most, device=y_BQD.device)
         with torch.no_grad():
             valid_BQ = number_Q < size_B[:, None]
@@ -163,11 +161,14 @@ class HoliTom(ByHost):
             first_BQ = number_Q < num_B[:, None]
             centre_BQ = torch.zeros_like(first_BQ).scatter_(1, ops.top(score_BQ, most), first_BQ)
             nearest_BQ = distance_BQQ.masked_fill_(~centre_BQ[:, None, :], torch.inf).argmin(-1)
-            cluster_BQ = nearest_BQ + most * torch.arange(num_sets, device=y_BQD.device)[:, None]
+            row_C = centre_BQ.flatten().nonzero_static(size=num_centres)[:, 0]
+            number_BQ = centre_BQ.flatten().cumsum(0).view_as(centre_BQ) - 1  # of each centre among all
+            cluster_BQ = number_BQ.gather(1, nearest_BQ)
             cluster_BQ = cluster_BQ.masked_fill(centre_BQ | ~valid_BQ, -1)  # the mean is that of the other members
-        mean_ND, count_N = ops.cluster_mean(y_BQD.flatten(0, 1), cluster_BQ.flatten(), num_sets * most)
-        blend_BQD = self.beta * y_BQD + (1 - self.beta) * mean_ND.view_as(y_BQD)
-        return centre_BQ, torch.where(count_N.view_as(valid_BQ)[..., None] > 0, blend_BQD, y_BQD), score_BQ
+        mean_CD, count_C = ops.cluster_mean(y_BQD.flatten(0, 1), cluster_BQ.flatten(), num_centres)
+        own_CD = y_BQD.flatten(0, 1)[row_C]
+        blend_CD = self.beta * own_CD + (1 - self.beta) * mean_CD
+        return row_C, torch.where(count_C[:, None] > 0, blend_CD, own_CD), score_BQ
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """At most: windows of two frames in which nothing moves cost the most."""

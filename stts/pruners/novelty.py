@@ -22,7 +22,8 @@ class Novelty(PerVideo):
     needs_time: ClassVar[str] = "it ranks tokens by their change since the frame before"
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
-        return keep_top(video, -neighbour_similarity(video.x_ND, video.grid), budget.num_kept)
+        score_N = -neighbour_similarity(video.x_ND, video.grid, video.norm_N)
+        return keep_top(video, score_N, budget.num_kept)
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 4 * grid.num_groups * width  # one norm and one dot product per token

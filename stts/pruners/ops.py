@@ -6,7 +6,6 @@ frame, R = run length.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -20,52 +19,64 @@ from stts.tokens import Grid, Kept, Signal, VideoTokens
 
 _T = TypeVar("_T")
 
-CACHED = 2**20
+CACHED = 2**17
 """Elements that a CPU keeps in its cache from one operation to the next."""
 FEW_PAIRS = 2**18
 """Pairs of points whose distances cost less than starting the operators once more."""
 
 
-def neighbour_similarity(x_ND: Tensor, grid: Grid) -> Tensor:
+def neighbour_similarity(x_ND: Tensor, grid: Grid, norm_N: Tensor | None = None) -> Tensor:
     """Cosine of each token with the token at the same place one frame earlier.
 
         s[t, i] = cos(x[t, i], x[t-1, i]),   s[0, i] = 0  (nothing came before frame 0)
 
-    Returns (N,) fp32 in [-1, 1]. Computed in fp32: in bf16 two near-identical frames round to equal scores and the
-    ranking is decided by ties."""
+    norm_N: `VideoTokens.norm_N`, computed where it is None. Returns (N,) fp32 in [-1, 1], without gradient. Computed in
+    fp32: in bf16 two near-identical frames round to equal scores and the ranking is decided by ties."""
     if x_ND.shape[0] != grid.num_groups:
         raise ValueError(f"got {x_ND.shape[0]} tokens for {grid} = {grid.num_groups}; this needs the full grid")
     x_TPD = x_ND.view(grid.t, grid.per_frame, -1)
-    block = frame_block(x_TPD)
-    cosines = [_cosines(x_TPD[max(0, t - 1) : t + block].float()) for t in range(0, grid.t, block)]
-    return torch.cat([x_ND.new_zeros(grid.per_frame, dtype=torch.float32), *cosines])
+    norm_TP = (lengths(x_ND) if norm_N is None else norm_N).view(grid.t, -1)
+    cosine_TP = row_dots(x_TPD[1:], x_TPD[:-1]) / (norm_TP[1:] * norm_TP[:-1])
+    return F.pad(cosine_TP, (0, 0, 1, 0)).flatten()
+
+
+def similarity_to(x_ND: Tensor, other_N: Tensor, norm_N: Tensor | None = None) -> Tensor:
+    """(N,) fp32 cosine of each token with the token `other_N` (int64), as `neighbour_similarity`."""
+    norm_N = lengths(x_ND) if norm_N is None else norm_N
+    block = frame_block(x_ND)
+    parts = zip(torch.split(x_ND, block), torch.split(other_N, block), strict=True)
+    dots = [row_dots(part_ND[None], x_ND.index_select(0, other)[None])[0] for part_ND, other in parts]
+    return torch.cat(dots) / (norm_N * norm_N[other_N])
+
+
+def lengths(x_ND: Tensor) -> Tensor:
+    """(N,) fp32 lengths of tokens, at least 1e-12, without gradient."""
+    norm_N: Tensor = torch.linalg.vector_norm(x_ND.detach(), dim=-1, dtype=torch.float32)
+    return norm_N.clamp_min(1e-12)
+
+
+def row_dots(x_TPD: Tensor, y_TPD: Tensor) -> Tensor:
+    """(T, P) fp32 products of each row of x with the same row of y, without gradient.
+
+    On a CPU in blocks whose products stay in its cache, in one buffer: new memory for all products takes three times as
+    long as the arithmetic."""
+    x_TPD, y_TPD = x_TPD.detach(), y_TPD.detach()
+    if x_TPD.device.type != "cpu" or x_TPD.numel() <= CACHED:
+        dot_TP: Tensor = torch.linalg.vecdot(x_TPD.float(), y_TPD.float())
+        return dot_TP
+    num_places, width = x_TPD.shape[1:]
+    block = min(num_places, max(1, torch.get_num_threads() * CACHED // width))
+    dot_TP, product_RD = x_TPD.new_empty(x_TPD.shape[:2], dtype=torch.float32), x_TPD.new_empty(block, width).float()
+    for x_PD, y_PD, dot_P in zip(x_TPD, y_TPD, dot_TP, strict=True):
+        for x_RD, y_RD, dot_R in zip(*(torch.split(rows, block) for rows in (x_PD, y_PD, dot_P)), strict=True):
+            part_RD = torch.mul(x_RD.float(), y_RD.float(), out=product_RD[: len(x_RD)])
+            torch.sum(part_RD, -1, out=dot_R)
+    return dot_TP
 
 
 def frame_block(x_TPD: Tensor) -> int:
-    """Entries of the first axis to work on at a time: all, or on a CPU what stays in its cache between operators.
-
-    The cosines of a video of 90 MB take 2.5 times as long where its products go through memory."""
+    """Entries of the first axis to work on at a time: all, or on a CPU what stays in its cache between operators."""
     return max(1, CACHED // x_TPD[0].numel()) if x_TPD.device.type == "cpu" else max(1, len(x_TPD))
-
-
-def _cosines(x_TPD: Tensor) -> Tensor:
-    """((T - 1) P,) of every frame but the first with the one before."""
-    norm_TP: Tensor = torch.linalg.vector_norm(x_TPD, dim=-1).clamp_min(1e-12)
-    dot_TP: Tensor = torch.linalg.vecdot(x_TPD[1:], x_TPD[:-1])
-    cosine_TP: Tensor = dot_TP / (norm_TP[1:] * norm_TP[:-1])
-    return cosine_TP.flatten()
-
-
-def similarity_to(x_ND: Tensor, other_N: Tensor) -> Tensor:
-    """(N,) fp32 cosine of each token with the token `other_N` (int64), in [-1, 1]; no copy of all tokens on a CPU."""
-    norm_N = torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float32).clamp_min(1e-12)
-    block = frame_block(x_ND)
-    dots = [
-        torch.linalg.vecdot(part_ND.float(), x_ND.index_select(0, other).float())
-        for part_ND, other in zip(torch.split(x_ND, block), torch.split(other_N, block), strict=True)
-    ]
-    cosine_N: Tensor = torch.cat(dots) / (norm_N * norm_N[other_N])
-    return cosine_N
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
@@ -102,6 +113,17 @@ def evenly_spaced(total: int, number: int, device: torch.device) -> Tensor:
 def top(scores_BN: Tensor, num_kept: int) -> Tensor:
     """Places of the `num_kept` largest scores along the last axis, best first; ties go to the earlier place."""
     return torch.sort(scores_BN, dim=-1, descending=True, stable=True).indices[..., :num_kept]
+
+
+def highest(scores_N: Tensor, num_kept: int) -> Tensor:
+    """(K,) int64 places of the `num_kept` largest scores, increasing; ties go to the earlier place.
+
+    Nothing is sorted: what lies above the K-th largest score stays, and of its equals the first. NaN counts as +inf."""
+    scores_N = scores_N.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    least = scores_N.topk(num_kept, sorted=False).values.amin()
+    above_N, equal_N = scores_N > least, scores_N == least
+    chosen_N = above_N | equal_N & (equal_N.cumsum(0) <= num_kept - above_N.sum())
+    return chosen_N.nonzero_static(size=num_kept)[:, 0]
 
 
 def top_per_frame(score_TP: Tensor, count_T: Tensor) -> Tensor:
@@ -242,21 +264,6 @@ def static_places(static_TP: Tensor, windows: Sequence[tuple[int, int]]) -> Tens
     return (broken_TP[end_W - 1] == broken_TP[start_W]) & (end_W - start_W > 1)[:, None]
 
 
-def alike(sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of sets of points, divided so that the sets of a group may be padded to its largest.
-
-    All in one group where comparing pairs then costs at most twice what it must, or little; else the sets above a half,
-    a quarter and an eighth of the largest are apart, so that there are four groups at most."""
-    if not sizes:
-        return []
-    pairs, largest = sum(size**2 for size in sizes), max(sizes)
-    if len(sizes) * largest**2 <= max(FEW_PAIRS, 2 * pairs):
-        return [list(range(len(sizes)))]
-    octave = [min(3, int(math.log2(largest / size))) if size else 3 for size in sizes]
-    groups = [[n for n, own in enumerate(octave) if own == number] for number in range(4)]
-    return [group for group in groups if group]
-
-
 # --- clusters ------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +293,7 @@ def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Te
     count_C = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x_ND.device)
     count_C = count_C.scatter_add_(0, spare_N, torch.ones_like(spare_N))[:num_clusters]
     sum_CD = add_rows(x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32), spare_N, x_ND)
-    return sum_CD[:num_clusters] / count_C.clamp_min(1)[:, None], count_C
+    return sum_CD[:num_clusters].div_(count_C.clamp_min(1)[:, None]), count_C
 
 
 def add_rows(sum_CD: Tensor, row_N: Tensor, x_ND: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Tango(ByHost):
         x_GD, device = video.x_ND.detach(), video.x_ND.device
         second_T = torch.arange(grid.t) if video.timestamps_T is None else video.timestamps_T
         z_GD = st_rope(x_GD, grid, second_T.to(device), self.section, self.base_time, self.base_space)
-        similarity_TP = ops.neighbour_similarity(x_GD, grid).view(grid.t, -1)[1:]  # [t]: frames t and t + 1
+        similarity_TP = ops.neighbour_similarity(x_GD, grid, video.norm_N).view(grid.t, -1)[1:]  # frames t and t + 1
         tau = self.tau if self.tau is not None else 0.65 if ratio < 0.125 else 0.8
         windows, _ = ops.temporal_windows(similarity_TP > tau)
         static_WP = ops.static_places(similarity_TP > self.static_tau, windows)

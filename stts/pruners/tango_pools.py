@@ -111,7 +111,7 @@ def select_salient(
     salience_BP = tokens.salience_R[row_BP].masked_fill(number_P >= size_B1, -torch.inf)
     candidate_BN, valid_BN = ops.top(salience_BP, widest), number_N < wide_B1
 
-    distance_BNN = density.distances(tokens.z_ND[tokens.cell_R[row_BP.gather(1, candidate_BN)]])
+    distance_BNN = density.distances(tokens.z_ND[tokens.cell_R[row_BP.gather(1, candidate_BN)]], scratch=True)
     score_BN = density.density_peaks(distance_BNN, num_neighbours, count_self=False, valid_BN=valid_BN)
     centre_BN = torch.zeros_like(valid_BN).scatter_(1, ops.top(score_BN, widest), number_N < num_B1) & valid_BN
     nearest_BN = distance_BNN.masked_fill_(~centre_BN[:, None, :], torch.inf).argmin(-1)
@@ -180,7 +180,7 @@ def merge_context(
     # The last entry of each takes what is padding.
     cluster_L, place_C, source_C = (row_L.new_zeros(size + 1) for size in (num_rows, total, total))
     score_C = tokens.z_ND.new_zeros(total + 1)
-    for group in ops.alike([pool.num_tokens for pool in pools]):
+    for group in density.alike([pool.num_tokens for pool in pools]):
         table = [(*pools[n], starts[n], firsts[n]) for n in group]
         size_B1, num_B1, start_B1, first_B1 = torch.tensor(table, device=row_L.device)[..., None].unbind(1)
         number_L = torch.arange(max(pools[n].num_tokens for n in group), device=row_L.device)
@@ -204,10 +204,10 @@ def merge_context(
     own_CD = tokens.x_ND[row_C.clamp_max(len(tokens.x_ND) - 1)].float()
     if len(tokens.still_AD):
         still_CD, still_C = ops.cluster_mean(tokens.still_AD, cluster_A, total)
-        value_CD, size_C = value_CD + still_CD, size_C + still_C  # no cluster holds both
+        value_CD, size_C = value_CD.add_(still_CD), size_C + still_C  # no cluster holds both
         inside_C1 = (row_C < len(tokens.x_ND))[:, None]
         own_CD = torch.where(inside_C1, own_CD, tokens.still(row_C.clamp_min(len(tokens.x_ND))))
-    value_CD = torch.lerp(value_CD, own_CD, (1 / size_C).clamp_min(beta)[:, None])
+    value_CD = value_CD.lerp_(own_CD, (1 / size_C).clamp_min(beta)[:, None])
     return place_C, value_CD[source_C[:total]] if swapped else value_CD, score_C[:total]
 
 
@@ -224,15 +224,24 @@ class Clusters(NamedTuple):
 
 
 def clusters(z_BLD: Tensor, valid_BL: Tensor | None, real_BC: Tensor, num_neighbours: int) -> Clusters:
-    """DPC-KNN among the valid points of each pool."""
+    """DPC-KNN among the valid points of each pool; `z_BLD` may be centred in place."""
     num_points, num_centres = z_BLD.shape[1], real_BC.shape[1]
-    score_BL = density.density_peaks_of(z_BLD, num_neighbours, count_self=False, valid_BN=valid_BL)
+    distance_BLL = density.distances(z_BLD, scratch=True) if density.fits(z_BLD) else None
+    if distance_BLL is None:
+        score_BL = density.density_peaks_of(z_BLD, num_neighbours, count_self=False, valid_BN=valid_BL)
+    else:
+        score_BL = density.density_peaks(distance_BLL, num_neighbours, count_self=False, valid_BN=valid_BL)
     by_score_BC = ops.top(score_BL, num_centres)
     centre_BC, rank_BC = torch.where(real_BC, by_score_BC, num_points).sort(1)
     inside_BC = centre_BC.clamp_max(num_points - 1)
-    z_BCD = z_BLD.gather(1, inside_BC[..., None].expand(-1, -1, z_BLD.shape[2]))
-    half_BC = (z_BCD.square().sum(-1) / 2).masked_fill_(~real_BC, torch.inf)
-    cluster_BL = F.pad(ops.nearest(z_BLD, z_BCD, half_BC), (0, 1))  # |z - c|^2 = |z|^2 - 2 (z . c - |c|^2 / 2)
+    if distance_BLL is None:
+        z_BCD = z_BLD.gather(1, inside_BC[..., None].expand(-1, -1, z_BLD.shape[2]))
+        half_BC = (z_BCD.square().sum(-1) / 2).masked_fill_(~real_BC, torch.inf)
+        nearest_BL = ops.nearest(z_BLD, z_BCD, half_BC)  # |z - c|^2 = |z|^2 - 2 (z . c - |c|^2 / 2)
+    else:
+        own_BCL = distance_BLL.gather(1, inside_BC[..., None].expand(-1, -1, num_points))
+        nearest_BL = own_BCL.masked_fill_(~real_BC[..., None], torch.inf).argmin(1)
+    cluster_BL = F.pad(nearest_BL, (0, 1))
     number_BC = torch.arange(num_centres, device=z_BLD.device).expand_as(centre_BC)
     cluster_BL = cluster_BL.scatter_(1, centre_BC, number_BC)[:, :num_points]
     return Clusters(inside_BC, rank_BC, score_BL.gather(1, inside_BC), cluster_BL)

@@ -57,7 +57,7 @@ class VCAST(ByHost):
         if self.compat == "official" and not budget.exact:
             num_kept = max(num_kept, num_frames) if num_frames > 1 else per_frame
         counts = share_out(weights, num_kept, per_frame, one_frame=self.compat == "official")
-        score_TP = self.scores(x_TPD, frame_TD)
+        score_TP = self.scores(x_TPD, frame_TD, video.norm_N)
         index_K = ops.top_per_frame(score_TP, torch.tensor(counts, device=score_TP.device))
         return Kept(index_K=index_K, scores_G=score_TP.flatten())
 
@@ -65,10 +65,11 @@ class VCAST(ByHost):
         """(T,) share of each frame; they sum to 1."""
         return (curvature_T / self.temperature).softmax(0)
 
-    def scores(self, x_TPD: Tensor, frame_TD: Tensor) -> Tensor:
-        """(T, S) fp32, to be compared inside a frame only."""
-        norm_TP: Tensor = torch.linalg.vector_norm(x_TPD, dim=-1)
-        cosine_TP = (x_TPD @ frame_TD[..., None])[..., 0] / norm_TP.clamp_min(1e-6)
+    def scores(self, x_TPD: Tensor, frame_TD: Tensor, norm_N: Tensor | None = None) -> Tensor:
+        """(T, S) fp32, to be compared inside a frame only; norm_N: `VideoTokens.norm_N`, computed where it is None."""
+        norm_TP = (ops.lengths(x_TPD) if norm_N is None else norm_N).view(x_TPD.shape[:2])
+        # One row a frame: a product with one column takes twice as long on a CPU.
+        cosine_TP = torch.bmm(frame_TD[:, None], x_TPD.transpose(1, 2))[:, 0] / norm_TP.clamp_min(1e-6)
         low_T1, high_T1 = norm_TP.amin(1, keepdim=True), norm_TP.amax(1, keepdim=True)
         return 1 - cosine_TP + self.norm_weight * (norm_TP - low_T1) / (high_T1 - low_T1 + 1e-6)
 
@@ -78,7 +79,7 @@ class VCAST(ByHost):
 
 def frame_means(x_TPD: Tensor) -> Tensor:
     """(T, D) unit mean of each frame."""
-    mean_TD = x_TPD.mean(1)
+    mean_TD = (x_TPD.new_full((1, x_TPD.shape[1]), 1 / x_TPD.shape[1]) @ x_TPD)[:, 0]  # half the time of `mean`
     norm_T1: Tensor = torch.linalg.vector_norm(mean_TD, dim=-1, keepdim=True)
     return mean_TD / norm_T1.clamp_min(1e-6)
 

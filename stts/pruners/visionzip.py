@@ -99,12 +99,15 @@ class VisionZip(PerVideo):
         place_TP = torch.cat([ranked_TP[:, :num_dominant] if misplaced else dominant_TK, place_TC], 1)
         first_T1 = torch.arange(num_frames, device=place_TP.device)[:, None] * num_places
         index_K = (first_T1 + place_TP).flatten()
-        x_KD = torch.cat([_rows(x_TPD, dominant_TK), context_TCD], 1).flatten(0, 1)
+        # Misplaced ones bring their own features.
+        source_K = (first_T1 + torch.cat([dominant_TK, place_TC], 1)).flatten()
         merged_score_TP = torch.cat([torch.full_like(dominant_TK, torch.inf, dtype=torch.float32), members_TC], 1)
         merged_score_K = merged_score_TP.flatten()
         if self.compat is None or self.newline_per_row:
-            index_K, order = index_K.sort()
-            x_KD, merged_score_K = x_KD[order], merged_score_K[order]
+            index_K, order_K = index_K.sort()
+            source_K, merged_score_K = source_K[order_K], merged_score_K[order_K]
+        row_C = merged_score_K.isfinite().nonzero_static(size=num_frames * num_contextual)[:, 0]  # sorted or not
+        x_KD = video.x_ND[source_K].index_copy_(0, row_C, context_TCD.flatten(0, 1))
         kept = Kept(index_K=index_K, x_KD=x_KD, scores_G=salience_G)
         return ops.fit_count(video, kept, budget.num_kept, salience_G, merged_score_K) if budget.exact else kept
 
