@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +151,29 @@ def test_growth_is_drawn_from_its_file(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     assert plot.main(["--redraw", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "growth.png").read_bytes() == picture
+
+
+def test_a_cell_that_breaks_the_gpu_ends_the_run_which_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel's illegal access, as torch tells it: the call fails, and so does every later one of the process."""
+    gpu, file = load_script("benchmarks/gpu"), tmp_path / "gpu.json"
+    command = ["--device", "cpu", "--tiny", "--parts", "inference", "--json", str(file)]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        monkeypatch.setattr(torch, "ones", fail)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu.Rival, "__enter__", fail)  # dense, the first cell, is measured before
+        with pytest.raises(SystemExit, match="the same command goes on behind this cell"):
+            gpu.main(command)
+    monkeypatch.undo()
+    assert "release 0.5: broke the device: CUDA error: an illegal memory access" in capsys.readouterr().err
+    cells = json.loads(file.read_text())["cells"]
+    assert ["failed" in row for row in cells.values()] == [False, True], "nothing was begun behind it"
+
+    assert gpu.main(command) == 1
+    again = json.loads(file.read_text())["cells"]
+    assert list(again) == [*cells, "inference 4 stts 0.5"] and again.items() > cells.items()
+    assert again["inference 4 stts 0.5"]["total_ms"] > 0

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import transformers
 from gpu_cells import DENSE, OPTIONS, OURS, PLANS, RELEASE, Cell, Plan, Store, cells_of
 from gpu_checks import Calls, Marks, StageWatch, check_kernel, no_syncs, overhead_timed
-from gpu_table import OOM, derive, report
+from gpu_table import BROKEN, OOM, derive, report
 from measure import flops_of, machine, parts_of, spread, where, write_json
 from rival_tower import Rival
 from transformers.utils import logging
@@ -207,16 +207,32 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def still_computes(device: torch.device) -> bool:
+    """False after an illegal access or a failed assert in a kernel: CUDA then answers every call with that error."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
 def run_part(part: str, bench: Bench, store: Store) -> None:
     for cell in cells_of(bench.plan, part):
         if store.has(cell) or store.late:
             continue
         start = time.perf_counter()
         row = run_cell(bench, cell)
-        free()
+        if row.get("failed", OOM) != OOM and not still_computes(bench.device):
+            row["failed"] = BROKEN
+        else:
+            free()
         store.add(cell, row | {"wall_s": time.perf_counter() - start})
         said = f"{row['total_ms']:.1f} ms" if "total_ms" in row else f"{row['failed']}: {row['message']}"
         print(f"{cell.key}: {said}", file=sys.stderr, flush=True)
+        if row.get("failed") == BROKEN:
+            raise SystemExit(
+                "stopped: after this error no call of this process reaches the GPU, and every further cell would fail. "
+                "With --json, the same command goes on behind this cell."
+            )
 
 
 def run_all(parts: Sequence[str], plan: Plan, device: torch.device, store: Store) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_models
-from gpu_table import OOM, derive
+from gpu_table import BROKEN, OOM, derive
 from measure import write_json
 
 from stts.pruners.registry import PRUNERS
@@ -99,8 +99,8 @@ class Store:
         return time.monotonic() > self.until
 
     def has(self, cell: Cell) -> bool:
-        """Whether it need not run again: it has numbers, or there was no memory for it."""
-        return self.cells.get(cell.key, {"failed": ""}).get("failed", OOM) == OOM
+        """Whether it need not run again: it has numbers, there was no memory for it, or it would stop the run again."""
+        return self.cells.get(cell.key, {"failed": ""}).get("failed", OOM) in (OOM, BROKEN)
 
     def add(self, cell: Cell, row: dict[str, Any]) -> None:
         self.cells[cell.key] = asdict(cell) | row

@@ -9,6 +9,8 @@ from gpu_models import QWEN3
 from measure import table
 
 DENSE, OOM = "dense", "out of memory"
+BROKEN = "broke the device"
+"""Of a cell after which nothing runs on the GPU any more in the same process."""
 TITLES = {
     "inference": "Inference: prefill and {new_tokens} tokens, {model}",
     "training": "Training step, {model}",
