@@ -25,11 +25,12 @@ from typing import Literal
 from torch import Tensor
 
 SiteKind = Literal["vit", "pre_llm", "llm"]
-Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "prompt", "words", "aligned"]
+Signal = Literal["attn", "probe", "frame", "keys", "text", "last_row", "asked", "prompt", "words", "aligned"]
 """What a stage may ask the adapter to collect: `attn` mean-query attention per group, `probe` attention of the tower's
 pooling head, `frame` one global feature per frame, `keys` attention keys per group, `text` the question in the space of
-the frame features, `last_row` the LLM attention of the last prompt token, `prompt` the LLM tokens after the video,
-`words` the embeddings of the text around the video, `aligned` every group in the space of `text`."""
+the frame features, `last_row` the LLM attention of the last prompt token, `asked` the most LLM attention that any head
+of any word after the video gives, `prompt` the LLM tokens after the video, `words` the embeddings of the text around
+the video, `aligned` every group in the space of `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class VideoTokens:
     timestamps_T: Tensor | None = None
     """float64 seconds."""
     salience_G: Tensor | None = None
-    """fp32: mean-query, probe or last-row attention, as asked."""
+    """fp32: mean-query, probe, last-row or the words' attention, as the stage asks."""
     keys_GD: Tensor | None = None
     """pre_llm: keys of the last tower block, mean over heads; llm: keys of the layer before, all heads side by side."""
     frame_TC: Tensor | None = None

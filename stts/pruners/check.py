@@ -158,7 +158,7 @@ def example_video(
         cell_G=cell_G,
         group_GW=group_GW,
         timestamps_T=torch.arange(num_frames, dtype=torch.float64) / 2,
-        salience_G=logit_G.softmax(0)[cell_G] if wants & {"attn", "probe", "last_row"} else None,
+        salience_G=logit_G.softmax(0)[cell_G] if wants & {"attn", "probe", "last_row", "asked"} else None,
         keys_GD=tokens(key_width)[cell_G] if "keys" in wants else None,
         frame_TC=frame_TC if "frame" in wants else None,
         aligned_GC=tokens(frame_width)[cell_G] if "aligned" in wants else None,

@@ -1,4 +1,4 @@
-"""PruneVid: what stands still in a scene becomes one token, and what moves is clustered frame by frame.
+"""PruneVid: what stands still in a scene becomes one token, what moves is clustered frame by frame; then the question.
 
 Shape suffixes beside those of `stts.tokens`: W = segments, B = sets of tokens (one of the static places of each
 segment, one of the moving places of each frame).
@@ -10,15 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import density, ops
-from stts.pruners.base import ByHost, Newlines
-from stts.tokens import Budget, Grid, Kept, VideoTokens
+from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 
 class Sets(NamedTuple):
@@ -49,7 +49,7 @@ class PruneVid(ByHost):
 
     **Differs:** equally dense tokens go by order (the release adds noise); a segment of one frame has no static places
     (0 / 0 there, settled by rounding). Tokens stand in the order of their centres; the release lists each set by
-    falling score (compat="official", same tokens). `asked_tokens` is its stage 2 as a function; no stage runs it."""
+    falling score (compat="official", same tokens). `prunevid+inner` adds its stage 2, `PruneVidInner`."""
 
     paper: ClassVar[str] = "2412.16117"
     needs_time: ClassVar[str] = "it merges places that stand still over a scene"
@@ -92,13 +92,12 @@ class PruneVid(ByHost):
             return kept
         big_B1 = sets.member_BP.sum(1, keepdim=True) > self.smallest
         cell_BP = sets.frame_B[:, None] * video.grid.per_frame + torch.arange(x_TPD.shape[1], device=x_TPD.device)
+        spot_N = torch.where(centre_BP, cell_BP, video.num_groups).flatten()  # the last entry takes what is no centre
         rank_N, merged_N = (
-            torch.full((video.num_groups,), torch.inf, device=x_TPD.device).scatter_(
-                0, cell_BP[centre_BP], value_BP[centre_BP]
-            )
+            torch.full((video.num_groups + 1,), torch.inf, device=x_TPD.device).scatter_(0, spot_N, value_BP.flatten())
             for value_BP in (score_BP, score_BP.masked_fill(~big_B1, torch.inf))
         )
-        return ops.fit_count(video, kept, budget.num_kept, rank_N, merged_N[kept.index_K])
+        return ops.fit_count(video, kept, budget.num_kept, rank_N[:-1], merged_N[kept.index_K])
 
     def frame_clusters(self, x_TPD: Tensor) -> list[int]:
         """Cluster of every frame, numbered by the rank of its centre; one host synchronisation."""
@@ -239,3 +238,56 @@ def asked_tokens(attention_HQN: Tensor, sizes: Sequence[int], share: float) -> T
         kept.append(start + ops.top(score_N[start : start + size], int(share * size)))
         start += size
     return torch.cat(kept).sort().values
+
+
+# --- inside the LLM ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneVidInner(PerVideo):
+    """Keep in each frame the tokens that the words behind the video attend to most: stage 2 of PruneVid.
+
+        a_g = max over heads and words of the attention in LLM layer 10 of 28 (from 0),   int(alpha n) of n, alpha = 0.4
+
+    arXiv:2412.16117; `elastic_cache.py` of Visual-AI/PruneVid (`asked_tokens`). An exact budget trims or fills by
+    attention over the whole video.
+
+    **Differs:** the release ranks the static tokens of a segment apart from the moving ones of its first frame; here
+    they stand in that frame and are ranked with it, as an LLM sees cells only. The release shortens the cache of the
+    layers up to 10 too; here they keep what they have read. Where every frame would lose all tokens, one stays. In
+    shallow LLMs the layer number is scaled."""
+
+    paper: ClassVar[str] = "2412.16117"
+    signals: ClassVar[frozenset[Signal]] = frozenset({"asked"})
+    positions: ClassVar[Positions] = "original"
+    count_known: ClassVar[bool] = False
+    reads_features: ClassVar[bool] = False
+
+    layer: int = 11
+    """Groups are dropped before this LLM layer, by the attention of the layer before."""
+    share: float = 0.4
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """The published layer, scaled to this host."""
+        return cls(**{"layer": host.llm_layer(11), **options})
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]  # fields decide, so it cannot be a class variable
+        return Site("llm", layer=self.layer, share=self.share)
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        salience_G = ops.need(video.salience_G, "asked", video).detach().float()
+        frame_G = video.cell_G // video.grid.per_frame
+        count_T = torch.zeros(video.grid.t, dtype=torch.int64, device=frame_G.device)
+        count_T = count_T.scatter_add_(0, frame_G, torch.ones_like(frame_G))
+        by_score_G = ops.top(salience_G, video.num_groups)
+        order_G = by_score_G[frame_G[by_score_G].sort(stable=True).indices]  # by frame, then by attention
+        number_G = torch.arange(video.num_groups, device=frame_G.device)
+        frame_order_G = frame_G[order_G]
+        rank_G = number_G - (count_T.cumsum(0) - count_T)[frame_order_G]
+        stays_G = rank_G < (count_T.double() * self.share).long()[frame_order_G]
+        first_G = torch.zeros_like(stays_G).scatter_(0, order_G, stays_G)[by_score_G]
+        ranked_G = by_score_G[first_G.sort(descending=True, stable=True).indices]  # those that stay, by attention
+        num_kept = budget.num_kept if budget.exact else max(1, int(stays_G.sum()))
+        return Kept(index_K=ranked_G[:num_kept].sort().values, scores_G=salience_G)

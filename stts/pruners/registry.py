@@ -25,7 +25,7 @@ from stts.pruners.holitom import HoliTom, HoliTomInner
 from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
 from stts.pruners.own import is_own, load_own
-from stts.pruners.prunevid import PruneVid
+from stts.pruners.prunevid import PruneVid, PruneVidInner
 from stts.pruners.simple import Dense, Random, Uniform
 from stts.pruners.stop import SToP
 from stts.pruners.stts import STTS
@@ -91,6 +91,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "divprune": DivPrune.for_host,
     "cdpruner": CDPruner.for_host,
     "prunevid": PruneVid.for_host,
+    "prunevid+inner": _chain(PruneVid, PruneVidInner),
     "dycoke": DyCoke.for_host,
     "vcast": VCAST.for_host,
     "framefusion": FrameFusion.for_host,

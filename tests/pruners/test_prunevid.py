@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from stts.pruners.check import example_video
-from stts.pruners.prunevid import PruneVid, asked_tokens, pair_similarity, refine
+from stts.pruners.prunevid import PruneVid, PruneVidInner, asked_tokens, pair_similarity, refine
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
 
@@ -72,3 +74,22 @@ def test_wrong_input_is_refused() -> None:
         run(video, 2, num_neighbours=0)
     with pytest.raises(ValueError, match="whole frames"):
         run(VideoTokens(video.x_ND[:3], video.grid, torch.tensor([0, 1, 3])), 2)
+
+
+def test_each_frame_keeps_what_the_words_look_at() -> None:
+    # Frame 0 has five tokens left, frame 1 none, frame 2 two: int(0.4 n) = 2, 0 and 0 of them stay.
+    score_G = torch.tensor([0.1, 0.9, 0.3, 0.9, 0.2, 0.8, 0.7])
+    cell_G = torch.tensor([0, 1, 3, 4, 5, 12, 15])
+    video = VideoTokens(x_ND=torch.zeros(7, 2), grid=Grid(3, 2, 3), cell_G=cell_G, salience_G=score_G)
+
+    def stage(num_kept: int, exact: bool, **options: float) -> list[int]:
+        inner = PruneVidInner(**options)  # type: ignore[arg-type]
+        index_K = inner([video], [Budget(num_kept, 0.4, exact)])[0].index_K
+        return [int(n) for n in index_K]
+
+    assert stage(3, False) == [1, 3]
+    assert stage(3, False) == asked_tokens(score_G.view(1, 1, -1), [5, 0, 2], 0.4).tolist()
+    assert stage(3, True) == [1, 3, 5] and stage(1, True) == [1]
+    assert stage(3, False, share=0.1) == [1], "one stays where every frame would lose all"
+    with pytest.raises(ValueError, match="'asked'"):
+        PruneVidInner()([replace(video, salience_G=None)], [Budget(3, 0.4)])

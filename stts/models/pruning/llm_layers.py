@@ -120,7 +120,7 @@ class Prefill:
         for number, stage in enumerate(self._stages):
             if self._layer(number) == layer:
                 x_RMD = self._cut(number, x_RMD, kwargs)
-            if self._shows(number) == layer and stage.signals & {"last_row", "keys", "prompt"}:
+            if self._shows(number) == layer and stage.signals & {"last_row", "asked", "keys", "prompt"}:
                 capture_next(self._llm.layers[layer].self_attn, partial(self._note, number))
         if any(layer == at for at, _ in self._listeners.values()):
             if layer in self._linear:
@@ -160,8 +160,10 @@ class Prefill:
                 tell(attention_N[self.slots.video_RM.flatten() == video])
 
     def _last_row(self, layer: int, q_RHME: Tensor, k_RJME: Tensor) -> Tensor:
-        scale = getattr(self._llm.layers[layer].self_attn, "scaling", None)
-        return last_row_attention(q_RHME, k_RJME, self.slots, scale or q_RHME.shape[-1] ** -0.5)
+        return last_row_attention(q_RHME, k_RJME, self.slots, self._scale(layer, q_RHME))
+
+    def _scale(self, layer: int, q_RHME: Tensor) -> float:
+        return getattr(self._llm.layers[layer].self_attn, "scaling", None) or q_RHME.shape[-1] ** -0.5
 
     def _add(self, x_RMD: Tensor, feature_VD: Tensor, slots: Slots, place_V: Tensor) -> Tensor:
         """Add features at the places that are still there."""
@@ -228,6 +230,9 @@ class Prefill:
             fields: dict[str, Any] = {"x_ND": x_ND[place].detach(), "cell_G": cell_N[place]}
             if salience_N is not None:
                 fields["salience_G"] = salience_N[place]
+            elif "asked" in signals and number in self._seen:
+                scale = self._scale(self._shows(number), self._seen[number][0])
+                fields["salience_G"] = asked_attention(*self._seen[number], slots, place, scale)
             if "keys" in signals and keys_ND is not None:
                 fields["keys_GD"] = keys_ND[place]
             if norm_D is not None and keys_ND is not None:
@@ -258,6 +263,27 @@ def _text_after(slots: Slots, last: Tensor) -> Tensor:
     number_N = torch.arange(len(row_N), device=row_N.device)
     text_N = slots.valid_RM.flatten() & (slots.video_RM.flatten() < 0)
     return text_N & (row_N == row_N[last]) & (number_N > last)
+
+
+def asked_attention(q_RHME: Tensor, k_RJME: Tensor, slots: Slots, place_K: Tensor, scale: float) -> Tensor:
+    """(K,) fp32: the most attention that any head of any word behind the video gives to each of its slots `place_K`.
+
+    The words of one row only, some at a time, so fused kernels stay in use everywhere (PruneVid, arXiv 2412.16117).
+    ValueError where nothing follows the video."""
+    word_Q = _text_after(slots, place_K[-1]).nonzero()[:, 0]
+    if not len(word_Q):
+        raise ValueError("nothing follows the video in its prompt; this stage keeps what the words behind it look at")
+    row_N = slots.row_RM.flatten()
+    key_M = (slots.valid_RM.flatten() & (row_N == row_N[place_K[-1]])).nonzero()[:, 0]
+    k_MJE = k_RJME.transpose(1, 2).flatten(0, 1)[key_M].float()
+    q_QJGE = q_RHME.transpose(1, 2).flatten(0, 1)[word_Q].float().unflatten(1, (k_MJE.shape[1], -1))
+    column_K, most_K = torch.searchsorted(key_M, place_K), torch.zeros(len(place_K), device=key_M.device)
+    block = max(1, 2**26 // (q_RHME.shape[1] * len(key_M)))  # 256 MiB of probabilities
+    for q, word in zip(q_QJGE.split(block), word_Q.split(block), strict=True):
+        score_JGQM = torch.einsum("qjge,mje->jgqm", q, k_MJE) * scale
+        given_JGQM = score_JGQM.masked_fill_(key_M > word[:, None], -torch.inf).softmax(-1)
+        most_K = torch.maximum(most_K, given_JGQM[..., column_K].amax((0, 1, 2)))
+    return most_K
 
 
 def last_row_attention(q_RHME: Tensor, k_RJME: Tensor, slots: Slots, scale: float) -> Tensor:

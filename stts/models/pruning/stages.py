@@ -21,6 +21,7 @@ IN_TOWER: frozenset[Signal] = frozenset({"attn", "keys"})
 FROM_FRAMES: frozenset[Signal] = frozenset({"frame", "text"})
 LLM_SOURCES: dict[str, str] = {
     "last_row": "attention of the last prompt token in the last LLM attention before the cut, mean over heads",
+    "asked": "attention of the words behind the video in the last LLM attention before the cut, the most of any head",
     "keys": "keys of the last LLM attention before the cut, rotary embedding applied",
     "prompt": "hidden states and keys of the prompt behind the video, before the cut",
 }

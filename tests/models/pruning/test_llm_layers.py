@@ -193,6 +193,27 @@ def test_signals_are_those_of_the_stock_model(deep: Any) -> None:
                 assert torch.equal(video.prompt.norm_D, model.model.language_model.norm.weight)
 
 
+def test_what_the_words_look_at_is_that_of_the_stock_model(deep: Any) -> None:
+    """The most that any head of any word behind a video gives, other videos in the row or not, packed or padded."""
+    model, processor = deep
+    inputs, stage = make_inputs(processor, ROWS, padding_side="right"), Cut(3, asks=frozenset({"asked"}))
+    length = inputs["input_ids"].shape[1]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention_RHLL = model(**inputs, output_attentions=True).attentions[2]
+        for use_cache in (True, False):
+            stage.seen.clear()
+            with stts.pruning(model, Cuts((stage,)), retention_ratio=0.75):
+                model(**inputs, use_cache=use_cache)
+            visual = {place for places in video_places(model, inputs) for place in places}
+            for video, places in zip(stage.seen, video_places(model, inputs), strict=True):
+                row, first = places[0] // length, places[0] // length * length
+                behind = range(places[-1] + 1, first + int(inputs["attention_mask"][row].sum()))
+                words = [p - first for p in behind if p not in visual]
+                expected_K = attention_RHLL[row][:, words][..., [p - first for p in places]].amax((0, 1))
+                torch.testing.assert_close(video.salience_G, expected_K)
+
+
 def test_what_cannot_work_is_refused(deep: Any) -> None:
     model, processor = deep
     inputs = make_inputs(processor, ROWS[:1])
