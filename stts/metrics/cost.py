@@ -184,6 +184,36 @@ class VideoCost:
         return self.vit + self.vit_embed + self.connector + self.pruner + self.llm
 
 
+@dataclass(frozen=True)
+class DecodeCost:
+    """What one video costs while an answer is decoded."""
+
+    flops: int
+    """Of each new token: its attention to the keys of the video, and the choice of those it reads."""
+    cache_bytes: int
+    """Keys and values of the video, whatever of them is read."""
+
+
+def decode_cost(
+    shape: LlmShape,
+    tokens_L: Sequence[int],
+    bytes_per_value: int,
+    *,
+    first: int | None = None,
+    num_visible: int = 0,
+) -> DecodeCost:
+    """tokens_L: keys of the video in the cache of every layer (`tokens_per_layer`); layers with linear attention have
+    none. first: the layer from which on a stage lets a new token read `num_visible` of them at most (DyCoke); it looks
+    at the attention of the layer before once more."""
+    linear = shape.linear.layers if shape.linear else frozenset[int]()
+    keys = {layer: number for layer, number in enumerate(tokens_L) if layer not in linear}
+    read = [min(n, num_visible) if first is not None and layer >= first else n for layer, n in keys.items()]
+    flops = 4 * shape.heads * shape.head_dim * sum(read)
+    if first is not None:
+        flops += 2 * shape.heads * shape.head_dim * tokens_L[first - 1]
+    return DecodeCost(flops, 2 * shape.kv_heads * shape.head_dim * bytes_per_value * sum(keys.values()))
+
+
 def llm_block_flops(
     shape: LlmShape, num_tokens: int, formula: Formula = "exact", *, causal: bool = False, layer: int | None = None
 ) -> int:

@@ -135,6 +135,7 @@ def test_budgets_are_met_and_costs_are_those_of_the_formulas(config: CompareConf
         for method in ("random", "uniform", "novelty"):
             row = row_of(result, method, ratio)
             assert row.retention_measured == ratio and row.kept_per_frame == planned / FRAMES
+            assert row.decode["flops_share"] == row.decode["cache_share"] == ratio
             assert {part: flops(row)[part] for part in ("vit", "llm")} == {"vit": cost.vit, "llm": cost.llm}
             assert flops(row)["connector"] == cost.connector
         assert flops(row_of(result, "random", ratio))["pruner"] == 0

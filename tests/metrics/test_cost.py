@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stts.budget import plan
 from stts.metrics.cost import (
+    DecodeCost,
     LlmShape,
     VitShape,
     VlmShape,
+    decode_cost,
     llm_block_flops,
     llm_prefill_flops,
     mlp_flops,
@@ -303,3 +305,12 @@ def test_errors_name_what_came() -> None:
         vit_flops(SIGLIP, 1, [3], drop_after=26)
     with pytest.raises(ValueError, match="expected 1 counts in \\[0, 729\\]"):
         vit_flops(SIGLIP, 1, [730], drop_after=4)
+
+
+def test_decoding_reads_a_part_of_what_the_cache_holds() -> None:
+    shape = LlmShape(width=8, layers=4, heads=2, kv_heads=1, head_dim=4, mlp=16)
+    # 100 keys in every layer, 4 x 8 FLOPs each; 2 x 4 values of 2 bytes each.
+    assert decode_cost(shape, [100] * 4, 2) == DecodeCost(4 * 100 * 32, 4 * 100 * 16)
+    assert decode_cost(shape, [100, 100, 40, 40], 2) == DecodeCost(280 * 32, 280 * 16), "a cut before layer 2"
+    # From layer 3 on 30 keys are read; the choice looks at 100 keys once more; nothing leaves the cache.
+    assert decode_cost(shape, [100] * 4, 2, first=3, num_visible=30) == DecodeCost(330 * 32 + 100 * 16, 4 * 100 * 16)

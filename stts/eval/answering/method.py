@@ -18,7 +18,7 @@ import stts
 from stts.data.collate import Batch
 from stts.eval.answering.cell import BEFORE, DENSE, Cell, Kind
 from stts.eval.answering.evidence import Counts
-from stts.metrics.cost import VideoCost, VlmShape, llm_prefill_flops, tokens_per_layer
+from stts.metrics.cost import DecodeCost, VideoCost, VlmShape, decode_cost, llm_prefill_flops, tokens_per_layer
 from stts.models.checkpoints.chat import question_of
 from stts.models.checkpoints.load import load_pruner, load_vlm, pruner_settings
 from stts.models.families.base import host_info, make_adapter, vlm_shape
@@ -44,6 +44,12 @@ class Labelled(Protocol):
     def label(self) -> str: ...
 
 
+_COSTS: dict[str, type[VideoCost] | type[DecodeCost]] = {
+    "cost": VideoCost, "dense_cost": VideoCost, "decode": DecodeCost,
+}  # fmt: skip
+"""Fields of an answer that are costs."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one method said to one question, what it kept, and what that cost."""
@@ -62,6 +68,7 @@ class Answer:
     """Prefill of the visual tokens by the formulas `fastv` and `pdrop`."""
     dense_cost: VideoCost | None = None
     """Of the same video unpruned; None, like what follows, in files that do not hold it."""
+    decode: DecodeCost | None = None
     kept_per_frame: Sequence[int] = ()
     """Tokens left after the last stage."""
     num_input_tokens: int | None = None
@@ -75,12 +82,12 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; `asdict` would copy every number of every list one by one, thousands of times a run."""
-        costs = {name: cost and vars(cost) for name, cost in (("cost", self.cost), ("dense_cost", self.dense_cost))}
+        costs = {name: cost and vars(cost) for name in _COSTS for cost in (getattr(self, name),)}
         return {**vars(self), **costs}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        costs = {name: VideoCost(**content[name]) for name in ("cost", "dense_cost") if content.get(name) is not None}
+        costs = {name: kind(**content[name]) for name, kind in _COSTS.items() if content.get(name) is not None}
         return cls(**{**content, **costs})
 
 
@@ -163,6 +170,13 @@ class Runner:
                     cost=cost_of(shape, host, self.pruning.pruner, report, row),
                     dense_cost=planned_cost(Dense(), shape, host, grid, 1.0),
                     llm_flops={name: llm_prefill_flops(shape.llm, tokens, name) for name in ("fastv", "pdrop")},
+                    decode=decode_cost(
+                        shape.llm,
+                        tokens,
+                        model.dtype.itemsize,
+                        first=report.decode_layer,
+                        num_visible=report.decode_keys[row] if report.decode_keys else 0,
+                    ),
                     kept_per_frame=torch.bincount(report.index[row].cpu() // grid.per_frame, minlength=grid.t).tolist(),
                     num_input_tokens=num_input[row],
                     num_output_tokens=num_tokens,

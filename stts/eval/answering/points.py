@@ -27,7 +27,7 @@ from stts.eval.answering.questions import Asked, Source
 from stts.eval.answering.voting import Vote, combine, interleaved
 from stts.eval.benchmarks.base import Question
 from stts.metrics.accuracy import normalise
-from stts.metrics.cost import VideoCost
+from stts.metrics.cost import DecodeCost, VideoCost
 from stts.metrics.extract import letters
 from stts.models.pruning.context import Pruning
 from stts.tokens import Grid
@@ -248,6 +248,9 @@ def _put_together(one: Asked, parts: Sequence[Answer], vote: Vote) -> Answer:
         retention=total("retention") / len(parts),
         cost=cost("cost"),
         dense_cost=cost("dense_cost"),
+        decode=None
+        if any(part.decode is None for part in parts)
+        else DecodeCost(*(sum(getattr(part.decode, name) for part in parts) for name in ("flops", "cache_bytes"))),
         llm_flops={name: sum(part.llm_flops[name] for part in parts) for name in parts[0].llm_flops},
         kept_per_frame=[count for part in parts for count in part.kept_per_frame],
         num_input_tokens=total("num_input_tokens"),

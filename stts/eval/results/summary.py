@@ -85,6 +85,9 @@ class Row:
     flops: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By formula: vit, vit_embed, connector, pruner, llm, total and share of dense. One FLOP per multiply-add in all
     but `exact`; `fastv` and `pdrop` differ from `macs` in the LLM only."""
+    decode: Mapping[str, float] = field(default_factory=dict)
+    """Means per video of `DecodeCost`: flops and cache_bytes, and flops_share and cache_share of dense; empty in files
+    that do not tell."""
     time_ms: Mapping[str, float] = field(default_factory=dict)
     """Median per sample of every phase that was timed, see `PHASES`."""
     peak_gib: float | None = None
@@ -150,6 +153,7 @@ def make_row(
         tasks=tasks,
         suites={name: suite_score(name, headlines) for name, names in SUITES.items() if set(names) <= set(tasks)},
         flops=_flops(outcomes, dense),
+        decode=_decode(outcomes, dense),
         time_ms={name: statistics.median(values) for name, values in (phase_ms or {}).items() if values},
         peak_gib=peak_gib,
     )
@@ -244,6 +248,18 @@ def _flops(outcomes: Sequence[Graded], dense: Sequence[Graded]) -> dict[str, dic
         if (dense and all(outcome.llm_flops for outcome in dense)) or (dense and formula in ("exact", "macs")):
             by_formula[formula]["share"] = by_formula[formula]["total"] / _parts(dense, formula)["total"]
     return by_formula
+
+
+def _decode(outcomes: Sequence[Graded], dense: Sequence[Graded]) -> dict[str, float]:
+    costs, all_costs = ([one.decode for one in group if one.decode is not None] for group in (outcomes, dense))
+    if len(costs) < len(outcomes):
+        return {}
+    means = {name: _mean(getattr(cost, name) for cost in costs) for name in ("flops", "cache_bytes")}
+    shares = {}
+    if dense and len(all_costs) == len(dense):
+        for name, value in means.items():
+            shares[f"{name.removesuffix('_bytes')}_share"] = value / _mean(getattr(cost, name) for cost in all_costs)
+    return means | shares
 
 
 def _parts(outcomes: Sequence[Graded], formula: str) -> dict[str, float]:

@@ -38,9 +38,10 @@ def render_text(result: ComparisonResult, *, wide: bool = False) -> str:
     blocks = [list(block) for _, block in groupby(zip(budgets, lines[1:], strict=True), key=lambda pair: pair[0])]
     for place, block in enumerate(blocks):
         shown += [rule] * (place > 0 and len(blocks) > 2) + [line for _, line in block]  # the first block is dense
-    if wide and (times := _times_of(result)):
-        lines = aligned(*times)
-        shown += ["", lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    for further in (_times_of(result), _decode_of(result)) if wide else ():
+        if further is not None:
+            lines = aligned(*further)
+            shown += ["", lines[0], "-" * max(map(len, lines)), *lines[1:]]
     more = [] if wide else ["Tokens, FLOPs by part, tasks and times by phase: --wide true, or comparison.md."]
     return "\n".join([*shown, "", *notes_on(result), *more])
 
@@ -69,6 +70,13 @@ def render_markdown(result: ComparisonResult) -> str:
     text = [title_of(result), "", *_markdown(*_cells_of(result)), "", *(f"* {note}" for note in notes_on(result))]
     if times := _times_of(result):
         text += ["", "Milliseconds per sample and memory:", "", *_markdown(*times)]
+    if decode := _decode_of(result):
+        text += [
+            "",
+            "While an answer is decoded, per video and new token, and what stays in memory:",
+            "",
+            *_markdown(*decode),
+        ]
     text += ["", "FLOPs per video in every convention of the field:", "", *_markdown(*_flops_of(result))]
     return "\n".join(text) + "\n"
 
@@ -81,8 +89,8 @@ def render_csv(result: ComparisonResult) -> str:
     """One line per row, unrounded, without the families (those are in the JSON).
 
     Tasks, suites, phases and formulas have columns of their own: `task/NAME`, `suite/NAME`, `ms/PHASE`,
-    `flops/FORMULA/PART`."""
-    nested = ("families", "tasks", "suites", "flops", "time_ms")
+    `flops/FORMULA/PART`, `decode/PART`."""
+    nested = ("families", "tasks", "suites", "flops", "decode", "time_ms")
     names = [item.name for item in fields(Row) if item.name not in nested]
     further = list(dict.fromkeys(name for row in result.rows for name in _further(row)))
     text = io.StringIO()
@@ -100,6 +108,7 @@ def _further(row: Row) -> dict[str, float | None]:
         **{f"task/{name}": task["headline"] for name, task in row.tasks.items()},
         **{f"suite/{name}": score for name, score in row.suites.items()},
         **{f"ms/{name}": value for name, value in row.time_ms.items()},
+        **{f"decode/{part}": n for part, n in row.decode.items()},
         **{f"flops/{formula}/{part}": n for formula, parts in row.flops.items() for part, n in parts.items()},
     }
 
@@ -169,6 +178,21 @@ def _times_of(result: ComparisonResult) -> Lines | None:
         if measured:
             own = None if row.peak_gib is None or result.weights_gib is None else row.peak_gib - result.weights_gib
             line += ["-" if value is None else f"{value:.2f}" for value in (row.peak_gib, own)]
+        body.append(line)
+    return head, body
+
+
+def _decode_of(result: ComparisonResult) -> Lines | None:
+    """None for files that do not tell."""
+    if not any(row.decode for row in result.rows):
+        return None
+    head = [*_head_of(result, "decoding"), "attention, MFLOPs", "of dense", "cache, MiB", "of dense"]
+    body = []
+    for row in result.rows:
+        line = _name_of(result, row)
+        for name, part, size in (("flops", "flops_share", 1e6), ("cache_bytes", "cache_share", 2**20)):
+            share = f"{100 * row.decode[part]:.1f} %" if part in row.decode else "-"
+            line += [_scaled(row.decode[name], size), share] if name in row.decode else ["-", "-"]
         body.append(line)
     return head, body
 

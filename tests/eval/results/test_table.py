@@ -11,6 +11,7 @@ import pytest
 from stts.eval.results.plot import draw
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Cell, render_csv, render_markdown, render_text
+from stts.metrics.cost import DecodeCost
 from tests.eval.made_up import FULL, result_with, zoo
 
 ADATP = Cell("adatp", 0.5, kind="inside the LLM", label="our reconstruction")
@@ -48,6 +49,22 @@ def test_every_form_has_a_line_per_cell() -> None:
         "and FLOPs"
     )
     assert len(render_csv(result).splitlines()) == 1 + len(FULL)
+
+
+def test_what_decoding_costs_stands_beside_dense() -> None:
+    result = result_with([Cell(DENSE), Cell("dycoke", 0.5, kind="before the LLM")])
+    assert "decoding" not in render_text(result, wide=True), "files that do not tell"
+    costs = {DENSE: DecodeCost(4_000_000, 2**20), result.cells[1].key: DecodeCost(1_000_000, 2**19)}
+    records = [
+        replace(record, outcomes={key: replace(one, decode=costs[key]) for key, one in record.outcomes.items()})
+        for record in result.records
+    ]
+    result = ComparisonResult.from_json(json.loads(json.dumps(replace(result, records=tuple(records)).to_json())))
+    text = render_text(result, wide=True).split("decoding")[1]
+    [dycoke] = [line.split() for line in text.splitlines() if line.startswith("dycoke")]
+    assert dycoke == ["dycoke", "0.5", "1", "25.0", "%", "0.5", "50.0", "%"]
+    assert "| dycoke | 0.5 | 1 | 25.0 % | 0.5 | 50.0 % |" in render_markdown(result)
+    assert "decode/flops_share" in render_csv(result).splitlines()[0]
 
 
 def test_a_block_per_ratio() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch.testing import assert_close
 
 import stts
+from stts.metrics.cost import decode_cost
+from stts.models.families.base import vlm_shape
 from stts.models.pruning.continuation import continuation_of
 from stts.pruners.chain import Chain
 from stts.pruners.dycoke import DyCoke
@@ -34,6 +36,15 @@ def test_a_step_is_that_of_a_cache_without_the_hidden_keys(case: tuple[Any, dict
         cache = model(**prompt, use_cache=True).past_key_values
         report = pruned.last
         assert report.decode_layer == LAYER and report.decode_keys == [int(0.4 * n) for n in report.num_kept]
+        shape, num_text = vlm_shape(model.config).llm, int(prompt["attention_mask"].sum()) - sum(report.num_groups)
+        costs = [
+            decode_cost(shape, [kept] * shape.layers, 4, first=LAYER, num_visible=seen)
+            for kept, seen in zip(report.num_kept, report.decode_keys, strict=True)
+        ]
+        slot = shape.layers * 2 * shape.kv_heads * shape.head_dim * 4  # keys and values of a token, in bytes
+        assert sum(cost.cache_bytes for cost in costs) == slot * (report.llm_tokens - num_text)
+        held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+        assert held == slot * len(tokens) * cache.layers[0].keys.shape[2]
         twin = copy.deepcopy(cache)
         logits = step(model, cache, prompt, tokens)
         facts = continuation_of(cache)
