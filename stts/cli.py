@@ -54,6 +54,9 @@ FORMS = {  # (verb, option) -> the function that does it where this option is gi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Bad input prints one line that says what to change, and gives exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # Threads that spin while they wait slow every step many times over where something else runs on the cores. OpenMP
+    # reads this once, when torch is loaded; scripts/quickstart.sh says the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return _main(args)
     except ValueError as error:

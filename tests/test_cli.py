@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,16 @@ def test_help_and_version_load_neither_torch_nor_the_parser(option: str) -> None
     code = f"{call}; import sys; print({{'torch', 'jsonargparse'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_threads_sleep_while_they_wait() -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "from stts.cli import main; main(['--version']); import torch"
+    kept["OMP_DISPLAY_ENV"] = "true"
+    shown = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+    if "OMP_WAIT_POLICY" not in shown.stderr:
+        pytest.skip("this build of torch has another OpenMP, or none")
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown.stderr
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

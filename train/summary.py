@@ -45,7 +45,7 @@ class Summary(pl.Callback):
             planned = make_plan(replace(run, video_size=dict(size) if size else None))
             host = planned.host + planned.ready
             self.memory = f"memory planned per rank: {planned.total / GIB:.3g} GiB"
-            self.memory += f", and {host / GIB:.3g} of the host" if host else ""
+            self.memory += f", {host / GIB:.3g} on the host" if host else ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
