@@ -67,7 +67,9 @@ def test_arms_differ_in_the_choice_of_tokens_alone(tmp_path: Path, capsys: pytes
         shared.append(words[:out] + words[out + 1 : place] + words[place + len(own) : -4])
         assert str(arms.TRAINED_AT) in own[own.index("--model.retention_ratio") + 1]
     assert shared[1:] == shared[:-1] and "[3,5]" in shared[0], "the same otherwise, the seeds at the end apart"
-    assert all("--form.distractors '[3,5]'" in line for line in lines if line.startswith("stts data"))
+    data = [line for line in lines if line.startswith("stts data")]
+    assert all("--form.distractors '[3,5]'" in line for line in data if "/world-" not in line)
+    assert len({line.partition("--form")[2] for line in data}) == len(data), "no two worlds are the same"
     page = load_script("study/report_arms").write_arms(arms.ArmsStudy(tmp_path / "runs", scale), tmp_path / "out")
     assert page.read_text().count("not run") > 20 and not re.search(r"\d \[", page.read_text())
 

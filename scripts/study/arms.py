@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from steps import Step, Study
@@ -23,6 +24,8 @@ class Arm:
     """Of `stts fit`."""
     once: bool = False
     """With the first seed only."""
+    elastic: bool = False
+    """Trained at a range of ratios, and compared at all of `Scale.further`."""
 
 
 TRAINED_AT = 0.25
@@ -31,8 +34,14 @@ _TAUGHT = (
     "--model.pruner_options.answer_gradient", "false",
 )  # fmt: skip
 _PLAIN = ("--model.retention_ratio", str(TRAINED_AT))
+_RULE = ("--model.pruner", "evs", "--model.pruner_options", "null")
+_ELASTIC = f"low: 0.1, high: 0.5, eval_ratio: {TRAINED_AT}"
 _SCHEDULE = f"target: {TRAINED_AT}, dense_first: 32, dense_every: 10"
 _SCORER_ALONE = f"{{{_SCHEDULE}, dense_trains: scorer}}"
+_ELASTIC_TEACHER = _SCORER_ALONE.replace(f"target: {TRAINED_AT}", f"target: {{{_ELASTIC}}}")
+_EVEN = ("--data.phases", "[{num_clips: 1672, questions_per_clip: 20}]")  # 160 steps beside 49 dense ones
+_NO_TEMPORAL = ("--model.loss_weights", "{answer: 1.0, temporal: 0.0}")
+_LONGER = ("--data.phases", "[{num_clips: 3840, questions_per_clip: 20}]")  # 480 steps
 
 
 def _teacher(options: str, schedule: str = _SCORER_ALONE) -> tuple[str, ...]:
@@ -41,9 +50,20 @@ def _teacher(options: str, schedule: str = _SCORER_ALONE) -> tuple[str, ...]:
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
-        "evs": Arm("evs (a rule)", "evs", (*_PLAIN, "--model.pruner", "evs", "--model.pruner_options", "null")),
+        "evs": Arm("evs (a rule)", "evs", (*_PLAIN, *_RULE)),
         "stts": Arm("STTS as published", "stts", _PLAIN),
         "teacher": Arm("STTS with the teacher", "stts", _teacher("{share: 0.1}")),
+        "evs-elastic": Arm(
+            "evs, elastic", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE), once=True, elastic=True
+        ),
+        "teacher-elastic": Arm(
+            "the teacher, elastic", "stts", _teacher("{share: 0.1}", _ELASTIC_TEACHER), once=True, elastic=True
+        ),
+        "teacher-elastic-even": Arm(
+            "the teacher, elastic, 209 steps: as many of the VLM as the rule", "stts",
+            (*_teacher("{share: 0.1}", _ELASTIC_TEACHER), *_EVEN),
+            once=True, elastic=True,
+        ),
         "teacher-trains": Arm(
             "the teacher, dense steps train the VLM too", "stts",
             _teacher("{share: 0.1}", f"{{{_SCHEDULE}}}"), once=True,
@@ -52,16 +72,49 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             "the teacher, half the change weight", "stts", _teacher("{share: 0.1, weight: 0.5}"), once=True
         ),
         "teacher-rest": Arm("the teacher, no change weight", "stts", _teacher("{share: 0.1, weight: none}"), once=True),
+        "attention": Arm(
+            "attention of LLM layer 4 as the teacher", "stts",
+            _teacher("{share: 0.1, signal: attention, layer: 4}"), once=True,
+        ),
+        "noise-gate": Arm("a noise gate", "stts", _teacher("{share: 0.2, signal: noise_gate}"), once=True),
+        "scale-gate": Arm("a scale gate", "stts", _teacher("{share: 0.2, signal: scale_gate}"), once=True),
+        "straight-through": Arm(
+            "straight-through, no temporal loss", "stts",
+            (*_PLAIN, *_NO_TEMPORAL, "--model.pruner_options.straight_through", "true"), once=True,
+        ),
+        "gumbel": Arm(
+            "straight-through with Gumbel noise, no temporal loss", "stts",
+            (*_PLAIN, *_NO_TEMPORAL, "--model.pruner_options.straight_through", "true",
+             "--model.pruner_options.gumbel", "1.0"), once=True,
+        ),
+        "temporal": Arm(
+            "the temporal loss alone", "stts", (*_PLAIN, "--model.pruner_options.answer_gradient", "false"), once=True
+        ),
+        "evs-longer": Arm("evs, 480 steps", "evs", (*_PLAIN, *_RULE, *_LONGER), once=True),
+        "teacher-longer": Arm(
+            "the teacher, 480 steps, dense steps train the VLM too", "stts",
+            (*_teacher("{share: 0.1}", f"{{{_SCHEDULE}}}"), *_LONGER), once=True,
+        ),
+        "teacher-share": Arm("the teacher, share 0.2", "stts", _teacher("{share: 0.2}"), once=True),
+        "teacher-loss": Arm(
+            "the teacher, the loss as objective", "stts", _teacher("{share: 0.1, objective: log_prob}"), once=True
+        ),
+        "teacher-seldom": Arm(
+            "the teacher, dense every 20", "stts",
+            _teacher("{share: 0.1}", _SCORER_ALONE.replace("dense_every: 10", "dense_every: 20")), once=True,
+        ),
     }
 )  # fmt: skip
 RIVAL, OURS = "evs", "teacher"
+FROZEN = "frozen"
 
 
 class ArmsStudy(Study):
     """The steps of a scale that has arms."""
 
     def steps(self) -> list[Step]:
-        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare()]
+        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._worlds(),
+                *self._frames()]  # fmt: skip
 
     def seeds(self, arm: str) -> tuple[int, ...]:
         return self.scale.seeds[:1] if ARMS[arm].once else self.scale.seeds
@@ -83,5 +136,58 @@ class ArmsStudy(Study):
             for seed in self.seeds(arm):
                 name = self.run_name(arm, seed)
                 model = self.path(name) / "model"
-                steps.append(self._against("compare", name, model, [ARMS[arm].method], self.scale.ratios))
+                ratios = self.scale.further if ARMS[arm].elastic else self.scale.ratios
+                steps.append(self._against("compare", name, model, [ARMS[arm].method], ratios))
+        return [*steps, *self._further()]
+
+    @staticmethod
+    def further_name(who: str) -> str:
+        return f"further-{who}"
+
+    def _main(self) -> dict[str, tuple[Path, str]]:
+        """Models and pruners of the rule and the teacher, fine-tuned with the first seed, and of the rule frozen."""
+        seed = self.scale.seeds[0]
+        arms = {arm: (self.path(self.run_name(arm, seed)) / "model", ARMS[arm].method) for arm in (RIVAL, OURS)}
+        return arms | {FROZEN: (self.pretrained, ARMS[RIVAL].method)}
+
+    def _further(self) -> list[Step]:
+        steps = []
+        for who, (model, method) in self._main().items() if self.scale.further else ():
+            more = ("--save_kept", "all")
+            steps.append(self._against("compare", self.further_name(who), model, [method], self.scale.further, *more))
+        return steps
+
+    @staticmethod
+    def world_name(world: str, who: str) -> str:
+        return f"world-{world}-{who}"
+
+    def _worlds(self) -> list[Step]:
+        """The rule and the teacher of the first seed, and the rule frozen, on other clips than those of training."""
+        steps = []
+        for world, differs in self.scale.worlds.items():
+            out = self.path("data") / f"world-{world}"
+            form = self.scale.form | differs
+            steps.append(self._clips(f"world {world}", out, "test", self._test_size, form))
+            for who, (model, method) in self._main().items():
+                name, data = self.world_name(world, who), f"world-{world}/test"
+                steps.append(self._against("compare", name, model, [method], self.scale.ratios, data=data))
+        return steps
+
+    @staticmethod
+    def frames_name(frames: int, who: str) -> str:
+        return f"frames-{frames}-{who}"
+
+    @staticmethod
+    def frames_ratio(frames: int) -> float:
+        """That leaves as many tokens of so many frames as there were in training, of 16."""
+        return round(TRAINED_AT * 16 / frames, 4)
+
+    def _frames(self) -> list[Step]:
+        """The same models on long clips, whose evidence is timed for the largest number of frames."""
+        steps = []
+        for frames in self.scale.frames:
+            ratios, more = [self.frames_ratio(frames)], ("--num_frames", str(frames))
+            for who, (model, method) in self._main().items():
+                name = self.frames_name(frames, who)
+                steps.append(self._against("scaling", name, model, [method], ratios, *more, data="long/long"))
         return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_report(study: Study, out: Path) -> Path:
         sections.append(_ablations(study, results))
     if study.scale.frames:
         sections.append(_scaling(study, results, out))
-    return write_page(study, out, [_TITLE, *_finding(study, results)], sections)
+    return write_page(study, out, [_TITLE, *_other_world(out), *_finding(study, results)], sections)
 
 
 def write_page(study: Study, out: Path, begin: Sequence[str], sections: Sequence[Section]) -> Path:
@@ -59,6 +60,16 @@ def write_page(study: Study, out: Path, begin: Sequence[str], sections: Sequence
     commands = [_COMMANDS_HEAD, *(section.commands for section in sections if section.steps)]
     write_whole(out / COMMANDS, ("\n\n".join(commands) + "\n").encode())
     return out / "README.md"
+
+
+def _other_world(out: Path) -> list[str]:
+    """What the page of the other world says first, with its figure, and a title for what follows."""
+    page = out / "distractors" / "README.md"
+    if not page.exists():
+        return []
+    title, rest = page.read_text(encoding="utf-8").split("\n", 1)
+    first = re.sub(r"\]\((?=[\w.]+\))", "](distractors/", rest.partition("\nMade by ")[0].strip())
+    return [f"#{title}", first, "## Where change is what matters"]
 
 
 def _finding(study: Study, results: Results) -> list[str]:

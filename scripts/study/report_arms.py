@@ -19,6 +19,7 @@ from cells import (
     spread,
 )
 from report import Section, as_table, dense_and_controls, steps_of, write_page
+from report_worlds import frames_section, further_section, retention_panels, worlds_section, write_figure
 
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Row
@@ -29,8 +30,17 @@ _TITLE = "# Where change is not relevance"
 def write_arms(study: ArmsStudy, out: Path) -> Path:
     """README.md in `out`, the finding first, and the commands beside it."""
     results = {step.name: read_comparison(step.done) for step in study.steps() if step.done.name == "comparison.json"}
-    sections = [_at_equal_tokens(study, results), _families(study, results), dense_and_controls(study, results)]
-    return write_page(study, out, [_TITLE, *_finding(study, results)], sections)
+    sections = [_at_equal_tokens(study, results), _paired(study, results), _families(study, results)]
+    sections.append(dense_and_controls(study, results))
+    begin = [_TITLE, *_finding(study, results)]
+    if study.scale.further:
+        sections.append(further_section(study, results))
+        begin += write_figure(out / "retention.png", retention_panels(study, results), "accuracy and evidence kept")
+    if study.scale.worlds:
+        sections.append(worlds_section(study, results, out))
+    if study.scale.frames:
+        sections.append(frames_section(study, results))
+    return write_page(study, out, begin, sections)
 
 
 def _runs(study: ArmsStudy, results: Results, arm: str) -> list[ComparisonResult]:
@@ -58,6 +68,7 @@ def _minus(study: ArmsStudy, results: Results, arm: str, other: str, ratio: floa
 
 
 def _finding(study: ArmsStudy, results: Results) -> list[str]:
+    """In five sentences."""
     if results["frozen"] is None or not all(_runs(study, results, arm) for arm in (OURS, RIVAL, "stts")):
         return []
     lines = []
@@ -68,21 +79,46 @@ def _finding(study: ArmsStudy, results: Results) -> list[str]:
             f"At {ratio:.0%} of the tokens STTS with the teacher answers **{spread(ours).split()[0]} %**, the rule "
             f"`{ARMS[RIVAL].method}` fine-tuned likewise {spread(rule).split()[0]} %, STTS as published "
             f"{spread(plain).split()[0]} %, the best frozen pruner ({best.method if best else '-'}) "
-            f"{percent(best).split()[0]} %. Teacher minus rule, in points: "
+            f"{percent(best).split()[0]} %; teacher minus rule, in points, by seed: "
             f"{_minus(study, results, OURS, RIVAL, ratio)}."
         )
-        lines.append(
-            f"Of the evidence the teacher's scorer keeps {_share(ours, 'evidence')} % there, the rule "
-            f"{_share(rule, 'evidence')} %, STTS as published {_share(plain, 'evidence')} %; of the distractors "
-            f"{_share(ours, 'distractors')}, {_share(rule, 'distractors')} and {_share(plain, 'distractors')} %."
-        )
-    lines.append(f"Every token, the VLM before fine-tuning: {percent(find_row(results['frozen'], DENSE))} %.")
+    lines += _fewest(study, results)
+    lines.append(
+        f"Of the evidence the teacher's scorer keeps {_share(ours, 'evidence')} % at {ratio:.0%}, the rule "
+        f"{_share(rule, 'evidence')} %, STTS as published {_share(plain, 'evidence')} %; of the distractors "
+        f"{_share(ours, 'distractors')}, {_share(rule, 'distractors')} and {_share(plain, 'distractors')} %."
+    )
     number = len(study.scale.seeds)
     lines.append(
-        f"{'One seed' if number == 1 else f'{number} seeds'}, a VLM of 0.9 M parameters, one synthetic world: "
+        f"On every token the VLM answers {percent(find_row(results['frozen'], DENSE))} % before fine-tuning; "
+        f"{'one seed' if number == 1 else f'{number} seeds'}, a VLM of 0.9 M parameters, one synthetic world: "
         "[how to read it](reading.md), and what has not been run."
     )
     return ["\n".join(f"* {line}" for line in lines)]
+
+
+def _fewest(study: ArmsStudy, results: Results) -> list[str]:
+    """Of the first seed: the fewest tokens, and models that were fine-tuned at several ratios."""
+    if not study.scale.further:
+        return []
+    fewest = min(study.scale.further)
+
+    def pair(names: tuple[str, str], ratio: float) -> str:
+        ours, rule = (results[name] for name in names)
+        cells = [f"{ARMS[arm].method}@{ratio:g}" for arm in (OURS, RIVAL)]
+        rows = [find_row(result, ARMS[arm].method, ratio) for result, arm in ((ours, OURS), (rule, RIVAL))]
+        right = " and ".join(percent(row).split()[0] for row in rows)
+        return f"{right} % ({paired_points([ours], cells[0], rule, cells[1])})"
+
+    fixed = study.further_name(OURS), study.further_name(RIVAL)
+    text = f"At {fewest:.0%} (15 of 144 tokens, first seed alone) teacher and rule answer {pair(fixed, fewest)}"
+    elastic = [study.run_name(arm, study.scale.seeds[0]) for arm in ("teacher-elastic", "evs-elastic")]
+    if all(results.get(name) for name in elastic):
+        names = elastic[0], elastic[1]
+        text += "; fine-tuned at 0.1 to 0.5 in place of 0.25, " + ", ".join(
+            f"{pair(names, ratio)} at {ratio:.0%}" for ratio in (*study.scale.ratios, fewest)
+        )
+    return [f"{text}."]
 
 
 def _share(rows: Iterable[Row | None], name: str) -> str:
@@ -104,20 +140,26 @@ def _at_equal_tokens(study: ArmsStudy, results: Results) -> Section:
     for name in study.scale.pruners:
         found = (find_row(frozen, name, ratio) for ratio in ratios)
         rows.append(line(name, ([] if row is None else [row] for row in found)))
-    learned = [arm for arm in study.scale.arms if arm != RIVAL]
-    for other in (RIVAL, "stts", DENSE):
-        title = ARMS[other].title if other in ARMS else "every token"
-        for arm in (arm for arm in learned if arm != other):
-            points = (_minus(study, results, arm, other, ratio) for ratio in ratios)
-            rows.append([f"{ARMS[arm].title} minus {title}", *(part for one in points for part in (one, "", ""))])
     head = [f"{name}{ratio:g}" for ratio in ratios for name in ("", "evidence kept at ", "distractors kept at ")]
     text = (
-        f"In bold what was fine-tuned at {TRAINED_AT:g}, all on the same clips and for as many steps; below it pruners "
-        "on the VLM as it is. Evidence and distractors in percent of their cells beyond the first frame. The last rows "
-        "are paired by question, in points."
+        f"In bold what was fine-tuned at {TRAINED_AT:g}, all on the same clips and, unless a row says "
+        "otherwise, for 160 steps; below it pruners "
+        "on the VLM as it is. Evidence and distractors in percent of their cells beyond the first frame."
     )
-    steps = [*steps_of(study, "finetune"), *steps_of(study, "compare", lambda n: n not in ("one_frame", "nothing"))]
+    apart = ("one_frame", "nothing", "world-", "further-")
+    steps = [*steps_of(study, "finetune"), *steps_of(study, "compare", lambda name: not name.startswith(apart))]
     return Section("Accuracy and evidence at equal tokens", text, as_table(["method", *head], rows), steps)
+
+
+def _paired(study: ArmsStudy, results: Results) -> Section:
+    others = {RIVAL: "the rule", OURS: "the teacher", "stts": "as published", DENSE: "every token"}
+    head, rows = [f"minus {name} at {ratio:g}" for name in others.values() for ratio in study.scale.ratios], []
+    for arm in study.scale.arms:
+        pairs = ((other, ratio) for other in others for ratio in study.scale.ratios)
+        cells = ("" if arm == other else _minus(study, results, arm, other, ratio) for other, ratio in pairs)
+        rows.append([f"**{ARMS[arm].title}**", *cells])
+    text = "In points, by question and seed; every token is that of the VLM before fine-tuning."
+    return Section("Paired differences", text, as_table(["method", *head], rows))
 
 
 def _families(study: ArmsStudy, results: Results) -> Section:

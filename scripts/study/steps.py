@@ -16,6 +16,11 @@ SMALL = {  # form of the clips; configs/shapes_pretrain_small.yaml says the same
 }  # fmt: skip
 WIDE = SMALL | {"frame_size": "96"}  # configs/shapes_pretrain.yaml says the same
 DISTRACTORS = SMALL | {"num_glares": "0", "distractors": "[3,5]"}  # configs/shapes_pretrain_world.yaml: 2 to 5
+WORLDS = {  # numbers of distractors on the same scenes, and the world of the scale `cpu`
+    "0": {"distracted_share": "0"},
+    **{str(number): {"distractors": f"[{number},{number}]"} for number in (1, 3, 5)},
+    "old": SMALL | {"distractors": "[0,0]"},
+}
 RIVAL = "novelty-elastic"
 LONG = "stts-long"
 LIKEWISE = "dense, fine-tuned likewise"
@@ -67,6 +72,11 @@ class Scale:
     """A pretrained VLM to begin with; None: the stage `pretrain` makes one."""
     arms: tuple[str, ...] = ()
     """Names of arms.py that are fine-tuned in place of STTS at three ratios."""
+    further: tuple[float, ...] = ()
+    """Ratios at which the main arms of the first seed are compared again, and elastic arms. At 0.1 of 144 tokens STTS
+    keeps 15 and a rule 14; at 0.103 both keep 15."""
+    worlds: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Name -> what differs there in the form of the clips: the main arms of the first seed answer there too."""
     form: Mapping[str, str] = field(default_factory=SMALL.copy)
     """Of the clips that are tested."""
 
@@ -105,10 +115,12 @@ SCALES = {
         given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
     "distractors": Scale(
-        num_test=120, num_long=0, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(), batch_size=30,
+        num_test=120, num_long=60, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(),
         pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
-        given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS,
-        arms=("evs", "stts", "teacher", "teacher-trains", "teacher-half", "teacher-rest"),
+        further=(0.5, 0.25, 0.15, 0.103), given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, worlds=WORLDS,
+        batch_size=30,
+        arms=("evs", "stts", "teacher", "attention", "noise-gate", "straight-through", "gumbel", "evs-elastic",
+              "teacher-elastic", "teacher-trains", "teacher-half", "teacher-rest"),
         fit=(*trained_on(DISTRACTORS), "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]",
              "--data.num_val_clips", "50", "--data.batch_size", "8", "--data.num_workers", "0",
              "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
@@ -197,8 +209,7 @@ class Study:
         return self.path(f"compare/{name}")
 
     def _data(self) -> list[Step]:
-        options = [word for name, value in self.scale.form.items() for word in (f"--form.{name}", value)]
-        kinds = {"test": ["--test", str(self.scale.num_test), "--long", "0"]}
+        kinds = {"test": self._test_size}
         if self.scale.frames:
             frames = str(max(*self.scale.frames, 16))
             kinds["long"] = ["--test", "0", "--long", str(self.scale.num_long), "--num_sampled", frames]
@@ -206,10 +217,18 @@ class Study:
         for kind, size in kinds.items():
             for show in ("clip", "one_frame", "nothing") if kind == "test" else ("clip",):
                 out = self.path("data") / (kind if show == "clip" else f"{kind}-{show}")
-                argv = ["data", "shapes", "--out", str(out), "--train", "0", "--val", "0", *size, "--files", "png"]
-                argv += [*options, "--form.show", show]
-                steps.append(Step("data", f"{kind}, {show}", tuple(argv), out / f"{kind}.jsonl"))
+                steps.append(self._clips(f"{kind}, {show}", out, kind, size, self.scale.form | {"show": show}))
         return steps
+
+    @staticmethod
+    def _clips(name: str, out: Path, kind: str, size: Sequence[str], form: Mapping[str, str]) -> Step:
+        options = [word for setting, value in form.items() for word in (f"--form.{setting}", value)]
+        argv = ["data", "shapes", "--out", str(out), "--train", "0", "--val", "0", *size, "--files", "png", *options]
+        return Step("data", name, tuple(argv), out / f"{kind}.jsonl")
+
+    @property
+    def _test_size(self) -> list[str]:
+        return ["--test", str(self.scale.num_test), "--long", "0"]
 
     def _pretrain(self) -> list[Step]:
         if self.scale.given is not None:
