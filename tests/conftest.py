@@ -17,6 +17,7 @@ import stts  # noqa: F401  (before transformers)
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.pruning.context import Pruning
+from tests.forked import SHARED, start_server
 
 # Tests run scorers with random weights on purpose; those of the refusal say untrained=False.
 Pruning.__init__.__kwdefaults__["untrained"] = True  # type: ignore[index]
@@ -26,6 +27,14 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&`: tests of Ctrl-C would wait for ever
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under xdist, one process forks for all test processes."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        os.environ[SHARED] = str(Path(tempfile.mkdtemp(prefix="stts-fork-")) / "door")
+        start_server(os.environ[SHARED])
+
 
 TINY = {"vit_width": 32, "vit_heads": 2, "vit_mlp": 48, "llm_width": 32, "llm_mlp": 48, "llm_layers": 3}
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -31,6 +32,8 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 ROOT = Path(__file__).parents[1]
+SHARED = "STTS_TEST_FORKS"
+"""Environment variable with the socket of a process that forks for several test processes."""
 EVERYTHING = (  # `stts` before Lightning
     "stts", "lightning.pytorch", "deepspeed", "torch._inductor.compile_fx", "torch.utils.cpp_extension", "stts.cli",
     "stts.eval.compare", "stts.eval.evaluate", "stts_train.cli", "stts_train.data_module", "stts_train.module",
@@ -53,8 +56,7 @@ class Forked:
         given = {"call": call, "argv": list(argv), "ranks": ranks, "cwd": os.getcwd()}
         given["env"] = {**os.environ, **env, **(_torchrun(ranks) if ranks > 1 else {})}
         pipes = [os.pipe() for _ in range(1 + errors_apart)]
-        self._link = socket.socket(socket.AF_UNIX)
-        self._link.connect(str(_server()))
+        self._link = _connect()
         ends = [write for _, write in pipes]
         text = json.dumps(given).encode()
         socket.send_fds(self._link, [len(text).to_bytes(8, "big")], ends)
@@ -115,20 +117,43 @@ def _receive(link: socket.socket, size: int) -> bytes:
     return data
 
 
+def _connect(timeout_s: float = 300) -> socket.socket:
+    """To the process that forks; waits until it has imported everything."""
+    server, path = _server()
+    until = time.monotonic() + timeout_s
+    while True:
+        link = socket.socket(socket.AF_UNIX)
+        try:
+            link.connect(path)
+            return link
+        except (FileNotFoundError, ConnectionRefusedError):
+            link.close()
+            if server is not None and server.poll() is not None:
+                raise RuntimeError(f"the process that forks ended with exit code {server.returncode}") from None
+            if time.monotonic() > until:
+                raise RuntimeError(f"the process that forks is not there after {timeout_s} s") from None
+            time.sleep(0.1)
+
+
 @cache
-def _server() -> Path:
-    """Socket of the process that forks; started at first use, ended with the tests."""
-    path = Path(tempfile.mkdtemp(prefix="stts-fork-")) / "door"
+def _server() -> tuple[subprocess.Popen[bytes] | None, str]:
+    """The process that forks, if it is this one's, and its socket; started at first use, ended with the tests."""
+    if SHARED in os.environ:
+        return None, os.environ[SHARED]
+    path = str(Path(tempfile.mkdtemp(prefix="stts-fork-")) / "door")
+    return start_server(path), path
+
+
+def start_server(path: str) -> subprocess.Popen[bytes]:
+    """One that ends with this process."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, __file__, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+        [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env
     )
-    assert server.stdin is not None and server.stdout is not None
+    assert server.stdin is not None
     atexit.register(server.stdin.close)
-    if b"ready\n" not in server.stdout:  # behind what imports print
-        raise RuntimeError(f"the process that forks ended with exit code {server.wait()}; its error is above")
-    return path
+    return server
 
 
 def serve(path: str) -> tuple[dict[str, Any], int, list[int]]:
@@ -136,7 +161,6 @@ def serve(path: str) -> tuple[dict[str, Any], int, list[int]]:
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)
         door.listen()
-        print("ready", flush=True)
         while True:
             ready, _, _ = select.select([door.fileno(), 0], [], [])
             if 0 in ready:

@@ -232,30 +232,21 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gpu.json"
+    argv = ["--device", "cpu", "--tiny", "--json", str(file)]
+    script = [sys.executable, str(FOLDER / "benchmarks" / "gpu.py"), *argv, "--check", "--profile"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            str(FOLDER / "benchmarks" / "gpu.py"),
-            "--device",
-            "cpu",
-            "--tiny",
-            "--json",
-            str(file),
-        ]
-        return subprocess.run([*command, *options], capture_output=True, text=True, check=True, env=environment)
-
-    looked = run("--check", "--profile").stdout
+    looked = subprocess.run(script, capture_output=True, text=True, check=True, env=environment).stdout
     shares = json.loads(file.read_text())["profile"]
     assert "host syncs: not checked" in looked and looked.count("(target < 3 %)") == 2
     assert shares["training"]["backward"] > 0 == shares["inference"]["backward"]
     assert all(part["decide"] > 0 and part["drop"] > 0 and part["shorten"] > 0 for part in shares.values())
     file.unlink()
 
-    out = run().stdout
+    main = load_script("benchmarks/gpu").main
+    assert main(argv) == 0
+    out = capsys.readouterr().out
     found = json.loads(file.read_text())
     rows = {(row["part"], row["way"]): row for row in found["rows"]}
     assert not [row for row in rows.values() if "failed" in row]
@@ -278,7 +269,8 @@ def test_every_path_runs_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     gone = "inference 4 stts 0.5"
     del found["cells"][gone]
     file.write_text(json.dumps(found))
-    again = run("--parts", "inference")
-    assert "AdamW, states in bfloat16" in again.stdout
-    assert [line.rpartition(": ")[0] for line in again.stderr.splitlines() if line.startswith("inference ")] == [gone]
+    assert main([*argv, "--parts", "inference"]) == 0
+    again = capsys.readouterr()
+    assert "AdamW, states in bfloat16" in again.out
+    assert [line.rpartition(": ")[0] for line in again.err.splitlines() if line.startswith("inference ")] == [gone]
     assert json.loads(file.read_text())["cells"].keys() == {*found["cells"], gone}

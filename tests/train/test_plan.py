@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import shutil
+import tempfile
 import weakref
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +47,19 @@ def recipe(name: str, *argv: str, gpus: int = 8) -> Run:
     return read_run(["--config", str(ROOT / "configs" / f"{name}_stts.yaml"), "--gpus", str(gpus), *argv])
 
 
+@cache
+def _tiny(family: str) -> Path:
+    """Folder of a model wide enough for its blocks to outweigh the rest."""
+    folder = Path(tempfile.mkdtemp(prefix="stts-plan-"))
+    atexit.register(shutil.rmtree, folder)
+    return write_tiny(folder / family, config_of(NAMES[family]), sizes=TinySizes(width=128, mlp=512))
+
+
 def tiny_run(
-    family: str, folder: Path, rates: dict[str, float], pruner: str = "stts", **settings: Any
+    family: str, rates: dict[str, float], pruner: str = "stts", **settings: Any
 ) -> tuple[VideoFinetune, Batch, Run]:
-    """A module wide enough for its blocks to outweigh the rest, a batch of two clips, and the plan's view of both."""
-    write_tiny(folder, config_of(NAMES[family]), sizes=TinySizes(width=128, mlp=512))
+    """A module, a batch of two clips, and the plan's view of both."""
+    folder = _tiny(family)
     named = {f"{part}_lr": rates.get(part, 0) for part in PARTS}
     module = VideoFinetune(str(folder), pruner, warmup_steps=0, **named, **settings)
     clips = ShapesFrames("train", 2, 0, ShapesConfig(num_sampled=8))
@@ -102,10 +114,10 @@ def held_for_backward(module: VideoFinetune, batch: Batch) -> int:
     ids=["all", "scorer", "lora"],
 )
 @pytest.mark.parametrize("family", NAMES)
-def test_states_are_right_to_the_byte(family: str, rates: dict[str, float], lora: Lora | None, tmp_path: Path) -> None:
+def test_states_are_right_to_the_byte(family: str, rates: dict[str, float], lora: Lora | None) -> None:
     if lora is not None:
         pytest.importorskip("peft")
-    module, batch, run = tiny_run(family, tmp_path / "m", rates, lora=lora)
+    module, batch, run = tiny_run(family, rates, lora=lora)
     sizes: dict[str, int] = {}
 
     class Look(pl.Callback):
@@ -140,20 +152,20 @@ def test_states_are_right_to_the_byte(family: str, rates: dict[str, float], lora
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", NAMES)
 def test_activations_are_near_what_autograd_holds(
-    family: str, checkpointing: bool, pruner: str, rates: dict[str, float], low: float, high: float, tmp_path: Path
+    family: str, checkpointing: bool, pruner: str, rates: dict[str, float], low: float, high: float
 ) -> None:
     """Estimate / measured. A block that is recomputed lives later, so it is not among what the forward pass leaves."""
-    module, batch, run = tiny_run(family, tmp_path / "m", rates, pruner, gradient_checkpointing=checkpointing)
+    module, batch, run = tiny_run(family, rates, pruner, gradient_checkpointing=checkpointing)
     memory = make_plan(run).memory
     names = {name for name in memory if "activations" in name} | {"logits"}
     names |= {"pixels"} if "vit" in rates else set()  # else they are in memory, but nobody's gradient needs them
     assert low <= sum(memory[name] for name in names) / held_for_backward(module, batch) <= high
 
 
-def test_a_frozen_tower_keeps_nothing_also_under_checkpointing(tmp_path: Path) -> None:
+def test_a_frozen_tower_keeps_nothing_also_under_checkpointing() -> None:
     """transformers makes embeddings require gradients for reentrant checkpointing; that would run the whole tower
     backwards for nothing."""
-    module, batch, run = tiny_run("llava_onevision", tmp_path / "m", {"llm": 1e-3}, "none", gradient_checkpointing=True)
+    module, batch, run = tiny_run("llava_onevision", {"llm": 1e-3}, "none", gradient_checkpointing=True)
     seen: list[bool] = []
     tower = module.model.model.vision_tower.embeddings
     tower.register_forward_hook(lambda _, args, out: seen.append(out.requires_grad))
@@ -165,10 +177,10 @@ def test_a_frozen_tower_keeps_nothing_also_under_checkpointing(tmp_path: Path) -
 
 @pytest.mark.parametrize("rates", [ALL, {"scorer": 1e-3}], ids=["all", "scorer"])
 @pytest.mark.parametrize("family", NAMES)
-def test_flops_are_near_what_torch_counts(family: str, rates: dict[str, float], tmp_path: Path) -> None:
+def test_flops_are_near_what_torch_counts(family: str, rates: dict[str, float]) -> None:
     """Forward and backward. torch counts what its kernels do; the plan leaves out small products (rotary tables, the
     temporal target), and counts attention of survivors without padding."""
-    module, batch, run = tiny_run(family, tmp_path / "m", rates)
+    module, batch, run = tiny_run(family, rates)
     module.train()
     with module.pruning, FlopCounterMode(display=False) as counter:
         torch.stack(list(module._forward(batch).values())).sum().backward()

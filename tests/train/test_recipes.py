@@ -58,13 +58,15 @@ def test_every_config_can_be_rehearsed(
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_every_recipe_can_be_rehearsed_on_two_ranks_with_its_strategy(tmp_path: Path) -> None:
-    """ZeRO-2 and ZeRO-3 in two processes, one recipe after the other."""
+def test_recipes_can_be_rehearsed_on_two_ranks_with_their_strategies(tmp_path: Path) -> None:
+    """ZeRO-2, and ZeRO-3 where the LLM sees a pruned row and where it sees padded ones. The others are rehearsed above,
+    and test_orders_of_kinds.py trains every family under ZeRO-3."""
     once = ["--dry-run", "--trainer.accumulate_grad_batches=1"]  # the batches of a step are rehearsed above
-    files = {name: ROOT / "configs" / f"{name}.yaml" for name in RECIPES}
+    tried = ("molmo2_4b_stts", "llava_onevision_7b_stts", "qwen3_5_stts")
+    files = {name: ROOT / "configs" / f"{name}.yaml" for name in tried}
     recipes = [[f"--config={file}", f"--out={tmp_path / name}", *once] for name, file in files.items()]
     output = run_all(recipes, tmp_path)
-    for name, shown in zip(RECIPES, output.split("== --out=")[1:], strict=True):
+    for name, shown in zip(tried, output.split("== --out=")[1:], strict=True):
         stage = 2 if name.startswith("molmo2") else 3
         assert f"DeepSpeed stage {stage} on 2 rank(s), bf16-mixed" in shown, name
         for line in ("step 2/2  answer_loss", "validation at step 2", "rehearsed, and removed"):
