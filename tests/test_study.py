@@ -103,7 +103,7 @@ def test_a_step_needs_those_whose_output_it_reads() -> None:
               for name, step in by_name.items()}  # fmt: skip
     assert needed["dense"] == {"untrained folder"} and needed["stts-0.2-s0"] == {"dense"}
     assert needed["stts-0.5-s0"] == {"dense"}, "its own comparison comes later and has a folder of its own"
-    assert needed["long-likewise-8"] == {"long, clip", "ablation-dense-fine-tuned-likewise"}
+    assert needed["long-likewise-16"] == {"long, clip", "ablation-dense-fine-tuned-likewise"}
     assert not needed["test, clip"]
 
 

@@ -126,7 +126,7 @@ SCALES = {
              "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
     ),
     "tiny": Scale(
-        num_test=1, num_long=1, seeds=(0,), ratios=(0.5, 0.2), frames=(8,), pruners=("random", "fastv"),
+        num_test=1, num_long=1, seeds=(0,), ratios=(0.5, 0.2), frames=(16,), pruners=("random", "fastv"),
         ablations=("temporal loss off", LIKEWISE), batch_size=10, num_longer=4,
         fit=("--data.phases", "[{num_clips: 4, questions_per_clip: 8}]", "--data.num_val_clips", "2",
              "--data.batch_size", "2", "--data.num_workers", "0", "--trainer.val_check_interval", "1",

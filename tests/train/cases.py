@@ -47,8 +47,7 @@ class Case:
 
 CASES = {
     "torch": [
-        *(Case(name, frozen=frozen) for name in ("ddp", "fsdp2") for frozen in ("", "scorer")),
-        Case("fsdp2", frozen="lora"),
+        *(Case(name, frozen=frozen) for name in ("ddp", "fsdp2") for frozen in ("", "lora", "scorer")),
         Case("fsdp2", "bf16-mixed"),
     ],
     "zero": [
