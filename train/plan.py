@@ -198,7 +198,8 @@ def advise(run: Run, room: int) -> list[tuple[str, int]]:
         fewer = replace(run, batch_size=max(1, run.batch_size // 2))
         changes.append((f"data.batch_size: {fewer.batch_size}", fewer))
     if run.num_frames > 8:
-        changes.append((f"data.num_frames: {run.num_frames // 2}", _shorter(run, built, num_frames=run.num_frames // 2)))
+        half = run.num_frames // 2
+        changes.append((f"data.num_frames: {half}", _shorter(run, built, num_frames=half)))
     if run.pruner != "none" and run.retention_ratio > 0.3:
         changes.append(("model.retention_ratio: 0.3", _shorter(run, built, retention_ratio=0.3)))
     plans = []
