@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 WORTH_A_BAR = 2**30
 """Bytes of weights; a bar of fewer is gone before it is read."""
@@ -44,6 +43,9 @@ def progress_bar(total: int, name: str, unit: str, *, done: int = 0, shown: bool
 @contextmanager
 def no_bars(num_bytes: int) -> Iterator[None]:
     """Around reading or writing weights: no bars of transformers for fewer bytes than `WORTH_A_BAR`."""
+    # Late: whoever wants a bar alone need not wait a second for transformers.
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
     if num_bytes > WORTH_A_BAR or not is_progress_bar_enabled():
         yield
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,3 +252,10 @@ def test_a_line_that_names_a_family_is_reported(tmp_path: Path) -> None:
     (tmp_path / "stts" / "pruners").mkdir(parents=True)
     (tmp_path / "stts" / "pruners" / "tango.py").write_text("# the release's Qwen branch\n")
     assert family_names(tmp_path) == ['train/plan.py:2: if family == "molmo2":']
+
+
+def test_reports_and_clips_are_made_without_transformers() -> None:
+    """Importing its models takes seconds of every command that needs none."""
+    code = "import sys, stts.report.page, stts.data.shapes.files; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

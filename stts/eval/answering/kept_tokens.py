@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stts.models.pruning.report import Report
 from stts.tokens import Grid
+
+if TYPE_CHECKING:
+    from stts.models.pruning.report import Report
 
 FOLDER = "kept"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from stts.eval.answering.loop import Answers
-from stts.eval.answering.method import Answer
+from stts.eval.answering.answer import Answer
 from stts.eval.answering.questions import Source
 from stts.eval.benchmarks.scores import Scores
+
+if TYPE_CHECKING:  # the loop imports all that runs a model, which a report of a finished run does without
+    from stts.eval.answering.loop import Answers
 
 
 @dataclass(frozen=True, kw_only=True)
