@@ -30,7 +30,7 @@ from stts_train.retention import Sampled
 from stts_train.throughput import FlopMeter, Throughput, peak_tflops
 from tests.families import FAMILIES, write_family
 from tests.models.families import qwen_tiny
-from tests.models.families.test_molmo2 import SIDE, write_molmo2
+from tests.models.families.molmo2_tiny import SIDE, write_molmo2
 from tests.train.test_module import FAST, batch_for, fit
 from tests.train.test_retention import loader
 
