@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("stts", "train", "scripts", "tests")
 FILE, CLASS, FUNCTION, LOOP = 400, 250, 60, 80
 """LOOP: of a function in `naive/`, where a whole method stands in one place to be compared with its paper."""
 
@@ -14,7 +15,9 @@ FILE, CLASS, FUNCTION, LOOP = 400, 250, 60, 80
 def too_long(root: Path) -> Iterator[str]:
     """`path: name has so many lines`. Docstrings do not count (more words may explain the same code), nor does the
     signature of a function (it is read as a table)."""
-    for path in sorted(path for folder in ("stts", "train", "scripts") for path in (root / folder).rglob("*.py")):
+    for path in sorted(
+        path for folder in ("stts", "train", "scripts", "tests") for path in (root / folder).rglob("*.py")
+    ):
         text, where = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
         if (lines := text.count("\n")) > FILE:
             yield f"{where} has {lines} lines, at most {FILE}"

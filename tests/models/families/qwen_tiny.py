@@ -158,8 +158,6 @@ class QwenLaws:
     def order(self, model: Any, grid_thw: Tensor) -> Tensor:
         """int64: raster number of the merge unit at each place of the tower, by stock means."""
 
-    # --- dense ---
-
     @pytest.mark.parametrize("rows", [ROWS, ROWS[1:2], ROWS[:1]], ids=["mixed", "text", "video"])
     def test_training_path_equals_stock_logits_loss_and_gradients(self, tiny: Any, rows: list[str]) -> None:
         model, processor = tiny
@@ -170,8 +168,6 @@ class QwenLaws:
     def test_dense_is_sacred_and_detaching_restores_every_bit(self, tiny: Any, name: str, side: str) -> None:
         model, processor = tiny
         laws.dense_is_sacred(model, make_inputs(processor, ROWS[:3], padding_side=side), name)
-
-    # --- pruned ---
 
     @pytest.mark.parametrize("use_cache", [True, False])
     @pytest.mark.parametrize("side", ["left", "right"])
@@ -287,8 +283,6 @@ class QwenLaws:
         for embedding in model.get_input_embeddings()(text):
             assert (seen[0][0] == embedding).all(-1).any()
 
-    # --- training ---
-
     @pytest.mark.parametrize("name", ["uniform", "novelty", "stts", "random-vit"])
     def test_packed_training_equals_one_by_one(self, tiny: Any, name: str) -> None:
         model, processor = tiny
@@ -306,8 +300,6 @@ class QwenLaws:
     def test_gradient_checkpointing_changes_nothing(self, tiny: Any) -> None:
         model, processor = tiny
         laws.checkpointing_changes_nothing(model, make_inputs(processor, ROWS), model.model.visual.blocks[5].attn.qkv)
-
-    # --- parts ---
 
     def test_groups_are_the_patches_of_merge_units_in_raster_order(self, tiny: Any) -> None:
         model, processor = tiny
@@ -380,8 +372,6 @@ class QwenLaws:
             k_HTPE = torch.stack([units(k_TNE).unflatten(0, (grid.t, -1)) for k_TNE in k_HTNE])
             mean = (q_HTNE.mean(2, keepdim=True) @ k_HTPE.mT).softmax(-1).mean((0, 2))
             torch.testing.assert_close(probe[video], mean.flatten(), **laws.CLOSE)
-
-    # --- what is wrong ---
 
     def test_inputs_that_do_not_fit_are_refused(self, tiny: Any) -> None:
         model, processor = tiny
