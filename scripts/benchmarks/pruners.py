@@ -6,12 +6,12 @@
 Runs in float32 on the CPU, in bfloat16 on CUDA where there is one. The video has scenes, static places and moving ones.
 Times are the least of all rounds after a warm-up, as other work on a machine only lengthens them; ours and the authors'
 way (`rival_pruners.py`: their loops over frames and windows, their matrices of all pairs) take turns, the plain loops
-(`stts/pruners/naive/`) run once, with `--loops`. `peak` is the
-most memory that torch holds at any moment beyond the input, over the bytes of the tokens. `launches` are operators that
-would start a kernel, `waits` the moments at which the host would wait for a GPU, both of one call (`counting.py`);
-copies of small tables to the device are not waits here. `same` is the share of kept tokens that the authors' way keeps
-too: it counts by the release's own rule, ours exactly as planned. Collecting the signals (attention maps, keys) is not
-in the times: `stts compare` measures whole forward passes.
+(`stts/pruners/naive/`) run once, with `--loops`. `peak` is the most memory that torch holds at any moment beyond the
+input, over the bytes of the tokens. `launches` are operators that would start a kernel, `waits` the moments at which
+the host would wait for a GPU, both of one call (`counting.py`); copies of small tables to the device are not waits
+here. `same` is the share of kept tokens that the authors' way keeps too: it counts by the release's own rule, ours
+exactly as planned. Collecting the signals (attention maps, keys) is not in the times: `stts compare` measures whole
+forward passes.
 """
 
 from __future__ import annotations

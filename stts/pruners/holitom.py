@@ -167,8 +167,8 @@ class HoliTom(ByHost):
             cluster_BQ = cluster_BQ.masked_fill(centre_BQ | ~valid_BQ, -1)  # the mean is that of the other members
         mean_CD, count_C = ops.cluster_mean(y_BQD.flatten(0, 1), cluster_BQ.flatten(), num_centres)
         own_CD = y_BQD.flatten(0, 1)[row_C]
-        blend_CD = self.beta * own_CD + (1 - self.beta) * mean_CD
-        return row_C, torch.where(count_C[:, None] > 0, blend_CD, own_CD), score_BQ
+        weight_C1 = torch.where(count_C[:, None] > 0, self.beta, 1.0)  # a centre alone stays as it is
+        return row_C, mean_CD.mul_(1 - weight_C1).addcmul_(own_CD, weight_C1), score_BQ
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """At most: windows of two frames in which nothing moves cost the most."""

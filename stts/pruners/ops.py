@@ -58,20 +58,14 @@ def lengths(x_ND: Tensor) -> Tensor:
 def row_dots(x_TPD: Tensor, y_TPD: Tensor) -> Tensor:
     """(T, P) fp32 products of each row of x with the same row of y, without gradient.
 
-    On a CPU in blocks whose products stay in its cache, in one buffer: new memory for all products takes three times as
-    long as the arithmetic."""
+    Large ones on a CPU frame by frame by NumPy, which writes no products to memory: torch would take two to six times
+    as long."""
     x_TPD, y_TPD = x_TPD.detach(), y_TPD.detach()
     if x_TPD.device.type != "cpu" or x_TPD.numel() <= CACHED:
         dot_TP: Tensor = torch.linalg.vecdot(x_TPD.float(), y_TPD.float())
         return dot_TP
-    num_places, width = x_TPD.shape[1:]
-    block = min(num_places, max(1, torch.get_num_threads() * CACHED // width))
-    dot_TP, product_RD = x_TPD.new_empty(x_TPD.shape[:2], dtype=torch.float32), x_TPD.new_empty(block, width).float()
-    for x_PD, y_PD, dot_P in zip(x_TPD, y_TPD, dot_TP, strict=True):
-        for x_RD, y_RD, dot_R in zip(*(torch.split(rows, block) for rows in (x_PD, y_PD, dot_P)), strict=True):
-            part_RD = torch.mul(x_RD.float(), y_RD.float(), out=product_RD[: len(x_RD)])
-            torch.sum(part_RD, -1, out=dot_R)
-    return dot_TP
+    dots = [np.vecdot(x_PD.float().numpy(), y_PD.float().numpy()) for x_PD, y_PD in zip(x_TPD, y_TPD, strict=True)]
+    return torch.from_numpy(np.stack(dots))
 
 
 def frame_block(x_TPD: Tensor) -> int:

@@ -32,6 +32,28 @@ def close(found: torch.Tensor, expected: list, **tolerance) -> None:
 # --- similarity --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_rows_are_the_same_at_any_size(dtype: torch.dtype) -> None:
+    x_TPD = torch.randn(12, 40, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert x_TPD.numel() > ops.CACHED
+    x_TPD[7] = x_TPD[5]
+    later, earlier = x_TPD[2::2], x_TPD[:-2:2]  # views that are not contiguous
+    found_TP = ops.row_dots(later, earlier)
+    torch.testing.assert_close(found_TP, torch.linalg.vecdot(later.float(), earlier.float()), atol=2e-4, rtol=1e-5)
+    assert found_TP.dtype == torch.float32
+    odd_TP = ops.row_dots(x_TPD, x_TPD)
+    assert torch.equal(odd_TP[7], odd_TP[5]), "equal rows have equal products, so ties stay ties"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_highest_are_those_of_a_stable_sort(dtype: torch.dtype) -> None:
+    score_N = torch.randint(0, 9, (64,), generator=torch.Generator().manual_seed(1)).to(dtype)
+    score_N[5], score_N[6] = torch.inf, -torch.inf
+    for number in (1, 2, 17, 40, 63, 64):
+        expected = torch.sort(score_N, descending=True, stable=True).indices[:number].sort().values
+        assert torch.equal(ops.highest(score_N, number), expected)
+
+
 def test_neighbour_similarity_compares_a_place_with_itself_one_frame_earlier():
     # The first token repeats at twice the length, the second turns by 90 degrees; before frame 0 came nothing.
     x_ND = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
