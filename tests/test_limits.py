@@ -15,9 +15,7 @@ FILE, CLASS, FUNCTION, LOOP = 400, 250, 60, 80
 def too_long(root: Path) -> Iterator[str]:
     """`path: name has so many lines`. Docstrings do not count (more words may explain the same code), nor does the
     signature of a function (it is read as a table)."""
-    for path in sorted(
-        path for folder in ("stts", "train", "scripts", "tests") for path in (root / folder).rglob("*.py")
-    ):
+    for path in sorted(path for folder in ROOMS for path in (root / folder).rglob("*.py")):
         text, where = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
         if (lines := text.count("\n")) > FILE:
             yield f"{where} has {lines} lines, at most {FILE}"
