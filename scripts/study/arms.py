@@ -56,11 +56,15 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "evs-elastic": Arm(
             "evs, elastic", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE), once=True, elastic=True
         ),
+        "evs-elastic-even": Arm(
+            "evs, elastic, 209 steps", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE, *_EVEN),
+            once=True, elastic=True,
+        ),
         "teacher-elastic": Arm(
             "the teacher, elastic", "stts", _teacher("{share: 0.1}", _ELASTIC_TEACHER), once=True, elastic=True
         ),
         "teacher-elastic-even": Arm(
-            "the teacher, elastic, 209 steps: as many of the VLM as the rule", "stts",
+            "the teacher, elastic, 209 steps", "stts",
             (*_teacher("{share: 0.1}", _ELASTIC_TEACHER), *_EVEN),
             once=True, elastic=True,
         ),

@@ -112,10 +112,10 @@ def _fewest(study: ArmsStudy, results: Results) -> list[str]:
 
     fixed = study.further_name(OURS), study.further_name(RIVAL)
     text = f"At {fewest:.0%} (15 of 144 tokens, first seed alone) teacher and rule answer {pair(fixed, fewest)}"
-    elastic = [study.run_name(arm, study.scale.seeds[0]) for arm in ("teacher-elastic", "evs-elastic")]
+    elastic = [study.run_name(arm, study.scale.seeds[0]) for arm in ("teacher-elastic-even", "evs-elastic-even")]
     if all(results.get(name) for name in elastic):
         names = elastic[0], elastic[1]
-        text += "; fine-tuned at 0.1 to 0.5 in place of 0.25, " + ", ".join(
+        text += "; fine-tuned at 0.1 to 0.5 for 209 steps each, " + ", ".join(
             f"{pair(names, ratio)} at {ratio:.0%}" for ratio in (*study.scale.ratios, fewest)
         )
     return [f"{text}."]

@@ -16,7 +16,12 @@ from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Row
 from stts.files import write_whole
 
-_ELASTIC = {"evs-elastic": "evs, fine-tuned at 0.1 to 0.5", "teacher-elastic": "teacher, fine-tuned at 0.1 to 0.5"}
+_ELASTIC = {
+    "evs-elastic": "evs, fine-tuned at 0.1 to 0.5",
+    "teacher-elastic": "teacher, fine-tuned at 0.1 to 0.5",
+    "evs-elastic-even": "evs, at 0.1 to 0.5, 209 steps",
+    "teacher-elastic-even": "teacher, at 0.1 to 0.5, 209 steps",
+}
 _MAIN = {
     OURS: f"teacher, fine-tuned at {TRAINED_AT:g}",
     RIVAL: f"evs, fine-tuned at {TRAINED_AT:g}",
@@ -26,8 +31,10 @@ _STYLES: Mapping[str, Mapping[str, Any]] = {
     _MAIN[OURS]: {"color": "crimson", "marker": "o", "linewidth": 2.4, "zorder": 5},
     _MAIN[RIVAL]: {"color": "black", "marker": "s", "linewidth": 2.0},
     _MAIN[FROZEN]: {"color": "#888888", "marker": "^", "linewidth": 1.6},
-    _ELASTIC["teacher-elastic"]: {"color": "crimson", "marker": "o", "linestyle": "--", "fillstyle": "none"},
-    _ELASTIC["evs-elastic"]: {"color": "black", "marker": "s", "linestyle": "--", "fillstyle": "none"},
+    _ELASTIC["teacher-elastic-even"]: {"color": "crimson", "marker": "o", "linestyle": "--", "fillstyle": "none"},
+    _ELASTIC["teacher-elastic"]: {"color": "crimson", "marker": ".", "linestyle": ":"},
+    _ELASTIC["evs-elastic-even"]: {"color": "black", "marker": "s", "linestyle": "--", "fillstyle": "none"},
+    _ELASTIC["evs-elastic"]: {"color": "black", "marker": ".", "linestyle": ":"},
     "every token, frozen": {"color": "#1f77b4", "linestyle": ":", "linewidth": 1.6},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ WIDE = SMALL | {"frame_size": "96"}  # configs/shapes_pretrain.yaml says the sam
 DISTRACTORS = SMALL | {"num_glares": "0", "distractors": "[3,5]"}  # configs/shapes_pretrain_world.yaml: 2 to 5
 WORLDS = {  # numbers of distractors on the same scenes, and the world of the scale `cpu`
     "0": {"distracted_share": "0"},
-    **{str(number): {"distractors": f"[{number},{number}]"} for number in (1, 3, 5)},
+    **{str(number): {"distractors": f"[{number},{number}]"} for number in (1, 2, 3, 5)},
     "old": SMALL | {"distractors": "[0,0]"},
 }
 RIVAL = "novelty-elastic"
@@ -120,7 +120,8 @@ SCALES = {
         further=(0.5, 0.25, 0.15, 0.103), given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, worlds=WORLDS,
         batch_size=30,
         arms=("evs", "stts", "teacher", "attention", "noise-gate", "straight-through", "gumbel", "evs-elastic",
-              "teacher-elastic", "teacher-trains", "teacher-half", "teacher-rest"),
+              "evs-elastic-even", "teacher-elastic", "teacher-elastic-even", "teacher-trains",
+              "teacher-half", "teacher-rest"),
         fit=(*trained_on(DISTRACTORS), "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]",
              "--data.num_val_clips", "50", "--data.batch_size", "8", "--data.num_workers", "0",
              "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
