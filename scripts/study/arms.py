@@ -49,7 +49,7 @@ def _teacher(options: str, schedule: str = _SCORER_ALONE) -> tuple[str, ...]:
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
-    {
+    {  # those that `Scale.arms` does not name have not been run
         "evs": Arm("evs (a rule)", "evs", (*_PLAIN, *_RULE)),
         "stts": Arm("STTS as published", "stts", _PLAIN),
         "teacher": Arm("STTS with the teacher", "stts", _teacher("{share: 0.1}")),
@@ -117,8 +117,7 @@ class ArmsStudy(Study):
     """The steps of a scale that has arms."""
 
     def steps(self) -> list[Step]:
-        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._worlds(),
-                *self._frames()]  # fmt: skip
+        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._worlds()]
 
     def seeds(self, arm: str) -> tuple[int, ...]:
         return self.scale.seeds[:1] if ARMS[arm].once else self.scale.seeds
@@ -175,23 +174,4 @@ class ArmsStudy(Study):
             for who, (model, method) in self._main().items():
                 name, data = self.world_name(world, who), f"world-{world}/test"
                 steps.append(self._against("compare", name, model, [method], self.scale.ratios, data=data))
-        return steps
-
-    @staticmethod
-    def frames_name(frames: int, who: str) -> str:
-        return f"frames-{frames}-{who}"
-
-    @staticmethod
-    def frames_ratio(frames: int) -> float:
-        """That leaves as many tokens of so many frames as there were in training, of 16."""
-        return round(TRAINED_AT * 16 / frames, 4)
-
-    def _frames(self) -> list[Step]:
-        """The same models on long clips, whose evidence is timed for the largest number of frames."""
-        steps = []
-        for frames in self.scale.frames:
-            ratios, more = [self.frames_ratio(frames)], ("--num_frames", str(frames))
-            for who, (model, method) in self._main().items():
-                name = self.frames_name(frames, who)
-                steps.append(self._against("scaling", name, model, [method], ratios, *more, data="long/long"))
         return steps

@@ -19,7 +19,7 @@ from cells import (
     spread,
 )
 from report import Section, as_table, dense_and_controls, steps_of, write_page
-from report_worlds import frames_section, further_section, retention_panels, worlds_section, write_figure
+from report_worlds import further_section, retention_panels, worlds_section, write_figure
 
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Row
@@ -38,8 +38,6 @@ def write_arms(study: ArmsStudy, out: Path) -> Path:
         begin += write_figure(out / "retention.png", retention_panels(study, results), "accuracy and evidence kept")
     if study.scale.worlds:
         sections.append(worlds_section(study, results, out))
-    if study.scale.frames:
-        sections.append(frames_section(study, results))
     return write_page(study, out, begin, sections)
 
 

@@ -175,32 +175,6 @@ def worlds_section(study: ArmsStudy, results: Results, out: Path) -> Section:
     return Section("As distractors grow", text, as_table(head, rows), steps)
 
 
-def frames_section(study: ArmsStudy, results: Results) -> Section:
-    def row(frames: int, who: str) -> Row | None:
-        method = ARMS[RIVAL if who == FROZEN else who].method
-        return find_row(results[study.frames_name(frames, who)], method, study.frames_ratio(frames))
-
-    rows = [["every token, frozen", *(percent(find_row(results[study.frames_name(n, FROZEN)], DENSE))
-                                      for n in study.scale.frames)]]  # fmt: skip
-    for who, name in _MAIN.items():
-        found = [row(frames, who) for frames in study.scale.frames]
-        rows.append([name, *(percent(one) if one is None else f"{percent(one)}; {_kept(one)}" for one in found)])
-    cells = []
-    for frames in study.scale.frames:
-        ours, rival = (results[study.frames_name(frames, who)] for who in (OURS, RIVAL))
-        keys = [f"{ARMS[arm].method}@{study.frames_ratio(frames):g}" for arm in (OURS, RIVAL)]
-        cells.append(paired_points([ours], keys[0], rival, keys[1]))
-    rows.append(["teacher minus evs", *cells])
-    text = (
-        "Clips of 30 s to 5 min whose evidence is timed for the largest number of frames, 3 to 5 distractors in each. "
-        "Every pruned row has the tokens of a quarter of 16 frames; nothing is fine-tuned on more frames. Behind each "
-        "accuracy the evidence and the distractors kept, in percent, where the frames are those with labels."
-    )
-    steps = [*steps_of(study, "data", lambda name: name.startswith("long")), *steps_of(study, "scaling")]
-    head = ["method", *(f"{frames} frames" for frames in study.scale.frames)]
-    return Section("More frames at the same tokens", text, as_table(head, rows), steps)
-
-
 def _kept(row: Row) -> str:
     shares = (row.evidence_kept, row.distractors_kept)
     return " / ".join("-" if share is None else f"{100 * share:.0f}" for share in shares)

@@ -115,7 +115,7 @@ SCALES = {
         given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
     "distractors": Scale(
-        num_test=120, num_long=60, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(),
+        num_test=120, num_long=0, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(),
         pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
         further=(0.5, 0.25, 0.15, 0.103), given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, worlds=WORLDS,
         batch_size=30,
