@@ -182,7 +182,8 @@ class PerVideo:
     def __call__(self, videos: Sequence[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         norms = check_finite(videos, features=self.reads_features)
         check_counts(videos, budgets)
-        videos = [replace(video, norm_N=norm_N) for video, norm_N in zip(videos, norms, strict=True)]
+        if self.reads_features:
+            videos = [replace(video, norm_N=norm_N) for video, norm_N in zip(videos, norms, strict=True)]
         return [self.prune(video, budget) for video, budget in zip(videos, budgets, strict=True)]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:

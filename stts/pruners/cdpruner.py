@@ -82,19 +82,22 @@ def to_weight(raw_N: Tensor, pool_M: Tensor) -> Tensor:
 def most_diverse(x_ND: Tensor, weight_N: Tensor, num_kept: int) -> Tensor:
     """(K,) int64 in the order of a greedy choice for the largest determinant of K_ij = g_i g_j cos(x_i, x_j).
 
-    Cholesky rows grow with every token chosen: c = (K_j - sum_k c_k[j] c_k) / sqrt(w_j), w -= c^2. Rows of K are
-    computed when their token is chosen. No host synchronisation."""
+    Cholesky rows grow with every token chosen: c = (K_j - sum_k c_k[j] c_k) / sqrt(w_j), w -= c^2. K stands in one
+    matrix while this is at most twice as large as the tokens, else each row is computed when its token is chosen: that
+    reads all tokens for each one chosen. No host synchronisation."""
     unit_ND = F.normalize(x_ND.float(), dim=-1) * weight_N[:, None]
     # Not the sum of squares: equal weights must tie exactly, and then the earlier token is chosen.
     variance_N = weight_N.square() * (unit_ND != 0).any(-1)
+    whole_NN = unit_ND @ unit_ND.T if len(unit_ND) <= 2 * unit_ND.shape[1] else None
     row_KN = unit_ND.new_zeros(num_kept, len(unit_ND))
+    taken_N = torch.zeros_like(variance_N, dtype=torch.bool)
     chosen = []
     for step in range(num_kept):
         pick_1 = variance_N.argmax(keepdim=True)
         chosen.append(pick_1)
-        known_1N = row_KN[:step, pick_1].T @ row_KN[:step]
-        row_1N = (unit_ND[pick_1] @ unit_ND.T - known_1N) / variance_N[pick_1].clamp_min(1e-12).sqrt()
-        row_KN[step] = row_1N[0]
-        variance_N = (variance_N - row_1N[0].square()).clamp_min(0)  # rounding; -inf of chosen ones is set below
-        variance_N = variance_N.index_fill(0, torch.cat(chosen), -torch.inf)
+        known_N = row_KN[:step, pick_1][:, 0] @ row_KN[:step]
+        kernel_N = (unit_ND[pick_1] @ unit_ND.T if whole_NN is None else whole_NN[pick_1])[0]
+        row_N = torch.sub(kernel_N, known_N, out=row_KN[step]).div_(variance_N[pick_1].clamp_min(1e-12).sqrt())
+        variance_N = (variance_N - row_N.square()).clamp_min_(0)  # rounding; chosen ones are not chosen again
+        variance_N = variance_N.masked_fill_(taken_N.index_fill_(0, pick_1, True), -torch.inf)
     return torch.cat(chosen)
