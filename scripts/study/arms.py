@@ -24,8 +24,8 @@ class Arm:
     """Of `stts fit`."""
     once: bool = False
     """With the first seed only."""
-    elastic: bool = False
-    """Trained at a range of ratios, and compared at all of `Scale.further`."""
+    further: bool = False
+    """Compared at all of `Scale.further`."""
 
 
 TRAINED_AT = 0.25
@@ -54,19 +54,19 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "stts": Arm("STTS as published", "stts", _PLAIN),
         "teacher": Arm("STTS with the teacher", "stts", _teacher("{share: 0.1}")),
         "evs-elastic": Arm(
-            "evs, elastic", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE), once=True, elastic=True
+            "evs, elastic", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE), once=True, further=True
         ),
         "evs-elastic-even": Arm(
             "evs, elastic, 209 steps", "evs", ("--model.retention_ratio", f"{{{_ELASTIC}}}", *_RULE, *_EVEN),
-            once=True, elastic=True,
+            further=True,
         ),
         "teacher-elastic": Arm(
-            "the teacher, elastic", "stts", _teacher("{share: 0.1}", _ELASTIC_TEACHER), once=True, elastic=True
+            "the teacher, elastic", "stts", _teacher("{share: 0.1}", _ELASTIC_TEACHER), once=True, further=True
         ),
         "teacher-elastic-even": Arm(
             "the teacher, elastic, 209 steps", "stts",
             (*_teacher("{share: 0.1}", _ELASTIC_TEACHER), *_EVEN),
-            once=True, elastic=True,
+            further=True,
         ),
         "teacher-trains": Arm(
             "the teacher, dense steps train the VLM too", "stts",
@@ -94,10 +94,10 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "temporal": Arm(
             "the temporal loss alone", "stts", (*_PLAIN, "--model.pruner_options.answer_gradient", "false"), once=True
         ),
-        "evs-longer": Arm("evs, 480 steps", "evs", (*_PLAIN, *_RULE, *_LONGER), once=True),
+        "evs-longer": Arm("evs, 480 steps", "evs", (*_PLAIN, *_RULE, *_LONGER), further=True),
         "teacher-longer": Arm(
             "the teacher, 480 steps, dense steps train the VLM too", "stts",
-            (*_teacher("{share: 0.1}", f"{{{_SCHEDULE}}}"), *_LONGER), once=True,
+            (*_teacher("{share: 0.1}", f"{{{_SCHEDULE}}}"), *_LONGER), further=True,
         ),
         "teacher-share": Arm("the teacher, share 0.2", "stts", _teacher("{share: 0.2}"), once=True),
         "teacher-loss": Arm(
@@ -139,7 +139,7 @@ class ArmsStudy(Study):
             for seed in self.seeds(arm):
                 name = self.run_name(arm, seed)
                 model = self.path(name) / "model"
-                ratios = self.scale.further if ARMS[arm].elastic else self.scale.ratios
+                ratios = self.scale.further if ARMS[arm].further else self.scale.ratios
                 steps.append(self._against("compare", name, model, [ARMS[arm].method], ratios))
         return [*steps, *self._further()]
 

@@ -66,21 +66,21 @@ def _minus(study: ArmsStudy, results: Results, arm: str, other: str, ratio: floa
 
 
 def _finding(study: ArmsStudy, results: Results) -> list[str]:
-    """In five sentences."""
+    """In few sentences."""
     if results["frozen"] is None or not all(_runs(study, results, arm) for arm in (OURS, RIVAL, "stts")):
         return []
-    lines = []
+    lines = _in_pairs(study, results, ("teacher-longer", "evs-longer"), "Fine-tuned at 25% for 480 steps, STTS with")
     for ratio in study.scale.ratios:
         ours, rule, plain = (_rows(study, results, arm, ratio) for arm in (OURS, RIVAL, "stts"))
         best = best_frozen(study, results, ratio)
         lines.append(
-            f"At {ratio:.0%} of the tokens STTS with the teacher answers **{spread(ours).split()[0]} %**, the rule "
-            f"`{ARMS[RIVAL].method}` fine-tuned likewise {spread(rule).split()[0]} %, STTS as published "
-            f"{spread(plain).split()[0]} %, the best frozen pruner ({best.method if best else '-'}) "
-            f"{percent(best).split()[0]} %; teacher minus rule, in points, by seed: "
-            f"{_minus(study, results, OURS, RIVAL, ratio)}."
+            f"After 160 steps STTS with the teacher answers **{spread(ours).split()[0]} %** at {ratio:.0%}, the rule "
+            f"fine-tuned likewise {spread(rule).split()[0]} %, STTS as published {spread(plain).split()[0]} %, the "
+            f"best frozen pruner ({best.method if best else '-'}) {percent(best).split()[0]} %; teacher minus rule, in "
+            f"points, by seed: {_minus(study, results, OURS, RIVAL, ratio)}."
         )
-    lines += _fewest(study, results)
+    elastic = "teacher-elastic-even", "evs-elastic-even"
+    lines += _in_pairs(study, results, elastic, "Fine-tuned at ratios from 0.1 to 0.5 for 209 steps,")
     lines.append(
         f"Of the evidence the teacher's scorer keeps {_share(ours, 'evidence')} % at {ratio:.0%}, the rule "
         f"{_share(rule, 'evidence')} %, STTS as published {_share(plain, 'evidence')} %; of the distractors "
@@ -95,28 +95,16 @@ def _finding(study: ArmsStudy, results: Results) -> list[str]:
     return ["\n".join(f"* {line}" for line in lines)]
 
 
-def _fewest(study: ArmsStudy, results: Results) -> list[str]:
-    """Of the first seed: the fewest tokens, and models that were fine-tuned at several ratios."""
-    if not study.scale.further:
-        return []
-    fewest = min(study.scale.further)
-
-    def pair(names: tuple[str, str], ratio: float) -> str:
-        ours, rule = (results[name] for name in names)
-        cells = [f"{ARMS[arm].method}@{ratio:g}" for arm in (OURS, RIVAL)]
-        rows = [find_row(result, ARMS[arm].method, ratio) for result, arm in ((ours, OURS), (rule, RIVAL))]
-        right = " and ".join(percent(row).split()[0] for row in rows)
-        return f"{right} % ({paired_points([ours], cells[0], rule, cells[1])})"
-
-    fixed = study.further_name(OURS), study.further_name(RIVAL)
-    text = f"At {fewest:.0%} (15 of 144 tokens, first seed alone) teacher and rule answer {pair(fixed, fewest)}"
-    elastic = [study.run_name(arm, study.scale.seeds[0]) for arm in ("teacher-elastic-even", "evs-elastic-even")]
-    if all(results.get(name) for name in elastic):
-        names = elastic[0], elastic[1]
-        text += "; fine-tuned at 0.1 to 0.5 for 209 steps each, " + ", ".join(
-            f"{pair(names, ratio)} at {ratio:.0%}" for ratio in (*study.scale.ratios, fewest)
-        )
-    return [f"{text}."]
+def _in_pairs(study: ArmsStudy, results: Results, arms: tuple[str, str], words: str) -> list[str]:
+    """What the teacher and the rule answer at every ratio at which both were compared, as means of their seeds, and
+    their paired difference, by seed."""
+    told = []
+    for ratio in study.scale.further:
+        rows = [_rows(study, results, arm, ratio) for arm in arms]
+        if all(rows):
+            means = (spread(found).split()[0] for found in rows)
+            told.append(f"{' and '.join(means)} % at {ratio:.0%} ({_minus(study, results, *arms, ratio)})")
+    return [f"{words} the teacher and the rule `{ARMS[RIVAL].method}` answer {', '.join(told)}."] if told else []
 
 
 def _share(rows: Iterable[Row | None], name: str) -> str:

@@ -16,25 +16,25 @@ from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Row
 from stts.files import write_whole
 
-_ELASTIC = {
-    "evs-elastic": "evs, fine-tuned at 0.1 to 0.5",
-    "teacher-elastic": "teacher, fine-tuned at 0.1 to 0.5",
-    "evs-elastic-even": "evs, at 0.1 to 0.5, 209 steps",
-    "teacher-elastic-even": "teacher, at 0.1 to 0.5, 209 steps",
+_FURTHER = {
+    "evs-longer": f"evs, 480 steps at {TRAINED_AT:g}",
+    "teacher-longer": f"teacher, 480 steps at {TRAINED_AT:g}",
+    "evs-elastic": "evs, 160 steps at 0.1 to 0.5",
+    "teacher-elastic": "teacher, 160 steps at 0.1 to 0.5",
+    "evs-elastic-even": "evs, 209 steps at 0.1 to 0.5",
+    "teacher-elastic-even": "teacher, 209 steps at 0.1 to 0.5",
 }
 _MAIN = {
-    OURS: f"teacher, fine-tuned at {TRAINED_AT:g}",
-    RIVAL: f"evs, fine-tuned at {TRAINED_AT:g}",
+    OURS: f"teacher, 160 steps at {TRAINED_AT:g}",
+    RIVAL: f"evs, 160 steps at {TRAINED_AT:g}",
     FROZEN: "evs, frozen",
 }
 _STYLES: Mapping[str, Mapping[str, Any]] = {
     _MAIN[OURS]: {"color": "crimson", "marker": "o", "linewidth": 2.4, "zorder": 5},
     _MAIN[RIVAL]: {"color": "black", "marker": "s", "linewidth": 2.0},
     _MAIN[FROZEN]: {"color": "#888888", "marker": "^", "linewidth": 1.6},
-    _ELASTIC["teacher-elastic-even"]: {"color": "crimson", "marker": "o", "linestyle": "--", "fillstyle": "none"},
-    _ELASTIC["teacher-elastic"]: {"color": "crimson", "marker": ".", "linestyle": ":"},
-    _ELASTIC["evs-elastic-even"]: {"color": "black", "marker": "s", "linestyle": "--", "fillstyle": "none"},
-    _ELASTIC["evs-elastic"]: {"color": "black", "marker": ".", "linestyle": ":"},
+    _FURTHER["teacher-longer"]: {"color": "crimson", "marker": "o", "linestyle": "--", "fillstyle": "none"},
+    _FURTHER["evs-longer"]: {"color": "black", "marker": "s", "linestyle": "--", "fillstyle": "none"},
     "every token, frozen": {"color": "#1f77b4", "linestyle": ":", "linewidth": 1.6},
 }  # fmt: skip
 
@@ -65,15 +65,15 @@ def _by_ratio(study: ArmsStudy, results: Results) -> dict[str, dict[float, list[
             many = who != FROZEN and ratio in study.scale.ratios
             runs = [study.run_name(who, seed) for seed in study.seeds(who)] if many else [study.further_name(who)]
             lines[name][ratio] = rows(runs, method, ratio)
-    for arm, name in _ELASTIC.items():
+    for arm, name in _FURTHER.items():
         if arm in study.scale.arms:
-            run = [study.run_name(arm, study.scale.seeds[0])]
-            lines[name] = {ratio: rows(run, ARMS[arm].method, ratio) for ratio in study.scale.further}
+            runs = [study.run_name(arm, seed) for seed in study.seeds(arm)]
+            lines[name] = {ratio: rows(runs, ARMS[arm].method, ratio) for ratio in study.scale.further}
     return lines
 
 
 def retention_panels(study: ArmsStudy, results: Results) -> list[Panel]:
-    lines = {name: rows for name, rows in _by_ratio(study, results).items() if any(rows.values())}
+    lines = {name: rows for name, rows in _by_ratio(study, results).items() if name in _STYLES and any(rows.values())}
     ticks = [round(100 * ratio) for ratio in sorted(study.scale.further)]
 
     def points(attribute: str) -> dict[str, Seeds]:
@@ -103,9 +103,9 @@ def further_section(study: ArmsStudy, results: Results) -> Section:
     by_ratio = _by_ratio(study, results)
     rows = [[name, *(cell(by_ratio[name][ratio]) for ratio in study.scale.further)] for name in by_ratio]
     text = (
-        "Percent right / evidence kept / distractors kept. At the ratios of the table above the means of all seeds, "
-        "elsewhere and in elastic rows the first seed. At 0.103 every method keeps 15 of 144 tokens. `evs` is the best "
-        "frozen pruner at 0.25 and 0.15; at the other ratios it is the only one that was compared."
+        "Percent right / evidence kept / distractors kept. Means of all seeds at the ratios of the table above and in "
+        "rows of 209 and 480 steps, elsewhere the first seed. At 0.103 every method keeps 15 of 144 tokens. `evs` is "
+        "the best frozen pruner at 0.25 and 0.15; at the other ratios it is the only one that was compared."
     )
     steps = steps_of(study, "compare", lambda name: name.startswith("further"))
     return Section("At other ratios", text, as_table(["method", *map(str, study.scale.further)], rows), steps)
