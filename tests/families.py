@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from stts.data.shapes.clips import vocabulary
-from tests.models.families import qwen_tiny, test_internvl, test_molmo2
+from tests.models.families import molmo2_tiny, qwen_tiny, test_internvl
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "molmo2", "internvl")
 _QWEN = (
@@ -48,9 +48,9 @@ def write_family(family: str, folder: Path) -> Path:
     """Model, processor and tokenizer of the family's own classes, saved to `folder`."""
     folder.mkdir(parents=True)
     if family == "molmo2":
-        extra = [f"<{name}>" for name in test_molmo2.EXTRA.split()]
+        extra = [f"<{name}>" for name in molmo2_tiny.EXTRA.split()]
         tokenizer = _tokenizer(folder, ["<|im_start|>", "<|im_end|>"], extra)
-        return test_molmo2.write_molmo2(folder, tokenizer, _MOLMO2)
+        return molmo2_tiny.write_molmo2(folder, tokenizer, _MOLMO2)
     if family == "internvl":
         special = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
         return _write(folder, *test_internvl.make(tokenizer=_tokenizer(folder, special, []), template=_INTERNVL))

@@ -117,13 +117,15 @@ class RunConfig:
         self._check_questions()
 
     def _check_folders(self) -> None:
-        paths = {flag: getattr(self, flag, None) for flag in ("model", "baseline_model", "siglip")}
-        for flag, path in paths.items():
-            if isinstance(path, str):  # one folder, one name
-                path = path.rstrip("/") or path
-                object.__setattr__(self, flag, path)
-        paths |= {f"trained: {name}": folder for name, folder in getattr(self, "trained", {}).items()}
-        for flag, path in paths.items():
+        def one_name(path: Any) -> Any:
+            return path.rstrip("/") or path if isinstance(path, str) else path
+
+        paths = {flag: one_name(getattr(self, flag, None)) for flag in ("model", "baseline_model", "siglip")}
+        trained = {name: one_name(folder) for name, folder in getattr(self, "trained", {}).items()}
+        for flag, value in (paths | ({"trained": trained} if trained else {})).items():
+            if hasattr(self, flag):
+                object.__setattr__(self, flag, value)
+        for flag, path in (paths | {f"trained: {name}": folder for name, folder in trained.items()}).items():
             hub_id = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
             if path is not None and not Path(path).is_dir() and not hub_id:
                 raise ValueError(f"--{flag} {str(path)!r} is no folder; give a model folder or a hub id owner/name")

@@ -51,8 +51,9 @@ def similarity_to(x_ND: Tensor, other_N: Tensor, norm_N: Tensor | None = None) -
 
 def lengths(x_ND: Tensor) -> Tensor:
     """(N,) fp32 lengths of tokens, at least 1e-12, without gradient."""
-    norm_N: Tensor = torch.linalg.vector_norm(x_ND.detach(), dim=-1, dtype=torch.float32)
-    return norm_N.clamp_min(1e-12)
+    at_least_fp32 = torch.promote_types(x_ND.dtype, torch.float32)
+    norm_N: Tensor = torch.linalg.vector_norm(x_ND.detach(), dim=-1, dtype=at_least_fp32)
+    return norm_N.float().clamp_min_(1e-12)
 
 
 def row_dots(x_TPD: Tensor, y_TPD: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def test_a_slash_behind_the_model_changes_nothing(
     plain, slash = (kind(**{**same, "model": f"{tmp_path}/model{end}"}) for end in ("", "/"))
     assert plain == slash and plain.identity([]) == slash.identity([])
     assert kind(**{**same, "model": "owner/name/"}).model == "owner/name"
+    if hasattr(plain, "trained"):
+        assert kind(**{**same, "trained": {"mine": f"{tmp_path}/model/"}}).trained == {"mine": f"{tmp_path}/model"}
 
 
 def subtitled(root: Path) -> Path:

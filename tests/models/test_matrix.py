@@ -21,7 +21,7 @@ from stts.pruners.registry import PRUNERS
 from tests.conftest import TINY, answer_labels
 from tests.conftest import make_inputs as llava_inputs
 from tests.models.checkpoints import test_llava_video
-from tests.models.families import qwen_tiny, test_internvl, test_molmo2, test_qwen3_5
+from tests.models.families import molmo2_tiny, qwen_tiny, test_internvl, test_qwen3_5
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Inputs = Callable[[Any, str], dict[str, Any]]
@@ -64,8 +64,8 @@ FAMILIES: dict[str, tuple[Callable[[Path], tuple[Any, Any]], Inputs]] = {
         lambda processor, side: qwen_tiny.make_inputs(processor, ["v what ?", "- how ?", "iw is ?"], padding_side=side),
     ),
     "Molmo2": (
-        lambda folder: load_vlm(test_molmo2.write_molmo2(folder)),
-        lambda processor, side: test_molmo2.make_inputs(
+        lambda folder: load_vlm(molmo2_tiny.write_molmo2(folder)),
+        lambda processor, side: molmo2_tiny.make_inputs(
             processor, ["3 what ?", "- how ?", "5 is ?"], padding_side=side
         ),
     ),

@@ -25,8 +25,8 @@ from stts.models.checkpoints.shapes_vlm import write_small_vlm
 from stts.models.checkpoints.stts_release import ANCHOR, TO_OURS, read_reference, to_ours
 from tests.conftest import TINY, make_inputs
 from tests.golden.conftest import cases
+from tests.models.families import molmo2_tiny as molmo2
 from tests.models.families import qwen_tiny
-from tests.models.families import test_molmo2 as molmo2
 
 OURS = {"stts.json", "scorer.safetensors", "README.md"}
 STOCK = {

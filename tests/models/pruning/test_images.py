@@ -17,7 +17,7 @@ from stts.pruners.registry import PRUNERS
 from stts.tokens import Grid
 from tests.conftest import make_inputs as llava_inputs
 from tests.models.families import family_laws as laws
-from tests.models.families import qwen_tiny, test_internvl, test_molmo2
+from tests.models.families import molmo2_tiny, qwen_tiny, test_internvl
 from tests.models.pruning.test_llm_layers import masked_dense
 from tests.models.test_matrix import FAMILIES
 
@@ -142,7 +142,7 @@ def test_images_that_are_no_plain_grid_are_refused(tmp_path: Path) -> None:
     for family, row, why in (("LLaVA-OneVision", "i what ?", "an image in 3 tiles"), ("Molmo2", "i is ?", "Molmo2")):
         (tmp_path / family).mkdir()
         model, processor = FAMILIES[family][0](tmp_path / family)
-        make = llava_inputs if family != "Molmo2" else test_molmo2.make_inputs
+        make = llava_inputs if family != "Molmo2" else molmo2_tiny.make_inputs
         inputs = make(processor, [row])
         refused = pytest.raises(ValueError, match=f"images=True is not supported for {why}")
         with torch.no_grad(), stts.pruning(model, "uniform", images=True), refused:

@@ -12,14 +12,14 @@ from torch import Tensor
 import stts
 from stts.models.pruning.prompt import packed_samples, renumber
 from tests.conftest import make_inputs as llava_inputs
-from tests.models.families import qwen_tiny, test_molmo2
+from tests.models.families import molmo2_tiny, qwen_tiny
 from tests.models.test_matrix import FAMILIES
 
 Inputs = dict[str, Any]
 SAMPLES: dict[str, Callable[[Any], list[Inputs]]] = {
     "LLaVA-OneVision": lambda processor: [dict(llava_inputs(processor, [text])) for text in ("v what ?", "v is it ?")],
     "Qwen3-VL": lambda processor: [dict(qwen_tiny.make_inputs(processor, [text])) for text in ("v what ?", "w is ?")],
-    "Molmo2": lambda processor: [dict(test_molmo2.make_inputs(processor, [text])) for text in ("3 what ?", "5 is ?")],
+    "Molmo2": lambda processor: [dict(molmo2_tiny.make_inputs(processor, [text])) for text in ("3 what ?", "5 is ?")],
 }
 
 
