@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from .console import print_rank_zero
+from .console import print_from_handler
 from .frozen import frozen_dtype
 from .loggers import run_id_of, version_of
 
@@ -222,7 +222,7 @@ class Checkpoints(Checkpoint):
             pl_module.losses.stop_requested = True
             signal.signal(signal.SIGINT, self._before)  # once more ends the process at once
             if number == signal.SIGINT:
-                print_rank_zero("saving after this step; Ctrl-C again ends the run at once, without saving")
+                print_from_handler("saving after this step; Ctrl-C again ends the run at once, without saving")
 
         # In place of Lightning's handler, which starts a collective in the middle of whatever the rank is doing.
         for number in (signal.SIGTERM, signal.SIGINT):

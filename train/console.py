@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,6 +12,12 @@ from lightning.pytorch.utilities import rank_zero_only
 def print_rank_zero(text: str) -> None:
     """Print one line on rank 0, at once: a log that is read while the run goes on must not wait in a buffer."""
     print(text, flush=True)
+
+
+@rank_zero_only
+def print_from_handler(text: str) -> None:
+    """The same from a signal handler, which may come in the middle of a print: Python refuses one inside another."""
+    os.write(1, f"{text}\n".encode())
 
 
 def one_line(error: BaseException) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +19,7 @@ import stts_train.cli as cli
 from stts.cli import main
 from stts.models.checkpoints.load import load_vlm
 from stts.models.checkpoints.shapes_vlm import write_small_vlm
-from stts_train.checkpoints import Saved, choose, newest
+from stts_train.checkpoints import Checkpoints, Saved, choose, newest
 from stts_train.export import read_weights
 from stts_train.plan import GIB, make_plan
 from stts_train.plan_cli import read_run
@@ -267,3 +271,27 @@ def test_what_cannot_be_found_is_named(tmp_path: Path) -> None:
         choose("last", tmp_path, {})
     with pytest.raises(ValueError, match=r"no checkpoint at .*expected a folder such as"):
         Saved.read(tmp_path)
+
+
+def test_a_signal_in_the_middle_of_a_print_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python refuses to print while it prints."""
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, text: Any, /) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return len(text)
+
+    module = SimpleNamespace(losses=SimpleNamespace(stop_requested=False))
+    callback = Checkpoints(tmp_path, {}, 0, 1, None)
+    callback.on_train_start(cast(Any, SimpleNamespace(global_step=0)), module)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    try:
+        print("step 1", flush=True)
+    finally:
+        callback.teardown(cast(Any, None), cast(Any, None), "fit")
+    assert module.losses.stop_requested and "saving after this step" in capfd.readouterr().out
