@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a table: pretrained VLM -> fine-tune it with STTS, and with a rule -> compare with training-free.
 # Needs Python >= 3.11 with venv, and git; no GPU, no compiler, no DeepSpeed.
-# Takes 360 CPU seconds after the install, shared by two processes: by these 3 to 4 minutes on 2 idle cores.
+# Takes 2 to 4 minutes on 2 idle CPU cores after the install (docs/quickstart.md).
 # 2 GB of disk (a CUDA build of torch: 8 GB).
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
