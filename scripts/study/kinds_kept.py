@@ -10,6 +10,7 @@ at rest. `left` is where the rest of the places went: cells that show nothing.""
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stts.data.shapes.files import read_cells
+from stts.data.shapes.world import BACKGROUND, DISTRACTOR, FLASH, PAIR, RESTING
+from stts.eval.answering.kept_tokens import read_kept
 
 KINDS = ("resting", "flash", "pair", "distractor")
 
@@ -26,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="questions of ShapesQA, with the labels of their clips beside")
     parser.add_argument("comparisons", type=Path, nargs="+", help="folders that `stts compare --save_kept all` wrote")
     args = parser.parse_args(argv)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from stts.data.shapes.files import read_cells
-
     label_TYX = read_cells(args.data)
     head = ["method", *(f"{kind} cells" for kind in KINDS), "flash things", "pair things", "resting things", "left"]
     print(f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |")
@@ -43,11 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def kept_by_kind(folder: Path, labels: dict[str, NDArray[np.uint8]]) -> Iterator[tuple[str, dict[str, list[int]]]]:
     """Cell of the comparison, and by name how many were kept, and how many there are."""
-    import json
-
-    from stts.data.shapes.world import BACKGROUND, DISTRACTOR, FLASH, PAIR, RESTING
-    from stts.eval.answering.kept_tokens import read_kept
-
     numbers = {"resting": RESTING, "flash": FLASH, "pair": PAIR, "distractor": DISTRACTOR, "background": BACKGROUND}
     records = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["records"]
     video_of = {record["uid"]: record["video"] for record in records}
