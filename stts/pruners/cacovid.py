@@ -1,6 +1,7 @@
 """CaCoVID: a policy of one transformer layer before the LLM, taught by the reward of answers (arXiv 2602.01649).
 
-Shape suffixes beside those of `stts.tokens`: V = videos, L = words and tokens of a prompt, H = heads, Q = samples.
+Shape suffixes beside those of `stts.tokens`: V = videos, L = words and tokens of a prompt, H = heads, Q = samples,
+F = samples of frames, P = places of a frame, G = groups of places of similar rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from stts.pruners import ops
 from stts.pruners.base import HostInfo, Newlines, Positions, Stage, check_counts, check_finite
+from stts.pruners.density import density_peaks_of
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 KEEP = 1
@@ -36,7 +38,7 @@ class CaCoVID(nn.Module):
     video, does not reach them. "full" is what the paper means; it is refused in training, where the answer stands
     behind the question, and sees the answer in teacher-forced validation. The layer costs about one layer of dense
     prefill, which `flops` counts. A policy without released weights is random: its reinforcement loop is not here, only
-    its loss (`policy_loss`); fine-tuning leaves it as it is.
+    its samples and its loss (`policy_loss`); fine-tuning leaves it as it is.
 
     **Differs:** counts of frames by largest remainder between 1 and a cap; the release gives what is left to the frames
     with the fewest tokens, past the cap (compat="official"). Equal frame scores are shared out evenly (NaN there).
@@ -258,6 +260,96 @@ def _head(dim: int) -> nn.Sequential:
     for wide, narrow in pairwise(sizes):
         layers += [nn.Linear(wide, narrow), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+# --- its samples: what the loss compares ---------------------------------------------------------------------------
+
+
+def token_samples(
+    token_N2: Tensor, grid: Grid, rate: float, number: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """bool (number, N): tokens that each sample keeps, round(rate P) of the P places of every frame.
+
+    The first holds the best of each frame. The others draw, frame by frame, one of the groups of similar rank
+    (`group_odds`) and inside it without replacement, where no odds are above twice or below half of the mean.
+    token_N2: logits at the first step on this video. arXiv 2602.01649, `sample_token` of `compression_policy.py`."""
+    odds_TP, order_TP, group_P, odds_TG = group_odds(token_N2, grid, rate)
+    size, num_kept = grid.per_frame // odds_TG.shape[1], max(1, round(rate * grid.per_frame))
+    group_TQ = torch.multinomial(odds_TG, number, replacement=True, generator=generator)
+    inside_TQP = group_P == group_TQ[..., None]
+    odds_TQP = (odds_TP.gather(1, order_TP)[:, None] * inside_TQP).clamp_min(1e-12)
+    odds_TQP = (odds_TQP / odds_TQP.sum(-1, keepdim=True)).clamp(0.5 / size, 2 / size) * inside_TQP
+    rank_TQK = torch.multinomial(odds_TQP.flatten(0, 1), num_kept, generator=generator).view(grid.t, number, num_kept)
+    rank_TQK[:, 0] = torch.arange(num_kept, device=rank_TQK.device)
+    place_TQK = order_TP[:, None].expand(-1, number, -1).gather(2, rank_TQK)
+    kept_TQP = torch.zeros_like(inside_TQP).scatter_(2, place_TQK, True)
+    return kept_TQP.transpose(0, 1).flatten(1)
+
+
+def group_odds(token_N2: Tensor, grid: Grid, rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Odds of the places of a frame (T, P); places by falling odds (T, P); the group of each rank (P,); odds of groups.
+
+    There are G = int(1 / rate / 2) groups (fewer where they would not hold a sample), the first ones longer by one
+    where P is no multiple; the odds of a group are the sum of its places', capped at 2/G (between 0.1 and 0.9)."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate={rate} is not in (0, 1]; give the share of the places that a sample keeps")
+    num_kept = max(1, round(rate * grid.per_frame))
+    num_groups = max(1, min(int(1 / rate / 2), grid.per_frame // num_kept))
+    odds_TP = (token_N2[:, KEEP] - token_N2[:, 1 - KEEP]).float().view(grid.t, -1).softmax(1)
+    order_TP = odds_TP.sort(dim=1, descending=True, stable=True).indices
+    length, longer = divmod(grid.per_frame, num_groups)
+    sizes = torch.tensor([length + (group < longer) for group in range(num_groups)], device=odds_TP.device)
+    group_P = torch.arange(num_groups, device=odds_TP.device).repeat_interleave(sizes)
+    odds_TG = odds_TP.new_zeros(grid.t, num_groups).index_add_(1, group_P, odds_TP.gather(1, order_TP))
+    most = max(min(2 / num_groups, 0.9), 0.1) if num_groups > 1 else 1.0
+    return odds_TP, order_TP, group_P, capped(odds_TG, most)
+
+
+def frame_samples(
+    frame_T2: Tensor, number: int, *, share: float = 0.25, generator: torch.Generator | None = None,
+    compat: Literal["official"] | None = None,
+) -> Tensor:  # fmt: skip
+    """bool (number, T): frames that each sample keeps, ceil(share T); the first holds the best.
+
+    Inside them the tokens are the `centres` of the frames kept. **Differs:** `frame_odds`."""
+    odds_FT = frame_odds(frame_T2, number, compat)
+    num_kept = math.ceil(share * odds_FT.shape[1])
+    frame_FK = torch.multinomial(odds_FT, num_kept, generator=generator)
+    frame_FK[0] = ops.top(frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP], num_kept)
+    return torch.zeros_like(odds_FT, dtype=torch.bool).scatter_(1, frame_FK, True)
+
+
+def frame_odds(frame_T2: Tensor, number: int, compat: Literal["official"] | None = None) -> Tensor:
+    """(number, T) odds of frames, capped at 3/T, a row for every sample.
+
+    **Differs:** the release takes floor and cap over all rows together, so no frame is capped and none of few samples
+    has other odds than the rest (compat="official"); here a row is capped alone."""
+    odds_FT = (frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP]).float().softmax(0).expand(number, -1)
+    if compat == "official":
+        odds_FT = odds_FT.clamp_min(1 / number**2)
+        return odds_FT / odds_FT.sum()
+    return capped(odds_FT, 3 / odds_FT.shape[1])
+
+
+def capped(odds_BM: Tensor, most: float) -> Tensor:
+    """Odds of each row: at least 1/M^2, scaled to sum to 1, and at most `most`; the others take the excess."""
+    num = odds_BM.shape[1]
+    odds_BM = odds_BM.clamp_min(1 / num**2)
+    odds_BM, full_BM = odds_BM / odds_BM.sum(1, keepdim=True), torch.zeros_like(odds_BM, dtype=torch.bool)
+    if most * num <= 1:
+        return torch.full_like(odds_BM, 1 / num)
+    for _ in range(math.ceil(1 / most)):  # each time at least one more is full, and 1 / most are the whole
+        full_BM = full_BM | (odds_BM > most)
+        free_BM = odds_BM.masked_fill(full_BM, 0)
+        rest_B1 = 1 - most * full_BM.sum(1, keepdim=True)
+        odds_BM = torch.where(full_BM, most, free_BM * rest_B1 / free_BM.sum(1, keepdim=True).clamp_min(1e-12))
+    return odds_BM
+
+
+def centres(x_BND: Tensor, num_kept: int) -> Tensor:
+    """bool (B, N): the density peaks of points, as a sample by content keeps of each frame, blind to the policy."""
+    score_BN = density_peaks_of(x_BND / x_BND.shape[-1] ** 0.5, 4, count_self=True)
+    return torch.zeros_like(score_BN, dtype=torch.bool).scatter_(1, ops.top(score_BN, num_kept), True)
 
 
 # --- its loss ------------------------------------------------------------------------------------------------------

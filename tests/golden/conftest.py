@@ -2,12 +2,11 @@
 
 Cases lie in `<folder>/<method>/*.safetensors`; the folder is STTS_GOLDEN_DIR or `data/` here, the method is named like
 its file in `stts/pruners/`. `tests/golden/test_<method>.py` reads them through `cases(method)`. A file or tensor that
-no test read fails the run, unless `NOT_READ` says why; folders of methods that do not exist yet are only listed.
+no test read fails the run; folders of methods that do not exist yet are only listed.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 from pathlib import Path
@@ -20,12 +19,6 @@ from torch import Tensor
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("STTS_GOLDEN_DIR", HERE / "data"))
 PRUNERS = HERE.parents[1] / "stts" / "pruners"
-
-NOT_READ: dict[tuple[str, str, str], str] = {
-    ("cacovid", "*", "*mode_*"): "a head of the release that nothing uses",
-    ("cacovid", "*", "sampler.*"): "samples of its reinforcement loop, which is not offered",
-}
-"""(method, file pattern, tensor pattern) -> why no test reads it."""
 
 NO_TENSORS = "(not a safetensors file)"
 _read: dict[Path, set[str]] = {}
@@ -117,17 +110,11 @@ def _unread(folder: Path) -> list[str]:
         if path.name == "README.md":
             continue
         names = set(Case(path)._names) if path.suffix == ".safetensors" else {NO_TENSORS}
-        for name in sorted(names - _read.get(path, set())):
-            if not any(
-                m == folder.name and fnmatch.fnmatch(path.stem, f) and fnmatch.fnmatch(name, t) for m, f, t in NOT_READ
-            ):
-                lines.append(f"{folder.name}/{path.name}: {name}")
+        lines.extend(f"{folder.name}/{path.name}: {name}" for name in sorted(names - _read.get(path, set())))
     return lines
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for (method, file, tensor), reason in NOT_READ.items():
-        _report.append(f"known: {method}/{file}: {tensor} ({reason})")
     if _report:
         terminalreporter.section("golden vectors")
         for line in _report:

@@ -1,4 +1,4 @@
-"""CaCoVID against vectors of the release: logits both ways, the choice through the stage, the loss and its gradient.
+"""CaCoVID against vectors of the release: logits, the choice through the stage, odds of samples, loss and gradient.
 
 Indices are exact, logits to 1e-5 of their range, losses to 1e-5, gradients to 2e-3 of their size.
 """
@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners.cacovid import CaCoVID, advantages, policy_loss
+from stts.pruners.cacovid import CaCoVID, advantages, centres, frame_odds, group_odds, policy_loss
 from stts.tokens import Budget, Grid, VideoTokens, Words
 from tests.golden.conftest import Case, cases
 
@@ -69,6 +70,44 @@ def test_logits_and_choice_are_those_of_the_release(case: Case, attention: Liter
         assert len(planned.index_K) == len(kept.index_K)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_words_leave_the_layer_as_in_the_release(case: Case) -> None:
+    # By the release's third head, which reads the mean of the words; ours leaves it out, as nothing uses it.
+    x_LD, mask_L = case["inputs_embeds"], case["video_mask"].bool()
+    real_1L = torch.ones(1, len(x_LD), dtype=torch.bool)
+    with torch.no_grad():
+        [h_LD] = stage_of(case).compression_policy.layers[0](x_LD[None], real_1L)
+    mean_D = h_LD[~mask_L].mean(0)
+    near(100 * mode_head(case, mean_D), case["mode_logits"], 1e-3)
+
+
+def mode_head(case: Case, x_D: Tensor) -> Tensor:
+    for number in (0, 2, 4, 6, 8):
+        name = f"{PREFIX}mode_selection.{number}."
+        x_D = F.linear(x_D if number == 0 else F.silu(x_D), case[f"{name}weight"], case[f"{name}bias"])
+    return x_D
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=str)
+def test_odds_of_samples_are_those_of_the_release(case: Case) -> None:
+    grid, number = Grid(*case["grid"].tolist()), case.meta["modes"]["frame"]
+    odds_TP, order_TP, group_P, odds_TG = group_odds(case["iter0.token_logits"], grid, case.meta["rate"])
+    near(odds_TP, case["sampler.token_prob"], 1e-6)
+    sums_G = [float(odds_TP[0, order_TP[0, group_P == group]].sum()) for group in range(case.meta["num_group"])]
+    near(torch.tensor(sums_G), case["sampler.group_prob_frame0"], 1e-6)
+    near(odds_TG[0], case["sampler.group_prob_frame0_clipped"], 1e-6)
+    assert odds_TG.max() <= case.meta["max_prob"] + 1e-6
+    frame_T2 = case["iter0.frame_logits"]
+    odds_T = (frame_T2[:, 1] - frame_T2[:, 0]).softmax(0)
+    near(odds_T, case["sampler.frame_prob"], 1e-6)
+    for row_T in frame_odds(frame_T2, number, compat="official"):
+        near(row_T, case["sampler.frame_prob_clipped"], 1e-6)
+    near(frame_odds(frame_T2, number)[0], odds_T, 1e-6)  # none is above 3/T or below 1/T^2: nothing is to be capped
+    x_TPD = case["inputs_embeds"][case["video_mask"].bool()].unflatten(0, (grid.t, -1))
+    kept_TP = centres(x_TPD, round(case.meta["rate"] * grid.per_frame))
+    assert torch.equal(kept_TP.flatten(), case["sampler.content_no_noise"].bool())
+
+
 @pytest.mark.parametrize("case", TRAINING, ids=str)
 def test_the_loss_and_its_gradient_are_those_of_the_release(case: Case) -> None:
     modes = case.meta["modes"]
@@ -102,6 +141,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_release(case: Case) -> None:
         near(token_loss, case[f"{name}token_loss"], 1e-5)
         near(frame_loss, case[f"{name}frame_loss"], 1e-5)
         near(token_loss + frame_loss, case[f"{name}loss"], 1e-5)
+        # The third head has a loss, huge at the second step as its logits are; it is no part of the sum above.
+        mode_loss = float(case[f"{name}mode_loss_unused"])
+        assert abs(mode_loss) < 1e-6 if step == 0 else mode_loss > 1e5
+    ours = {name.removeprefix(PREFIX) for name in stage.state_dict()}
+    theirs = set(case.group("compression_policy"))
+    assert theirs - ours == {f"mode_selection.{n}.{kind}" for n in (0, 2, 4, 6, 8) for kind in ("weight", "bias")}
+    assert ours <= theirs
     (token_loss + frame_loss).backward()
     for ours, parameter in stage.named_parameters():
         expected = case[f"grad.{ours}"]

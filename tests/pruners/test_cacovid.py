@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stts.pruners.cacovid import CaCoVID, advantages, policy_loss
+from stts.pruners.cacovid import CaCoVID, advantages, capped, frame_odds, frame_samples, policy_loss, token_samples
 from stts.pruners.check import HOST, example_video
 from stts.tokens import Budget, Grid, Words
 
@@ -93,3 +93,40 @@ def test_the_host_sizes_it() -> None:
         stage_of(attention="both")
     with pytest.raises(ValueError, match="'words' signal"):
         stage([replace(example_video(stage, Grid(2, 2, 2)), words=None)], [Budget(4, 0.5)])
+
+
+def test_odds_above_the_cap_are_shared_out_among_the_others() -> None:
+    odds_BM = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    torch.testing.assert_close(capped(odds_BM, 0.4), torch.tensor([[0.4, 0.3, 0.15, 0.15], [0.25] * 4]))
+    # The excess of the first takes the second over the cap too.
+    torch.testing.assert_close(capped(torch.tensor([[0.6, 0.3, 0.1]]), 0.4), torch.tensor([[0.4, 0.4, 0.2]]))
+    torch.testing.assert_close(capped(torch.tensor([[1.0, 0.0]]), 0.5), torch.tensor([[0.5, 0.5]]))
+
+
+def test_samples_of_tokens_draw_within_one_group_of_ranks() -> None:
+    grid, rate = Grid(3, 4, 5), 0.1  # two tokens a frame, five groups of four ranks
+    score_N = torch.arange(60.0).view(3, 20).flip(1).flatten() / 20
+    logits_N2 = torch.stack([torch.zeros(60), score_N], 1)
+    kept_QN = token_samples(logits_N2, grid, rate, 400, generator=torch.Generator().manual_seed(0))
+    kept_QTP = kept_QN.view(400, 3, 20)
+    assert (kept_QTP.sum(-1) == 2).all()
+    assert kept_QTP[0].nonzero()[:, 1].tolist() == [0, 1] * 3, "the first sample holds the best"
+    per_group_QTG = kept_QTP.view(400, 3, 5, 4).sum(-1)  # ranks are places here
+    assert set(per_group_QTG.unique().tolist()) == {0, 2}
+    share_G = per_group_QTG.float().mean((0, 1)) / 2
+    odds_G = score_N[:20].softmax(0).view(5, 4).sum(1)
+    torch.testing.assert_close(share_G, odds_G, atol=0.05, rtol=0)
+    again_QN = token_samples(logits_N2, grid, rate, 400, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kept_QN, again_QN)
+    assert token_samples(logits_N2, grid, 0.01, 2).view(2, 3, 20).sum(-1).eq(1).all(), "at least one token a frame"
+    with pytest.raises(ValueError, match=r"rate=1.5 is not in \(0, 1\]"):
+        token_samples(logits_N2, grid, 1.5, 2)
+
+
+def test_samples_of_frames_and_the_cap_that_the_release_misses() -> None:
+    frame_T2 = torch.stack([torch.zeros(8), torch.tensor([0.0, 9.0, 0, 0, 0, 1.0, 0, 0])], 1)
+    kept_FT = frame_samples(frame_T2, 50, generator=torch.Generator().manual_seed(0))
+    assert (kept_FT.sum(1) == 2).all() and kept_FT[0].nonzero()[:, 0].tolist() == [1, 5]
+    odds_T = frame_odds(frame_T2, 50)[0]
+    assert float(odds_T[1]) == pytest.approx(3 / 8) and float(odds_T.sum()) == pytest.approx(1)
+    assert frame_odds(frame_T2, 50, compat="official")[0, 1] * 50 > 0.9
