@@ -5,7 +5,7 @@
 
 Runs in float32 on the CPU, in bfloat16 on CUDA where there is one. The video has scenes, static places and moving ones.
 Times are the least of all rounds after a warm-up, as other work on a machine only lengthens them; ours and the authors'
-way (`rival_pruners.py`: their loops over frames and windows, their matrices of all pairs) take turns, the plain loops
+way (`rival_*.py`: their loops over frames and windows, their matrices of all pairs) take turns, the plain loops
 (`stts/pruners/naive/`) run once, with `--loops`. `peak` is the most memory that torch holds at any moment beyond the
 input, over the bytes of the tokens. `launches` are operators that would start a kernel, `waits` the moments at which
 the host would wait for a GPU, both of one call (`counting.py`); copies of small tables to the device are not waits
@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import rival_learned
+import rival_mergers
+import rival_pruners
 import torch
 from counting import counted
 from measure import extra_mib, in_turns, machine, timed, where, write_json
 from measure import table as columns
-from rival_pruners import RIVALS
 
 import stts  # noqa: F401  (before torch's profiler pulls in torchvision)
 from stts.budget import plan
@@ -38,8 +40,11 @@ from stts.pruners.base import Stage
 from stts.pruners.check import example_video, map_tensors
 from stts.pruners.listing import EXAMPLE_HOST
 from stts.pruners.registry import PRUNERS, make_pruner
+from stts.pruners.stts import STTS
 from stts.tokens import Budget, Grid, Kept, Site, VideoTokens
 
+RIVALS = {**rival_pruners.RIVALS, **rival_mergers.RIVALS, **rival_learned.RIVALS}
+"""The authors' way by the class of a stage."""
 WHOLE_CLIP = ("divprune", "cdpruner")
 """Their loops compare every pair of tokens of a clip, one by one: hours at 6272 tokens, so they are left out there."""
 # The reference of HoliTom takes no threshold from a table.
@@ -88,7 +93,7 @@ def bench(
         return kept
 
     label = getattr(stage, "label", None)  # what must stand beside every number of the method
-    kind = type(stage).__name__ + (f" ({label})" if label else "")
+    kind = type(stage).__name__ + (f" ({label})" if label else "") + " in training" * getattr(stage, "training", False)
     kept = decide()
     rival = RIVALS.get(type(stage).__name__)
     theirs: list[torch.Tensor] = []
@@ -172,15 +177,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             kinds: set[type[Stage]] = set()
             for stage in make_pruner(name, host, **OPTIONS.get(name, {})).stages:
                 if isinstance(stage, torch.nn.Module):
-                    stage.to(device).eval()
+                    stage.to(device)
                 # Stages that another pruner shares, or that differ in the layer only (AdaTP), are timed once.
                 if stage in seen or type(stage) in kinds:
                     continue
                 kinds.add(type(stage))
                 seen.append(stage)
-                rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats, args.loops))
-                print(f"{name}: {rows[-1].ms:.1f} ms", file=sys.stderr)
-                write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})  # some rows take minutes
+                for training in (False, True)[: 1 + (type(stage) is STTS)]:  # with its temporal loss too
+                    if isinstance(stage, torch.nn.Module):
+                        stage.train(training)
+                    rows.append(bench(name, stage, grid, width, args.retention_ratio, device, args.repeats, args.loops))
+                    print(f"{name}: {rows[-1].ms:.1f} ms", file=sys.stderr)
+                    write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})  # some rows take minutes
     print(f"{grid.t} frames of {grid.h}x{grid.w} tokens, width {width}, {where(device)}, torch {torch.__version__}\n")
     print(table(rows))
     return 0

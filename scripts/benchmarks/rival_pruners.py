@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners.st_rope import sections
-from stts.tokens import Budget, VideoTokens
+from stts.tokens import Budget, SinkPenalty, VideoTokens
 
 Rival = Callable[[VideoTokens, Budget, Any], Tensor]
 
@@ -26,8 +26,10 @@ def frames_of(video: VideoTokens) -> Tensor:
 
 
 def salience_of(video: VideoTokens) -> Tensor:
+    """Attention, less that of sinks where SToP asks for it."""
     assert video.salience_G is not None
-    return video.salience_G.float().view(video.grid.t, -1)
+    attention_TP = video.salience_G.float().view(video.grid.t, -1)
+    return attention_TP if video.sink is None else attention_TP - video.sink.salience * video.sink.penalty_P
 
 
 def density_scores(distance_MM: Tensor, num_neighbours: int, skip: int = 0) -> Tensor:
@@ -68,7 +70,7 @@ def visionzip(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     x_TPD, attention_TP = frames_of(video), salience_of(video)
     assert video.keys_GD is not None
     keys_TPC = F.normalize(video.keys_GD.float(), dim=-1).view(*x_TPD.shape[:2], -1)
-    num_kept = round(budget.num_kept / video.grid.t)
+    num_kept = sum(stage._counts(video.grid.per_frame, budget.retention_ratio))  # the release's table
     num_top = num_kept * 54 // 64
     top_TK = attention_TP.topk(num_top, dim=1).indices
     rest_TP = torch.ones_like(attention_TP, dtype=torch.bool).scatter_(1, top_TK, False)
@@ -76,23 +78,46 @@ def visionzip(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     place_TL = torch.arange(video.grid.per_frame).expand_as(rest_TP)[rest_TP].view(video.grid.t, left)
     x_TLD, key_TLC = x_TPD[rest_TP].view(video.grid.t, left, -1), keys_TPC[rest_TP].view(video.grid.t, left, -1)
     step = max(1, left // (num_kept - num_top))
-    slot_C = torch.arange(0, left, step)[: num_kept - num_top]
-    other = torch.ones(left, dtype=torch.bool).index_fill_(0, slot_C, False)
-    similarity = key_TLC[:, other] @ key_TLC[:, slot_C].transpose(1, 2)
+    slot_TC = torch.arange(0, left, step)[: num_kept - num_top].repeat(video.grid.t, 1)
+    if video.sink is not None:
+        slot_TC = off_sinks(slot_TC, place_TL, video.sink)
+    other_TL = torch.ones(video.grid.t, left, dtype=torch.bool).scatter_(1, slot_TC, False)
+    frame_T1 = torch.arange(video.grid.t)[:, None]
+    similarity = key_TLC[other_TL].view(video.grid.t, -1, key_TLC.shape[2]) @ key_TLC[frame_T1, slot_TC].transpose(1, 2)
     one_hot = torch.zeros_like(similarity).scatter_(2, similarity.argmax(2, keepdim=True), 1)
-    mean = one_hot.transpose(1, 2) @ x_TLD[:, other] / one_hot.sum(1).clamp_min(1)[..., None]
-    _ = torch.cat([x_TPD.gather(1, top_TK[..., None].expand(-1, -1, x_TPD.shape[2])), x_TLD[:, slot_C] + mean], 1)
-    place_TK = torch.cat([top_TK, place_TL[:, slot_C]], 1)
+    others = x_TLD[other_TL].view(video.grid.t, -1, x_TLD.shape[2])
+    mean = one_hot.transpose(1, 2) @ others / one_hot.sum(1).clamp_min(1)[..., None]
+    top_TKD = x_TPD.gather(1, top_TK[..., None].expand(-1, -1, x_TPD.shape[2]))
+    _ = torch.cat([top_TKD, x_TLD[frame_T1, slot_TC] + mean], 1)
+    place_TK = torch.cat([top_TK, place_TL.gather(1, slot_TC)], 1)
     return (place_TK + video.grid.per_frame * torch.arange(video.grid.t)[:, None]).flatten().sort().values
+
+
+def off_sinks(slot_TC: Tensor, place_TL: Tensor, sink: SinkPenalty) -> Tensor:
+    """Slots moved to the right one by one, off the places of the worst sinks and off one another (SToP)."""
+    worst, last = set(sink.penalty_P.topk(sink.num_slots).indices.tolist()), place_TL.shape[1] - 1
+    moved = []
+    for slots, place in zip(slot_TC.tolist(), place_TL.tolist(), strict=True):
+        row: list[int] = []
+        for number, slot in enumerate(slots):
+            while slot < last and place[slot] in worst:
+                slot += 1
+            row.append(min(max(slot, row[-1] + 1 if row else 0), last + 1 - len(slots) + number))
+        moved.append(row)
+    return torch.tensor(moved)
 
 
 def holitom(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     x_TPD, attention_TP = frames_of(video), salience_of(video)
     unit_TPD = F.normalize(x_TPD, dim=-1)
-    static_TP = (unit_TPD[1:] * unit_TPD[:-1]).sum(-1) > 0.8
+    similarity_TP = (unit_TPD[1:] * unit_TPD[:-1]).sum(-1)
+    static_TP, sink_P, weight = similarity_TP > 0.8, torch.zeros(video.grid.per_frame), 0.0
     cut = windows(static_TP)
     ratio = min(1.0, budget.retention_ratio / (1 - saved(static_TP, cut) / video.num_groups))
     kept, per_frame = [], video.grid.per_frame
+    if video.sink is not None:
+        sink_P, weight = video.sink.penalty_P, video.sink.density
+        static_TP = similarity_TP + video.sink.temporal * sink_P > 0.8
     for start, end in cut:
         still_P = static_TP[start : end - 1].all(0) if end - start > 1 else torch.zeros(per_frame, dtype=torch.bool)
         moving = (~still_P).nonzero()[:, 0]
@@ -103,7 +128,8 @@ def holitom(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
         if num_centres := round(int(still_P.sum()) * ratio):
             y_AD = x_TPD[start:end].mean(0)[still_P]
             distance = torch.cdist(y_AD, y_AD) / math.sqrt(y_AD.shape[1])
-            centre_C = density_scores(distance, min(7, num_centres)).topk(num_centres).indices.sort().values
+            score_A = density_scores(distance, min(7, num_centres)) - weight * sink_P[still_P]
+            centre_C = score_A.topk(num_centres).indices.sort().values
             nearest = distance[:, centre_C].argmin(1)
             for number, centre in enumerate(centre_C.tolist()):
                 members = y_AD[nearest == number]
@@ -195,9 +221,14 @@ def fastvid(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     x_TLD = x_TPD[rest_TP].view(len(x_TPD), left, -1)
     distance = torch.cdist(x_TLD, x_TLD) / math.sqrt(x_TLD.shape[-1])
     score_TL = torch.stack([density_scores(frame, 4) for frame in distance])
+    if video.sink is not None:
+        sink_TL = video.sink.density * video.sink.penalty_P[place_TL]
+        score_TL -= sink_TL
     kept = [(top_TK + per_frame * torch.arange(len(x_TPD))[:, None]).flatten()]
     for start, end in zip([0, *(cut + 1 for cut in cuts)], [*(cut + 1 for cut in cuts), len(x_TPD)], strict=True):
         pool = x_TLD[start:end].flatten(0, 1)
+        if video.sink is not None and end - start > 1:
+            score_TL[start:end] -= sink_TL[start:end]  # once more, as released
         anchor_frames = list(range(end - 1, start - 1, -4))
         for t in anchor_frames:
             centre_C = score_TL[t].topk(num_context * (end - start) // len(anchor_frames)).indices
@@ -325,6 +356,15 @@ def fastv(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     return video.salience_G.topk(budget.num_kept).indices.sort().values
 
 
+def prunevid_inner(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
+    assert video.salience_G is not None
+    frame_G, kept = video.cell_G // video.grid.per_frame, []
+    for t in range(video.grid.t):
+        member = (frame_G == t).nonzero()[:, 0]
+        kept.append(member[video.salience_G[member].topk(int(stage.share * len(member))).indices])
+    return torch.cat(kept).sort().values
+
+
 def dart(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     assert video.prompt is not None and video.keys_GD is not None
     hidden = torch.cat([video.x_ND, video.prompt.x_LD]).float()
@@ -348,5 +388,5 @@ def dart(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
 RIVALS: dict[str, Rival] = {
     "VisionZip": visionzip, "HoliTom": holitom, "Tango": tango, "FastVID": fastvid, "VidCom2": vidcom2, "EVS": evs,
     "DivPrune": divprune, "CDPruner": cdpruner, "DyCoke": dycoke, "VCAST": vcast, "FrameFusion": framefusion,
-    "FastV": fastv, "DART": dart,
+    "FastV": fastv, "FlashVIDInner": fastv, "PruneVidInner": prunevid_inner, "DART": dart,
 }  # fmt: skip
