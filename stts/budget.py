@@ -45,7 +45,9 @@ def plan(
     arXiv:2604.09547). Sites before the LLM shorten every layer; an `llm` site at layer K only layers K and later.
     With llm sites of fixed `share` the part before the LLM is solved: r_pre = min(1, L r / (sum of layer shares)); llm
     sites with `share=None` are solved for one common share; with a `floor`, the deepest of them fall away (share 1)
-    until at least that much is left behind the last, or one site remains.
+    until at least that much is left behind the last, or one site remains. Sites that close (`Site.closes`) are planned
+    as if the ratio were met before them; only the last of them, and stages behind it, get an exact budget, and `close`
+    gives each the count that follows from what there was until then.
 
     * `vit`: num_kept = max(P, N - trunc(N * removed)), P groups of one frame: the first frame is always kept, which
       for very small ratios lifts the count (never raises; `retention_measured` shows it).
@@ -60,14 +62,15 @@ def plan(
     budgets: list[list[Budget]] = []
     present = [grid.num_groups for grid in grids]
     solved = False
-    for site, share in zip(sites, shares, strict=True):
+    exact_from = max((number for number, site in enumerate(sites) if site.closes), default=0)
+    for order, (site, share) in enumerate(zip(sites, shares, strict=True)):
         row = []
         for video, grid in enumerate(grids):
             kept = _count(
                 site, share if site.kind == "llm" else (Decimal(1) if solved else first), present[video], grid
             )
-            own_ratio = float(share if site.kind == "llm" else (1 if solved else first))
-            row.append(Budget(kept, own_ratio, exact))
+            own_ratio = float(ratio if site.closes else share if site.kind == "llm" else (1 if solved else first))
+            row.append(Budget(kept, own_ratio, exact and order >= exact_from))
             present[video] = kept
         solved = solved or site.kind != "llm"
         budgets.append(row)
@@ -79,6 +82,17 @@ def adjust(budget: Budget, num_present: int) -> Budget:
     if not budget.exact:
         return replace(budget, num_kept=_rounded(Decimal(str(budget.retention_ratio)), num_present))
     return replace(budget, num_kept=min(budget.num_kept, num_present))
+
+
+def close(budget: Budget, seen: Sequence[int], num_groups: int, num_layers: int, num_present: int) -> Budget:
+    """The budget of a stage at a site that closes: what, kept to the end, gives the ratio meaned over the layers.
+
+    seen: groups in every LLM layer before the site; num_groups: of the video. All that is present where less than one
+    group too many would remain; at least one group, where the layers before have used up the ratio."""
+    total = Decimal(str(budget.retention_ratio)) * num_groups * num_layers - sum(seen)
+    left = total / (num_layers - len(seen))
+    count = num_present if left > num_present - 1 else max(1, int(left.quantize(Decimal(1), rounding=ROUND_HALF_EVEN)))
+    return replace(budget, num_kept=count)
 
 
 def _solve(sites: Sequence[Site], ratio: Decimal, num_layers: int) -> tuple[Decimal, list[Decimal]]:

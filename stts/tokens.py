@@ -109,6 +109,9 @@ class Site:
     """llm: fraction kept of what is present (HoliTom, Tango: 0.5); None: `budget.plan` solves one common share."""
     floor: float = 0.0
     """llm, share None: sites fall away from the deepest on until this much is left at the end (AdaTP: 0.03)."""
+    closes: bool = False
+    """llm, share 1: stages before this one keep as many as the data say, and this one may keep what then makes the
+    whole pruner cost the ratio (FrameFusion)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vit", "pre_llm", "llm"):
@@ -120,6 +123,11 @@ class Site:
                 raise ValueError(f"drop_after={self.drop_after} comes before the decision at block {self.layer}")
         if self.kind == "llm" and self.layer is None:
             raise ValueError("an llm site needs `layer`: tokens are dropped before this layer")
+        if self.closes and (self.kind != "llm" or self.share != 1):
+            raise ValueError(
+                f"closes=True at site {self.kind} with share={self.share}: expected kind 'llm' and share=1, as its "
+                "count follows from what earlier stages leave"
+            )
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must be in (0, 1]: the fraction kept of what is present")
 
@@ -166,6 +174,8 @@ class VideoTokens:
     """Seeds `random`; equal uids share one question."""
     sink: SinkPenalty | None = None
     """Set by SToP, read only inside ops."""
+    num_before: int | None = None
+    """Groups that were present before the stage in front of this one; None at the first stage."""
     norm_N: Tensor | None = None
     """fp32 lengths of the rows of `x_ND`, at least 1e-12; set by `PerVideo`, which looks at them for NaN."""
 

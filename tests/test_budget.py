@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stts.budget import check_ratio, from_removed, plan
-from stts.tokens import Grid, Site
+from stts.budget import check_ratio, close, from_removed, plan
+from stts.tokens import Budget, Grid, Site
 
 VIT, PRE = Site("vit", layer=3, drop_after=4), Site("pre_llm")
 
@@ -166,3 +166,19 @@ def test_a_count_is_never_empty_and_never_too_many(ratio, grid, site):
     least = grid.per_frame if site is VIT else 1
     assert least <= budget.num_kept <= grid.num_groups
     assert abs(budget.num_kept - ratio * grid.num_groups) < max(1.0, grid.per_frame if site is VIT else 0)
+
+
+def test_a_site_that_closes_keeps_what_the_layers_before_left_of_the_ratio() -> None:
+    sites = [PRE, Site("llm", layer=1, share=1.0, closes=True), Site("llm", layer=2, share=1.0, closes=True)]
+    [[first], [second], [last]] = plan(sites, 0.3, [Grid(1, 10, 10)], 8)
+    assert (first, second) == (Budget(30, 0.3, False), Budget(30, 0.3, False)), "the data say what they keep"
+    assert last == Budget(30, 0.3, True)
+    # 240 token layers in all; the first layer saw 80, so seven may see 160 / 7 = 22.9; a second of 50 leaves 110 / 6.
+    assert close(second, [80], 100, 8, 80).num_kept == 23
+    assert close(last, [80, 50], 100, 8, 50).num_kept == 18
+    assert close(last, [80, 23], 100, 8, 23).num_kept == 23, "less than one token too many: nothing is dropped"
+    assert close(last, [30, 30], 100, 8, 30).num_kept == 30
+    assert close(last, [100, 100], 100, 8, 100).num_kept == 7 and close(last, [240], 100, 8, 100).num_kept == 1
+    for wrong in ({"kind": "pre_llm"}, {"kind": "llm", "layer": 2, "share": 0.5}):
+        with pytest.raises(ValueError, match="closes=True"):
+            Site(**wrong, closes=True)  # type: ignore[arg-type]

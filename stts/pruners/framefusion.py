@@ -1,9 +1,10 @@
-"""FrameFusion: a token joins the one before it at its place where they are alike."""
+"""FrameFusion: a token joins the one before it at its place where they are alike; before the LLM, or as released."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
-from stts.tokens import Budget, Grid, Kept, VideoTokens
+from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions, Stage, keep_top
+from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 NO_PREDECESSOR = -2.0
 """Similarity of the first token of a place, below any cosine."""
@@ -24,9 +25,8 @@ class FrameFusion(PerVideo):
 
     Tokens of a place form a chain; every run of merged tokens is absorbed by the token before the run, which becomes
     the plain mean of all and keeps its position. arXiv:2501.01986, `framefusion/main.py` of thu-nics/FrameFusion. This
-    is its first merging, on the embeddings that enter LLM layer 0, and all there is of it before the LLM: the rest of
-    the release, merging again behind the attention of layers 0, 1, ... and one cut by attention, needs a stage between
-    attention and MLP and is found as loops only (`naive/framefusion.py`). So the whole budget falls to this merging.
+    is its first merging, on the embeddings that enter LLM layer 0, and here the whole budget falls to it; with the
+    calls inside the LLM that follow in the release it is `framefusion+inner`.
 
     * `budget.exact`: as where the release meets its budget at once, the most similar tokens are merged until num_kept
       are left. Below one token per place: evenly spaced ones of those (ours).
@@ -64,6 +64,108 @@ class FrameFusion(PerVideo):
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         return 5 * grid.num_groups * width  # one norm and one dot product per token, the means
+
+
+# --- inside the LLM ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameFusionInner:
+    """Merge tokens layer by layer, as many as are alike, then keep what the last prompt token attends to.
+
+    arXiv:2501.01986, `framefusion/main.py`: FrameFusion as released. A call merges every token with a cosine of
+    `threshold` to the one before it at its place. Calls go on, on the embeddings and then layer after layer, until one
+    merges less than `least` of what is there; the next one prunes. Every call knows how many tokens, kept to the end,
+    make the mean over the LLM's layers what was asked (rho of the release): where enough are alike, the most similar
+    are merged down to that number and nothing more happens. So the count of the calls, and of tokens in each layer
+    before the last call, depend on the video; the mean over all layers does not.
+
+    **Differs:** a call stands before layer k, where the release has it between attention and MLP of layer k - 1: it
+    reads the same attention, and merges hidden states that have one MLP more behind them, which makes its count of
+    layers exact. There is an end to the calls: the one before the last of `layers` prunes if none did before, and so
+    does one after which the ratio would be used up (an error there). Newlines are no candidates; the release merges
+    those of a row's end like a place. In shallow LLMs the last layer with a call is scaled."""
+
+    paper: ClassVar[str] = "2501.01986"
+
+    layers: tuple[int, ...] = tuple(range(1, 9))
+    """LLM layers before which a call stands, besides the one on the embeddings."""
+    num_layers: int = 28
+    """Of the LLM; the release counts 28 whatever it has."""
+    threshold: float = FrameFusion.threshold
+    least: float = 0.1
+    """Merging ends with the first call that merges less than this share of what is present."""
+
+    def __post_init__(self) -> None:
+        if list(self.layers) != sorted(set(self.layers)) or not all(0 < at < self.num_layers for at in self.layers):
+            raise ValueError(f"layers={self.layers} must be layers 1 to {self.num_layers - 1} of the LLM, increasing")
+
+    @classmethod
+    def for_host(cls, host: HostInfo, **options: Any) -> Self:
+        """The published threshold of this family; calls before layers 1 to 8 of 28 or more."""
+        last = host.llm_layer(8)
+        own = {"layers": tuple(cut for cut in host.cut_layers if cut <= last), "num_layers": host.llm_layers}
+        return cls(**{**own, "threshold": FrameFusion.for_host(host).threshold, **options})
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        edges = [0, *self.layers, self.num_layers]
+        return tuple(Call(layer=layer, until=until, method=self) for layer, until in pairwise(edges))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(PerVideo):
+    """One call of FrameFusion, before LLM layer `layer` (0: on the embeddings): it merges, or prunes as the last one.
+
+    `scores_G` is minus the similarity where it merges, the attention where it prunes."""
+
+    needs_time: ClassVar[str] = FrameFusion.needs_time
+    paper: ClassVar[str] = FrameFusion.paper
+    newlines: ClassVar[Newlines] = FrameFusion.newlines
+    positions: ClassVar[Positions] = "original"
+    count_known: ClassVar[bool] = False
+
+    layer: int
+    until: int
+    """The layer of the next call, or the number of layers."""
+    method: FrameFusionInner
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]  # a field decides, so it cannot be a class variable
+        return Site("llm", layer=self.layer, share=1.0, closes=True) if self.layer else Site("pre_llm")
+
+    @property
+    def signals(self) -> frozenset[Signal]:  # type: ignore[override]
+        return frozenset({"last_row"}) if self.layer else frozenset()
+
+    def prune(self, video: VideoTokens, budget: Budget) -> Kept:
+        """Decide for one video; one host synchronisation where it merges."""
+        present, before = video.num_groups, video.num_before
+        if before is None or 1 - present / before >= self.method.least:
+            place_N = video.cell_G % video.grid.per_frame
+            similarity_N = similarity_of(video, place_N)
+            merged_N = merge_most_similar(similarity_N, place_N, present - budget.num_kept)
+            merged_N &= similarity_N >= self.method.threshold
+            index_K, x_KD = merge_runs(video.x_ND, place_N, merged_N)
+            left = len(index_K)
+            if left == budget.num_kept or (not budget.exact and left <= self._most(budget.num_kept)):
+                return Kept(index_K=index_K, x_KD=x_KD.to(video.x_ND.dtype), scores_G=-similarity_N)
+        if not self.layer:  # there is no attention yet
+            return FrameFusion().prune(video, replace(budget, exact=True))
+        return keep_top(video, ops.need(video.salience_G, "last_row", video).detach().float(), budget.num_kept)
+
+    def _most(self, num_kept: int) -> int:
+        """Tokens that the layers up to the next call may see, so that at least one is left for those behind it.
+
+        num_kept: tokens which all layers from here on may see."""
+        to_come, here = self.method.num_layers - self.layer, self.until - self.layer
+        return (num_kept * to_come - (to_come - here)) // here
+
+    def flops(self, grid: Grid, width: int, num_kept: int) -> int:
+        return 5 * grid.num_groups * width
+
+
+# --- chains --------------------------------------------------------------------------------------------------------
 
 
 def similarity_of(video: VideoTokens, place_N: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ def pruner_lines() -> list[PrunerLine]:
 def _line(name: str) -> PrunerLine:
     pruner = make_pruner(name, EXAMPLE_HOST)
     stages, parts = pruner.stages, _parts(pruner)
+    before = [stage.newlines for stage in stages if stage.site.kind != "llm"]  # the last of them rules
     label = _joined(label for part in parts if (label := getattr(part, "label", None)))
     keeps = [_doc(part).partition("\n")[0] for part in parts]
     keeps[0] = f"{label}: " * (label != "-") + keeps[0]
@@ -68,7 +69,7 @@ def _line(name: str) -> PrunerLine:
         signals=_joined(sorted({signal for stage in stages for signal in stage.signals})),
         learned=any(isinstance(stage, nn.Module) for stage in stages),
         positions=_joined(stage.positions for stage in stages),
-        newlines=_joined(stage.newlines for stage in stages),
+        newlines=_joined(before[-1:] or (stage.newlines for stage in stages)),
         papers=tuple(dict.fromkeys(paper for part in parts if (paper := getattr(part, "paper", None)))),
         keeps=tuple(keeps),
         modules=tuple(dict.fromkeys(type(part).__module__ for part in parts)),

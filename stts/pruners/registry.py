@@ -20,7 +20,7 @@ from stts.pruners.evs import EVS
 from stts.pruners.fastv import FastV
 from stts.pruners.fastvid import FastVID
 from stts.pruners.flashvid import FlashVID, FlashVIDInner
-from stts.pruners.framefusion import FrameFusion
+from stts.pruners.framefusion import FrameFusion, FrameFusionInner
 from stts.pruners.holitom import HoliTom, HoliTomInner
 from stts.pruners.in_vit import Easy, Heuristic, RandomVit
 from stts.pruners.novelty import Novelty
@@ -95,6 +95,7 @@ PRUNERS: dict[str, Callable[..., Pruner]] = {  # called with the host and the op
     "dycoke": DyCoke.for_host,
     "vcast": VCAST.for_host,
     "framefusion": FrameFusion.for_host,
+    "framefusion+inner": FrameFusionInner.for_host,
     "flashvid": FlashVID.for_host,
     "flashvid+inner": _chain(FlashVID, FlashVIDInner),
     "stop-flashvid": _stop(SToP.for_flashvid, FlashVID),

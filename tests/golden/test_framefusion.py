@@ -1,11 +1,12 @@
-"""FrameFusion against vectors of the release: its first merging through the stage, every call through the loops."""
+"""FrameFusion against vectors of the release: its first merging, and every call, through stages and through loops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from stts.pruners.framefusion import FrameFusion, chain_similarity, merge_runs
+from stts.budget import close, plan
+from stts.pruners.framefusion import FrameFusion, FrameFusionInner, chain_similarity, merge_runs
 from stts.pruners.naive.framefusion import Release
 from stts.tokens import Budget, Grid, VideoTokens
 from tests.golden.conftest import Case, cases
@@ -68,3 +69,37 @@ def test_every_call_of_the_release(case: Case) -> None:
             torch.testing.assert_close(fast_KD, x_KD[rows], atol=1e-5, rtol=0)
         places = [places[n] for n in kept]
     assert release.pruning_done
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_call_through_its_stage(case: Case) -> None:
+    grid, prefix, _ = layout(case)
+    cost, num_layers = float(case.meta["cost"]), int(case.meta["num_layers"])
+    stages = FrameFusionInner(
+        num_layers=num_layers, threshold=float(case.meta["similarity_lower_bound"]),
+        least=float(case.meta["ratio_lower_bound"]),
+    ).stages  # fmt: skip
+    planned = plan([stage.site for stage in stages], cost, [grid], num_layers)
+    cell_G, seen, before = torch.arange(grid.num_groups), list[int](), None
+    for number, stage in enumerate(stages):
+        [budget], name, present = planned[number], f"call{number}.", len(cell_G)
+        budget = close(budget, seen, grid.num_groups, num_layers, present) if number else budget
+        if f"{name}kept" not in case:
+            assert budget.num_kept == present, "the account is closed: the stage is not asked again"
+            continue
+        rows = slice(prefix, prefix + present)
+        salience_G = case[f"{name}attn"][0, :, 0, rows].mean(0) if case[f"{name}is_prune"] else torch.rand(present)
+        video = VideoTokens(
+            x_ND=case[f"{name}hidden_in"][0, rows], grid=grid, cell_G=cell_G, salience_G=salience_G,
+            num_before=before,
+        )  # fmt: skip
+        [kept] = stage([video], [budget])
+        expected = case[f"{name}kept"]
+        inside = (expected >= rows.start) & (expected < rows.stop)
+        assert torch.equal(kept.index_K + prefix, expected[inside])
+        x_KD = video.x_ND[kept.index_K] if kept.x_KD is None else kept.x_KD
+        torch.testing.assert_close(x_KD, case[f"{name}hidden_out"][0, inside], atol=1e-5, rtol=0)
+        cell_G, before = cell_G[kept.index_K], present
+        seen.append(len(cell_G))
+    mean = (sum(seen) + len(cell_G) * (num_layers - len(seen))) / num_layers
+    assert abs(mean / grid.num_groups - cost) < 0.5 / grid.num_groups

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from stts.pruners.check import HOST, example_video
-from stts.pruners.framefusion import NO_PREDECESSOR, FrameFusion, chain_similarity, left_to_remove
+from stts.pruners.framefusion import (
+    NO_PREDECESSOR,
+    FrameFusion,
+    FrameFusionInner,
+    chain_similarity,
+    left_to_remove,
+)
 from stts.tokens import Budget, Grid, VideoTokens
 
 # Two places, three frames. Place 0 stays, then turns by 90 degrees; place 1 turns by 90 degrees, then stays.
@@ -53,3 +59,45 @@ def test_the_share_left_to_remove() -> None:
 def test_the_threshold_is_that_of_the_family() -> None:
     assert FrameFusion.for_host(HOST).threshold == 0.6
     assert FrameFusion.for_host(replace(HOST, mrope=True)).threshold == 0.5
+
+
+# --- inside the LLM: calls before layers 1, 2 and 4 of 10 -------------------------------------------------------------
+
+FIRST, SECOND, THIRD, LAST = FrameFusionInner(num_layers=10, layers=(1, 2, 4)).stages
+SEEN = torch.arange(6.0) / 15
+"""Attention: the later, the more."""
+
+
+def test_a_call_merges_what_is_alike_until_few_are_and_the_next_one_prunes() -> None:
+    [kept] = FIRST([TURNS], [Budget(3, 0.5)])
+    assert kept.index_K.tolist() == [0, 1, 3, 4], "two of six are alike, one less than the ratio asks for"
+    [kept] = FIRST([TURNS], [Budget(5, 0.9)])
+    assert kept.index_K.tolist() == [0, 1, 3, 4, 5], "enough are alike: the most similar one alone is merged"
+    for before, expected in ((8, [0, 1, 3, 4]), (6, [3, 4, 5])):
+        # A quarter was merged before, so merging goes on; nothing was, so the tokens most looked at stay.
+        [kept] = SECOND([replace(TURNS, num_before=before, salience_G=SEEN)], [Budget(3, 0.5)])
+        assert kept.index_K.tolist() == expected and (kept.x_KD is None) == (before == 6)
+
+
+def test_a_call_prunes_where_going_on_would_use_up_the_ratio() -> None:
+    seen = replace(TURNS, num_before=8, salience_G=SEEN)
+    # Budgets of one token for 9 and 8 layers: 9 and 8 token layers. Four tokens fit one of the 9 and leave 5 for 8
+    # layers, so not every layer has one. Two for 8 layers are 16: four in two of them leave 8 for 6.
+    assert SECOND([seen], [Budget(1, 0.5)])[0].index_K.tolist() == [5]
+    assert THIRD([seen], [Budget(2, 0.5)])[0].index_K.tolist() == [0, 1, 3, 4]
+    assert THIRD([seen], [Budget(1, 0.5)])[0].index_K.tolist() == [5]
+    # There is no call behind the last one.
+    assert LAST([seen], [Budget(3, 0.5)])[0].index_K.tolist() == [3, 4, 5]
+    # On the embeddings there is no attention: the most similar are merged below the threshold too.
+    assert (
+        FIRST([TURNS], [Budget(1, 0.1)])[0].index_K.tolist()
+        == FrameFusion()([TURNS], [Budget(1, 0.1, True)])[0].index_K.tolist()
+    )
+
+
+def test_calls_stand_in_the_first_layers() -> None:
+    deep = FrameFusionInner.for_host(replace(HOST, llm_layers=36, mrope=True))
+    assert deep.layers == tuple(range(1, 9)) and deep.num_layers == 36 and deep.threshold == 0.5
+    assert [stage.site.layer for stage in FrameFusionInner.for_host(HOST).stages] == [None, 1, 2]
+    with pytest.raises(ValueError, match="must be layers 1 to 27"):
+        FrameFusionInner(layers=(3, 2))

@@ -44,6 +44,8 @@ class PassVideos:
         self.times = [cell_times(time_F, grid) for time_F, grid in zip(names.times, self.grids, strict=True)]
         self.cells: list[Tensor | None] = [None] * len(self.grids)
         """int64 cells left of each video, in the order of the last stage; None: all."""
+        self._before: list[int | None] = [None] * len(self.grids)
+        """Groups of each video before the last stage."""
         self._watches: list[Watch | None] = [None] * len(self.grids)
         self.listeners: Listeners = {}
         self.report = make_report(self.grids, [torch.arange(0)] * len(self.grids), setup)
@@ -53,13 +55,12 @@ class PassVideos:
 
         grid: of a piece of the video, all of whose groups are there; None: of the whole video."""
         cell_G = self.cells[number] if grid is None else None
-        time_T = self.times[number] if grid is None else None
+        time_T, before = (self.times[number], self._before[number]) if grid is None else (None, None)
         grid = grid or self.grids[number]
         if cell_G is None and "cell_G" not in fields:
             cell_G = torch.arange(grid.num_groups, device=x_ND.device)
-        return VideoTokens(
-            **{"x_ND": x_ND, "grid": grid, "cell_G": cell_G, "timestamps_T": time_T, "uid": self.uids[number], **fields}
-        )
+        own = {"timestamps_T": time_T, "uid": self.uids[number], "num_before": before}
+        return VideoTokens(**{"x_ND": x_ND, "grid": grid, "cell_G": cell_G, **own, **fields})
 
     def ask(self, stage: Stage, videos: list[VideoTokens], budgets: Sequence[Budget]) -> list[Kept]:
         """Call a stage once."""
@@ -88,6 +89,7 @@ class PassVideos:
         """Take down what a stage decided for every video."""
         for number, kept in enumerate(row):
             before = self.cells[number]
+            self._before[number] = self.grids[number].num_groups if before is None else len(before)
             self.cells[number] = kept.index_K if before is None else before[kept.index_K]
             if kept.scores_G is not None:
                 self.report.scores[number] = self._on_grid(kept.scores_G, number, before)

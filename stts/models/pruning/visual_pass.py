@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stts.budget import adjust
+from stts.budget import adjust, close
+from stts.metrics.cost import tokens_per_layer
 from stts.models.families.base import Connected, TowerOutput, Visual
 from stts.models.pruning.llm_layers import Present
 from stts.models.pruning.pass_videos import PassVideos, Setup
@@ -24,7 +25,7 @@ from stts.models.pruning.prompt import Prompt
 from stts.models.pruning.signals import Collector
 from stts.models.pruning.stages import Names, to_drop
 from stts.models.pruning.tower import Drop
-from stts.tokens import Budget, Kept, Signal, Words
+from stts.tokens import Budget, Kept, Signal, Site, Words
 
 Phase = Literal["vit", "prune", "connect", "prefill", "decode"]
 """Of a pass, see `stts.models.pruning.phases`."""
@@ -192,7 +193,10 @@ class VisualPass(PassVideos):
             self.video(number, **one.fields, **self._llm_fields[number])
             for number, one in zip(numbers, present, strict=True)
         ]
-        budgets = [adjust(planned[number], video.num_groups) for number, video in zip(numbers, videos, strict=True)]
+        budgets = [
+            self._budget_in_llm(stage.site, planned[number], number, video.num_groups)
+            for number, video in zip(numbers, videos, strict=True)
+        ]
         row = self.ask(stage, videos, budgets)
         first = {one.video: kept for one, kept in zip(present, row, strict=True) if one.video < len(self.grids)}
         self.note([first[number] for number in range(len(self.grids))])
@@ -200,6 +204,14 @@ class VisualPass(PassVideos):
         for counts, kept in zip(self.report.llm_counts, self.report.stage_kept[-1], strict=True):
             counts[order + 1 :] = [kept] * (len(counts) - order - 1)
         return row
+
+    def _budget_in_llm(self, site: Site, planned: Budget, number: int, num_present: int) -> Budget:
+        if not site.closes:
+            return adjust(planned, num_present)
+        report = self.report
+        entry, *after = report.llm_counts[number]
+        seen = tokens_per_layer(entry, report.llm_cuts, after, report.llm_layers)[: site.layer]
+        return close(planned, seen, self.grids[number].num_groups, report.llm_layers, num_present)
 
     # --- the prompt --------------------------------------------------------------------------------------------------
 

@@ -240,3 +240,24 @@ def test_a_text_turn_between_and_the_end_of_the_context_leave_the_stock_model(de
             assert torch.equal(model(**text).logits, stock_text)
             assert torch.equal(model(**inputs).logits, cut)
         assert torch.equal(model(**inputs).logits, stock) and not torch.equal(cut, stock)
+
+
+def test_stages_that_close_meet_the_ratio_whatever_those_before_them_left(deep: Any) -> None:
+    model, processor = deep
+    torch.manual_seed(0)
+    inputs = make_inputs(processor, ROWS)
+    options = {"threshold": 0.8, "layers": (1, 2, 3), "least": 0.05}
+    with torch.no_grad(), stts.pruning(model, "framefusion+inner", retention_ratio=0.5, **options) as pruned:
+        together = model(**inputs).logits
+        assert pruned.last is not None
+        counts, grids = pruned.last.llm_counts, pruned.last.grids
+        assert len({tuple(row) for row in counts}) > 1, "every video has counts of its own"
+        assert any(row == sorted(set(row), reverse=True) for row in counts), "and one of them merged at every call"
+        for retention, grid in zip(pruned.last.retention_per_video, grids, strict=True):
+            assert abs(retention - 0.5) <= 0.5 / grid.num_groups
+        alone = model(**make_inputs(processor, ROWS[:1])).logits
+        assert pruned.last.llm_counts == counts[:1]
+        torch.testing.assert_close(alone[0], together[0][inputs["attention_mask"][0].bool()], atol=1e-5, rtol=1e-5)
+        steps = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+        model.generate(**make_inputs(processor, ROWS[:2], padding_side="left"), num_beams=3, **steps)
+        assert pruned.last.llm_counts == counts[:1], "beams of a row are one video"
