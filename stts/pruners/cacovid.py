@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stts.pruners import ops
+from stts.pruners import frames, ops
 from stts.pruners.base import HostInfo, Newlines, Positions, Stage, check_counts, check_finite
 from stts.pruners.density import density_peaks_of
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
@@ -134,7 +134,7 @@ class CaCoVID(nn.Module):
         if self.compat == "official" and not budget.exact:
             total = max(1, int(budget.retention_ratio * grid.num_groups))
         counts = torch.tensor(self.frame_counts(score_T, grid, total, budget), device=score_N.device)
-        important_K = ops.top_per_frame(score_N.view(grid.t, -1), counts)
+        important_K = frames.top_per_frame(score_N.view(grid.t, -1), counts)
         rest_N = torch.ones_like(score_N, dtype=torch.bool).index_fill_(0, important_K, False)
         left = total - len(important_K)
         rest_M = rest_N.nonzero()[:, 0]
@@ -150,7 +150,7 @@ class CaCoVID(nn.Module):
         num_by_score = int(share * total + 1e-9)
         if self.compat != "official" or budget.exact:
             cap = min(grid.per_frame, math.ceil(share * spread * total / grid.t))
-            shares: list[int] = ops.share_out(p_T, num_by_score, cap).tolist()
+            shares: list[int] = frames.share_out(p_T, num_by_score, cap).tolist()
             return shares
         ratio = budget.retention_ratio
         size = share * ratio * grid.num_groups

@@ -1,17 +1,20 @@
 """Density peaks (DPC-KNN): points that are dense and far from any denser one are good centres.
 
-Shape suffixes beside those of `stts.tokens`: B = sets of points, R = rows of a block.
+Shape suffixes beside those of `stts.tokens`: B = sets of points, R = rows of a block, Q = points of a set, padded to
+the most of any, C = centres, M = points of all sets, one set behind the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stts.pruners.ops import FEW_PAIRS
+from stts.pruners.ops import FEW_PAIRS, cached_block, top
 
 
 def distances(x_BND: Tensor, *, scratch: bool = False) -> Tensor:
@@ -26,6 +29,30 @@ def distances(x_BND: Tensor, *, scratch: bool = False) -> Tensor:
     squares_BNN = torch.maximum(squares_BNN, squares_BNN.transpose(1, 2))  # a product is not symmetric to the last bit
     squares_BNN.diagonal(dim1=1, dim2=2).zero_()
     return squares_BNN.clamp_min_(0).sqrt_()
+
+
+def take_rows(x_ND: Tensor, row_M: Tensor, extra_AD: Tensor | None = None) -> Tensor:
+    """(..., D) rows `row_M` of `x_ND` and of `extra_AD` behind them."""
+    if extra_AD is None or not len(extra_AD):
+        return x_ND[row_M]
+    inside_M = row_M < len(x_ND)
+    own_MD, extra_MD = x_ND[row_M.clamp_max(len(x_ND) - 1)], extra_AD[(row_M - len(x_ND)).clamp_min(0)]
+    return torch.where(inside_M[..., None], own_MD.to(extra_MD.dtype), extra_MD)
+
+
+def distances_of(x_ND: Tensor, row_BQ: Tensor, extra_AD: Tensor | None = None) -> Tensor:
+    """(B, Q, Q) `distances` between rows `row_BQ` of `x_ND` and of `extra_AD` behind them.
+
+    On a CPU a few sets at a time, so that their copies stay in its cache."""
+    num_sets, size = row_BQ.shape
+    block = cached_block(size * x_ND.shape[1], x_ND.device)
+    if block >= num_sets:
+        return distances(take_rows(x_ND, row_BQ, extra_AD), scratch=True)
+    distance_BQQ = x_ND.new_empty(num_sets, size, size, dtype=torch.float32)
+    for start in range(0, num_sets, block):
+        part_EQ = row_BQ[start : start + block]
+        distance_BQQ[start : start + block] = distances(take_rows(x_ND, part_EQ, extra_AD), scratch=True)
+    return distance_BQQ
 
 
 def _centred(x_BND: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor]:
@@ -135,3 +162,65 @@ def alike(sizes: Sequence[int]) -> list[list[int]]:
     octave = [min(3, int(math.log2(largest / size))) if size else 3 for size in sizes]
     groups = [[n for n, own in enumerate(octave) if own == number] for number in range(4)]
     return [group for group in groups if group]
+
+
+class Clusters(NamedTuple):
+    """Of points in sets."""
+
+    centre_C: Tensor
+    """int64 points, increasing."""
+    cluster_M: Tensor
+    """int64 number of the centre that each point belongs to, the first of the nearest; -1 in a set without centres."""
+    score_C: Tensor
+    """fp32 score by which each centre was chosen."""
+
+
+def cluster(
+    x_ND: Tensor,
+    row_M: Tensor,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    num_neighbours: int,
+    *,
+    fewer: bool = False,
+    extra_AD: Tensor | None = None,
+) -> Clusters:
+    """DPC-KNN in sets of any size: the `counts` points of highest score rho * delta in each, and who belongs to whom.
+
+    row_M: int64 rows of `x_ND`, and of `extra_AD` behind them, one set of `sizes` behind the other. Distances are
+    divided by sqrt(D), that of a point to itself counts as one of the nearest. fewer: no more neighbours than centres.
+    A centre belongs to itself. Sets of alike size are worked on together; no gradient, no host synchronisation."""
+    num_points, starts = len(row_M), list(accumulate(sizes, initial=0))
+    # The last entry of each takes what is padding.
+    own_M, score_M = (
+        torch.full((num_points + 1,), -1, device=row_M.device, dtype=t) for t in (torch.int64, x_ND.dtype)
+    )
+    is_centre_M = torch.zeros_like(own_M, dtype=torch.bool)
+    with_centres = [n for n, count in enumerate(counts) if count]
+    for group in alike([sizes[n] for n in with_centres]):
+        table = [(sizes[n], counts[n], starts[n]) for n in (with_centres[g] for g in group)]
+        size_B1, count_B1, start_B1 = torch.tensor(table, device=row_M.device)[..., None].unbind(1)
+        number_Q = torch.arange(max(size for size, _, _ in table), device=row_M.device)
+        valid_BQ = number_Q < size_B1
+        point_BQ = torch.where(valid_BQ, start_B1 + number_Q, num_points)
+        distance_BQQ = distances_of(x_ND, row_M[point_BQ.clamp_max(num_points - 1)], extra_AD)
+        distance_BQQ.div_(math.sqrt(x_ND.shape[1]))
+        padded = min(size for size, _, _ in table) < len(number_Q)
+        score_BQ = density_peaks(
+            distance_BQQ,
+            num_neighbours,
+            count_self=True,
+            valid_BN=valid_BQ if padded else None,
+            fewer_B=count_B1[:, 0] if fewer else None,
+        )
+        centre_BQ = torch.zeros_like(valid_BQ).scatter_(1, top(score_BQ, len(number_Q)), number_Q < count_B1)
+        nearest_BQ = distance_BQQ.masked_fill_(~centre_BQ[:, None, :], torch.inf).argmin(-1)
+        nearest_BQ = torch.where(centre_BQ, number_Q, nearest_BQ)
+        for all_M, value_BQ in ((own_M, start_B1 + nearest_BQ), (score_M, score_BQ), (is_centre_M, centre_BQ)):
+            all_M.scatter_(0, point_BQ.flatten(), value_BQ.flatten())
+    is_centre_M = is_centre_M[:num_points]
+    number_M = is_centre_M.cumsum(0) - 1
+    own_M = own_M[:num_points]
+    cluster_M = torch.where(own_M < 0, -1, number_M[own_M]) if num_points else own_M
+    centre_C = is_centre_M.nonzero_static(size=sum(counts))[:, 0]
+    return Clusters(centre_C, cluster_M, score_M[centre_C])

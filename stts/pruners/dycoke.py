@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import frames, ops
 from stts.pruners.base import ByHost, HostInfo, Newlines, Shown
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
@@ -92,7 +92,7 @@ class DyCoke(ByHost):
         # In a whole frame all tokens are kept, so that any order of them is that of the video.
         score_TP = torch.where(whole_T[:, None], 0.0, -similarity_TP)
         if self.compat != "official":
-            return Kept(index_K=ops.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
+            return Kept(index_K=frames.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
         order_TP = ops.top(score_TP, grid.per_frame)
         place_P = torch.arange(grid.per_frame, device=device)
         cell_TP = order_TP + grid.per_frame * torch.arange(grid.t, device=device)[:, None]

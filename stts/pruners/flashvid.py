@@ -1,12 +1,15 @@
 """FlashVID: attended tokens that differ from one another, and trees of repeated tokens; a cut inside the LLM.
 
-Shape suffixes beside those of `stts.tokens`: W = segments, A = tokens selected in each frame.
+Shape suffixes beside those of `stts.tokens`: W = segments, A = tokens selected in each frame, R = roots of trees, C =
+roots that stay.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -26,8 +29,19 @@ class Trees(NamedTuple):
 
     root_TP: Tensor
     """bool: tokens that stay, selected ones apart."""
-    x_TPD: Tensor
-    """fp32 features of the roots."""
+    roots: list[int]
+    """Their number in each frame."""
+    row_R: Tensor
+    """int64 rows of the roots among the tokens of the video and, behind them, `mean_AD`."""
+    x_ND: Tensor
+    mean_AD: Tensor
+    """fp32 features of the roots that others have joined."""
+
+    @property
+    def x_TPD(self) -> Tensor:
+        """Features of the roots at their places; zeros elsewhere."""
+        x_RD = density.take_rows(self.x_ND, self.row_R, self.mean_AD)
+        return x_RD.new_zeros(*self.root_TP.shape, x_RD.shape[1]).index_put_((self.root_TP,), x_RD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +107,34 @@ class FlashVID(PerVideo):
         attention_TP = ops.rank_salience(video).detach().view(grid.t, -1)
         segment_T, length_T = self.segments(x_TPD.detach())
         num_selected, num_merged = self.counts(budget, grid)
-        place_TA = self.select(x_TPD.detach(), attention_TP, segment_T, num_selected)
+        place_TA = self.select(x_TPD.detach(), attention_TP, segment_T, num_selected, video.norm_N)
         selected_TP = torch.zeros_like(attention_TP, dtype=torch.bool).scatter_(1, place_TA, True)
-        trees = self.merge_trees(x_TPD, selected_TP, segment_T, length_T, num_selected + num_merged)
-        centre_TP, merged_TPD, score_TP = self.merge_roots(trees, segment_T, length_T, num_merged)
-        centre_TP &= ~selected_TP  # official: a place that was selected and merged
-        kept_TP = selected_TP | centre_TP
-        x_KD = torch.where(selected_TP[..., None], x_TPD, merged_TPD)[kept_TP].to(video.x_ND.dtype)
-        kept = Kept(index_K=kept_TP.flatten().nonzero()[:, 0], x_KD=x_KD)
-        if not budget.exact:
-            return kept
-        score_K = score_TP.masked_fill(selected_TP, torch.inf)[kept_TP]
-        return ops.fit_count(video, kept, budget.num_kept, attention_TP.flatten(), score_K)
+        total = num_selected + num_merged
+        trees = self.merge_trees(x_TPD, selected_TP, segment_T, length_T, total, video.norm_N)
+        counts = self.root_counts(segment_T.tolist(), trees.roots, num_merged)
+        found = density.cluster(
+            x_TPD.detach().flatten(0, 1), trees.row_R, trees.roots, counts, self.num_neighbours,
+            fewer=True, extra_AD=trees.mean_AD.detach(),
+        )  # fmt: skip
+        cluster_R = trees.row_R.new_full((video.num_groups + len(trees.mean_AD),), -1)
+        cluster_R = cluster_R.index_copy_(0, trees.row_R, found.cluster_M)
+        x_CD, _ = ops.cluster_mean(trees.x_ND, cluster_R, len(found.centre_C), trees.mean_AD)
+        root_R = trees.root_TP.flatten().nonzero_static(size=len(trees.row_R))[:, 0]
+        index_C, score_C = root_R[found.centre_C], found.score_C
+        if self.compat == "official":  # a place that was selected and merged
+            once_C = ~selected_TP.flatten()[index_C]
+            index_C, x_CD, score_C = index_C[once_C], x_CD[once_C], score_C[once_C]
+        selected_K = selected_TP.flatten().nonzero_static(size=place_TA.numel())[:, 0]
+        index_K, order_K = torch.cat([selected_K, index_C]).sort()
+        kept = Kept(index_K=index_K)
+        if budget.exact:
+            score_K = torch.cat([torch.full_like(selected_K, torch.inf, dtype=torch.float32), score_C])[order_K]
+            kept = ops.fit_count(video, kept, budget.num_kept, attention_TP.flatten(), score_K)
+        return replace(kept, x_KD=ops.features_of(video.x_ND, kept.index_K, index_C, x_CD))
 
     def segments(self, x_TPD: Tensor) -> tuple[Tensor, Tensor]:
         """(T,) int64 segment of each frame, and how many frames it has."""
-        unit_TD = F.normalize(x_TPD.mean(1), dim=-1)
+        unit_TD = F.normalize(frame_sums(x_TPD), dim=-1)
         similarity_T = torch.linalg.vecdot(unit_TD[:-1], unit_TD[1:])
         cut_T = similarity_T < self.segment_tau
         cut_T[ops.top(-similarity_T, min(self.min_segments, len(x_TPD)) - 1)] = True
@@ -124,43 +150,60 @@ class FlashVID(PerVideo):
         selected = _ceil(total * Decimal(str(self.selected_share)))
         return max(1, selected), total - max(1, selected)
 
-    def select(self, x_TPD: Tensor, attention_TP: Tensor, segment_T: Tensor, number: int) -> Tensor:
-        """(T, A) places of the selected tokens of each frame, increasing."""
+    def select(
+        self, x_TPD: Tensor, attention_TP: Tensor, segment_T: Tensor, number: int, norm_N: Tensor | None = None
+    ) -> Tensor:
+        """(T, A) places of the selected tokens of each frame, increasing; norm_N: `VideoTokens.norm_N`."""
         if self.selection == "attn":
             return ops.top(attention_TP, number).sort(-1).values
         weight_TP = torch.ones_like(attention_TP) if self.selection == "div" else attention_TP
         if self.selection == "attn_div_v2":
             same_TT = (segment_T[:, None] == segment_T).float()
-            event_TD = same_TT @ x_TPD.mean(1) / same_TT.sum(1, keepdim=True)
-            weight_TP = weight_TP * torch.linalg.vecdot(x_TPD, event_TD[:, None])
-        return ops.farthest_first(x_TPD, number, weight_TP).sort(-1).values
+            event_TD = same_TT @ frame_sums(x_TPD) / (same_TT.sum(1, keepdim=True) * x_TPD.shape[1])
+            weight_TP = weight_TP * torch.bmm(event_TD[:, None], x_TPD.transpose(1, 2))[:, 0]
+        norm_TP = None if norm_N is None else norm_N.view_as(attention_TP)
+        return ops.farthest_first(x_TPD, number, weight_TP, norm_TP).sort(-1).values
 
     def merge_trees(
-        self, x_TPD: Tensor, selected_TP: Tensor, segment_T: Tensor, length_T: Tensor, budget: int
+        self,
+        x_TPD: Tensor,
+        selected_TP: Tensor,
+        segment_T: Tensor,
+        length_T: Tensor,
+        budget: int,
+        norm_N: Tensor | None = None,
     ) -> Trees:
         """Every token that is not selected joins the most similar one of the frame before, where it may."""
         num_frames, num_places, _ = x_TPD.shape
         device, first_T = x_TPD.device, F.pad(segment_T.diff() != 0, (1, 0), value=True)
         with torch.no_grad():
-            unit_TPD = F.normalize(x_TPD, dim=-1)
-            free_TPP = ~selected_TP[1:, :, None] & ~selected_TP[:-1, None, :]
-            match_TP, parent_TP = (unit_TPD[1:] @ unit_TPD[:-1].transpose(1, 2)).masked_fill_(~free_TPP, -1).max(-1)
+            cosine_TPP = cosines_before(x_TPD, first_T, norm_N).masked_fill_(selected_TP[:-1, None, :], -1)
+            match_TP, parent_TP = cosine_TPP.masked_fill_(selected_TP[1:, :, None], -1).max(-1)
             match_TP = F.pad(match_TP, (0, 0, 1, 0), value=-1).masked_fill_(first_T[:, None], -1)
             joins_TP = match_TP > self._limits(match_TP, segment_T, length_T, budget)[:, None]
             cell_TP = torch.arange(num_frames * num_places, device=device).view(num_frames, num_places)
             parent_TP = F.pad(parent_TP, (0, 0, 1, 0)) + cell_TP[:, :1] - num_places
             parent_N = torch.where(joins_TP, parent_TP, cell_TP).flatten()
-            root_N = parent_N
+            top_N = parent_N
             for _ in range(math.ceil(math.log2(max(2, num_frames)))):  # each step doubles the way to the root
-                root_N = root_N[root_N]
-        mean_ND, size_N = ops.cluster_mean(x_TPD.flatten(0, 1), root_N, len(root_N))
+                top_N = top_N[top_N]
+            root_TP = ~joins_TP & ~selected_TP
+            if self.compat == "official":
+                root_TP |= (length_T == 1)[:, None]
+            root_N = root_TP.flatten()
+            joined_N = F.pad(torch.zeros_like(root_N), (0, 1))  # the last entry takes what joins nothing
+            joined_N = joined_N.index_fill_(0, torch.where(joins_TP.flatten(), top_N, len(top_N)), True)[:-1]
+            *roots, num_joined = torch.cat([root_TP.sum(1), joined_N.sum()[None]]).tolist()
+            number_N = torch.where(joined_N, joined_N.cumsum(0) - 1, -1)
+            row_R = torch.where(joined_N, len(root_N) + number_N, cell_TP.flatten())
+            row_R = row_R[root_N.nonzero_static(size=sum(roots))[:, 0]]
+        x_ND = x_TPD.flatten(0, 1)
+        # One row at least, so that a video without trees takes the same steps.
+        mean_AD, size_A = ops.cluster_mean(x_ND, number_N[top_N], max(1, num_joined))
         if self.compat == "official":
             children_N = torch.bincount(parent_N[joins_TP.flatten()], minlength=len(parent_N))
-            mean_ND = mean_ND * (size_N / (1 + children_N))[:, None]
-        root_TP = ~joins_TP & ~selected_TP
-        if self.compat == "official":
-            root_TP |= (length_T == 1)[:, None]
-        return Trees(root_TP, mean_ND.view_as(x_TPD))
+            mean_AD[:num_joined] *= (size_A[:num_joined] / (1 + children_N[joined_N]))[:, None]
+        return Trees(root_TP, roots, row_R, x_ND, mean_AD)
 
     def _limits(self, match_TP: Tensor, segment_T: Tensor, length_T: Tensor, budget: int) -> Tensor:
         """(T,) what a match must exceed: tau, or more where too few tokens of the segment would be left."""
@@ -176,34 +219,41 @@ class FlashVID(PerVideo):
         limit_T = limit_T.masked_fill(torch.tensor(num_places <= budget, device=limit_T.device), torch.inf)
         return torch.where(too_few_T, limit_T, self.tau)
 
-    def merge_roots(
-        self, trees: Trees, segment_T: Tensor, length_T: Tensor, num_merged: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Roots that stay, bool (T, S); what they become, (T, S, D); their density scores, (T, S)."""
-        root_TP, x_TPD = trees
-        num_frames, num_places, width = x_TPD.shape
-        with torch.no_grad():
-            root_T = root_TP.sum(1)
-            roots_T = ((segment_T[:, None] == segment_T) * root_T).sum(1)  # of the whole segment
-            share_T = num_merged * length_T.double() / roots_T.clamp_min(1)
-            count_T = torch.where(share_T < 1, (root_T * share_T).ceil(), root_T).long()
-            distance_TPP = density.distances(x_TPD) / math.sqrt(width)
-            score_TP = density.density_peaks(
-                distance_TPP, self.num_neighbours, count_self=True, valid_BN=root_TP, fewer_B=count_T.clamp_min(1)
-            )
-            first_TP = torch.arange(num_places, device=x_TPD.device) < count_T[:, None]
-            centre_TP = torch.zeros_like(root_TP).scatter_(1, ops.top(score_TP, num_places), first_TP)
-            nearest_TP = distance_TPP.masked_fill_(~centre_TP[:, None, :], torch.inf).argmin(-1)
-            place_P = torch.arange(num_places, device=x_TPD.device)
-            nearest_TP = torch.where(centre_TP, place_P, nearest_TP)
-            cluster_TP = nearest_TP + num_places * torch.arange(num_frames, device=x_TPD.device)[:, None]
-            cluster_TP = torch.where(root_TP & (count_T > 0)[:, None], cluster_TP, -1)
-        mean_ND, _ = ops.cluster_mean(x_TPD.flatten(0, 1), cluster_TP.flatten(), num_frames * num_places)
-        return centre_TP, mean_ND.view_as(x_TPD), score_TP
+    def root_counts(self, segments: Sequence[int], roots: Sequence[int], num_merged: int) -> list[int]:
+        """Roots that stay in each frame: the segment's quota, shared out by the roots of its frames and rounded up."""
+        frames_of, roots_of = Counter(segments), Counter[int]()
+        for segment, number in zip(segments, roots, strict=True):
+            roots_of[segment] += number
+        counts = []
+        for segment, number in zip(segments, roots, strict=True):
+            share = num_merged * frames_of[segment] / max(1, roots_of[segment])
+            counts.append(math.ceil(number * share) if share < 1 else number)
+        return counts
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Cosines of neighbouring frames, distances inside frames (twice), means."""
         return (6 * grid.t * grid.per_frame**2 + 8 * grid.num_groups) * width
+
+
+def frame_sums(x_TPD: Tensor) -> Tensor:
+    """(T, D) sum over the tokens of each frame, by a product, which takes half as long as `sum` on a CPU."""
+    return (x_TPD.new_ones(1, 1, x_TPD.shape[1]).expand(len(x_TPD), -1, -1) @ x_TPD)[:, 0]
+
+
+def cosines_before(x_TPD: Tensor, first_T: Tensor, norm_N: Tensor | None) -> Tensor:
+    """(T - 1, S, S) fp32 cosines of the tokens of each frame with those of the frame before.
+
+    first_T: bool, frames that are compared with none; what stands there is arbitrary. A CPU that goes frame by frame
+    leaves them out."""
+    inverse_TP1 = 1 / (ops.lengths(x_TPD) if norm_N is None else norm_N).view(*x_TPD.shape[:2], 1)
+    if ops.frame_block(x_TPD) >= len(x_TPD):
+        cosine_TPP = x_TPD[1:] @ x_TPD[:-1].transpose(1, 2)
+    else:
+        cosine_TPP = x_TPD.new_zeros(len(x_TPD) - 1, x_TPD.shape[1], x_TPD.shape[1])
+        for t, is_first in enumerate(first_T[1:].tolist()):
+            if not is_first:
+                torch.mm(x_TPD[t + 1], x_TPD[t].T, out=cosine_TPP[t])
+    return cosine_TPP.mul_(inverse_TP1[1:]).mul_(inverse_TP1[:-1].transpose(1, 2))
 
 
 def _ceil(value: Decimal) -> int:
@@ -221,6 +271,7 @@ class FlashVIDInner(PerVideo):
     paper: ClassVar[str] = "2602.08024"
     signals: ClassVar[frozenset[Signal]] = frozenset({"last_row"})
     positions: ClassVar[Positions] = "original"
+    reads_features: ClassVar[bool] = False
 
     layer: int = 20
     share: float = 0.3

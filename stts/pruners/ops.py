@@ -1,11 +1,12 @@
 """Arithmetic that several methods share, each with its formula.
 
 Shape suffixes beside those of `stts.tokens`: B = batches of points, C = clusters, L = tokens that are left of a
-frame, R = run length.
+frame, R = run length, or rows of two tensors; A = rows of the second.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -71,7 +72,12 @@ def row_dots(x_TPD: Tensor, y_TPD: Tensor) -> Tensor:
 
 def frame_block(x_TPD: Tensor) -> int:
     """Entries of the first axis to work on at a time: all, or on a CPU what stays in its cache between operators."""
-    return max(1, CACHED // x_TPD[0].numel()) if x_TPD.device.type == "cpu" else max(1, len(x_TPD))
+    return min(max(1, len(x_TPD)), cached_block(x_TPD[0].numel(), x_TPD.device))
+
+
+def cached_block(size: int, device: torch.device) -> int:
+    """How many parts of `size` elements to work on at a time; on a CPU as many as stay in its cache, at least one."""
+    return max(1, CACHED // size) if device.type == "cpu" else sys.maxsize
 
 
 # --- what a method may expect of a video ---------------------------------------------------------------------------
@@ -121,32 +127,32 @@ def highest(scores_N: Tensor, num_kept: int) -> Tensor:
     return chosen_N.nonzero_static(size=num_kept)[:, 0]
 
 
-def top_per_frame(score_TP: Tensor, count_T: Tensor) -> Tensor:
-    """(K,) int64 cells t S + p, increasing: of each frame the `count_T` best places, ties to the earlier place."""
-    order_TP = top(score_TP, score_TP.shape[1])
-    first_TP = torch.arange(score_TP.shape[1], device=score_TP.device) < count_T[:, None]
-    return torch.zeros_like(first_TP).scatter_(1, order_TP, first_TP).flatten().nonzero()[:, 0]
-
-
-def farthest_first(x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None) -> Tensor:
+def farthest_first(
+    x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None, norm_BN: Tensor | None = None
+) -> Tensor:
     """(B, K) int64 tokens of each pool in the order of a greedy max-min choice; none is chosen twice.
 
         C_ij = (1 - cos(x_i, x_j)) w_j;   first: argmax_j of the second smallest C_ij of column j (token i = j has 0);
         next: argmax_j min over chosen i of C_ij
 
-    weight_BN: w, 1 where it is None; ties go to the earlier token. Distances stand in one matrix while this is about as
-    large as the tokens themselves, else each row is computed when its token is chosen. No host synchronisation."""
-    num_pools, num_tokens, width = x_BND.shape
-    unit_BND = F.normalize(x_BND.float(), dim=-1)
-    weight_BN = unit_BND.new_ones(num_pools, num_tokens) if weight_BN is None else weight_BN.float()
-    whole_BNN = 1 - unit_BND @ unit_BND.transpose(1, 2) if num_tokens <= 2 * width else None
+    weight_BN: w, 1 where it is None; norm_BN: lengths of x, computed where it is None. Ties go to the earlier token.
+    Distances stand in one matrix while this is about as large as the tokens themselves, else each row is computed when
+    its token is chosen. No host synchronisation."""
+    x_BND, (num_pools, num_tokens, width) = x_BND.float(), x_BND.shape
+    weight_BN = torch.ones_like(x_BND[..., 0]) if weight_BN is None else weight_BN.float()
+    whole_BNN = None
+    if num_tokens <= width:  # fewer pairs than features: scale the pairs
+        inverse_BN = 1 / (lengths(x_BND) if norm_BN is None else norm_BN)
+        whole_BNN = (x_BND @ x_BND.transpose(1, 2)).mul_(inverse_BN[:, :, None]).mul_(inverse_BN[:, None, :])
+    else:
+        x_BND = F.normalize(x_BND, dim=-1)
+        whole_BNN = x_BND @ x_BND.transpose(1, 2) if num_tokens <= 2 * width else None
+    whole_BNN = None if whole_BNN is None else whole_BNN.neg_().add_(1)
     block = max(1, min(num_tokens, width // 2))  # rows at a time, half as large as the tokens
     second = []
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
-        distance_BRN = (
-            1 - unit_BND[:, rows] @ unit_BND.transpose(1, 2) if whole_BNN is None else whole_BNN[:, rows].clone()
-        )
+        distance_BRN = 1 - x_BND[:, rows] @ x_BND.transpose(1, 2) if whole_BNN is None else whole_BNN[:, rows].clone()
         distance_BRN.diagonal(start, 1, 2).zero_()
         cost_BRN = distance_BRN.mul_(weight_BN[:, rows, None])  # symmetric, so row j is column j
         second.append(cost_BRN.topk(min(2, num_tokens), dim=-1, largest=False).values[..., -1])
@@ -156,7 +162,7 @@ def farthest_first(x_BND: Tensor, num_kept: int, weight_BN: Tensor | None = None
     chosen = [pick_B1]
     for _ in range(num_kept - 1):
         if whole_BNN is None:
-            row_BN = 1 - (unit_BND @ unit_BND[pool_B, pick_B1[:, 0]][:, :, None])[..., 0]
+            row_BN = 1 - (x_BND @ x_BND[pool_B, pick_B1[:, 0]][:, :, None])[..., 0]
         else:
             row_BN = whole_BNN[pool_B, pick_B1[:, 0]]
         least_BN = torch.minimum(least_BN, row_BN * weight_BN).scatter_(1, pick_B1, -torch.inf)
@@ -277,17 +283,22 @@ def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) ->
     return torch.cat(numbers, 1)
 
 
-def cluster_mean(x_ND: Tensor, cluster_N: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+def cluster_mean(
+    x_ND: Tensor, cluster_R: Tensor, num_clusters: int, extra_AD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean of each cluster's rows, (C, D) fp32, zeros where a cluster is empty, and their number, (C,) int64.
 
-    cluster_N: int64 in [0, C); rows with -1 belong nowhere. Deterministic: the rows of a cluster are summed in their
-    order, on CUDA too, where `index_put_` sorts them (`index_add` adds as they come)."""
-    member_N = cluster_N >= 0
-    spare_N = torch.where(member_N, cluster_N, num_clusters)
+    cluster_R: int64 in [0, C) of the rows of `x_ND` and of `extra_AD` behind them; rows with -1 belong nowhere.
+    Deterministic: the rows of a cluster are summed in their order, on CUDA too, where `index_put_` sorts them
+    (`index_add` adds as they come)."""
+    spare_R = torch.where(cluster_R >= 0, cluster_R, num_clusters)
     # Counted by scattering ones: bincount would wait for the device.
     count_C = torch.zeros(num_clusters + 1, dtype=torch.int64, device=x_ND.device)
-    count_C = count_C.scatter_add_(0, spare_N, torch.ones_like(spare_N))[:num_clusters]
-    sum_CD = add_rows(x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32), spare_N, x_ND)
+    count_C = count_C.scatter_add_(0, spare_R, torch.ones_like(spare_R))[:num_clusters]
+    sum_CD = x_ND.new_zeros(num_clusters + 1, x_ND.shape[1], dtype=torch.float32)
+    sum_CD = add_rows(sum_CD, spare_R[: len(x_ND)], x_ND)
+    if extra_AD is not None and len(extra_AD):
+        sum_CD = add_rows(sum_CD, spare_R[len(x_ND) :], extra_AD)
     return sum_CD[:num_clusters].div_(count_C.clamp_min(1)[:, None]), count_C
 
 
@@ -301,23 +312,6 @@ def add_rows(sum_CD: Tensor, row_N: Tensor, x_ND: Tensor) -> Tensor:
 
 
 # --- counts --------------------------------------------------------------------------------------------------------
-
-
-def share_out(weight_T: Tensor, total: int, most: int) -> Tensor:
-    """(T,) int64 proportional to `weight_T` that sum to `total`, by largest remainder; no host synchronisation.
-
-        q_t = w_t total / sum of w;   unit u = 0, 1, ... of t is worth q_t - u, and the `total` worthiest are given
-
-    Each is at most `most`, and at least 1 if `total` allows, so what those bounds add or take is spread over the others
-    one by one. Ties favour the earlier one."""
-    least = min(1, total // len(weight_T))
-    quota_T = weight_T.double() * total / weight_T.double().sum()
-    unit_P = torch.arange(most, device=weight_T.device)
-    worth_TP = (quota_T[:, None] - unit_P).masked_fill_(unit_P < least, torch.inf)
-    given_K = top(worth_TP.flatten(), total) // most
-    return torch.zeros(len(weight_T), dtype=torch.int64, device=given_K.device).index_add_(
-        0, given_K, torch.ones_like(given_K)
-    )
 
 
 def fit_count(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import frames, ops
 from stts.pruners.base import ByHost
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
@@ -58,7 +58,7 @@ class VCAST(ByHost):
             num_kept = max(num_kept, num_frames) if num_frames > 1 else per_frame
         counts = share_out(weights, num_kept, per_frame, one_frame=self.compat == "official")
         score_TP = self.scores(x_TPD, frame_TD, video.norm_N)
-        index_K = ops.top_per_frame(score_TP, torch.tensor(counts, device=score_TP.device))
+        index_K = frames.top_per_frame(score_TP, torch.tensor(counts, device=score_TP.device))
         return Kept(index_K=index_K, scores_G=score_TP.flatten())
 
     def weights(self, curvature_T: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from stts.pruners import ops
+from stts.pruners import frames, ops
 from stts.pruners.base import HostInfo, Newlines, PerVideo, Positions
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
@@ -76,9 +76,9 @@ class VidCom2(PerVideo):
         v_TP, w_TP = self.redundancy(x_TPD)
         size_T = self.frame_scales(v_TP, budget.retention_ratio) * per_frame
         natural_T = size_T.round().clamp_min(1)  # halves to even
-        count_T = ops.share_out(size_T, budget.num_kept, per_frame) if budget.exact else natural_T
+        count_T = frames.share_out(size_T, budget.num_kept, per_frame) if budget.exact else natural_T
         score_TP = -(v_TP + w_TP)
-        return Kept(index_K=ops.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
+        return Kept(index_K=frames.top_per_frame(score_TP, count_T), scores_G=score_TP.flatten())
 
     def redundancy(self, x_TPD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S) closeness of each token to the mean of the video, and to the mean of its frame."""

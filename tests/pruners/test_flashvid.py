@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stts.pruners import ops
 from stts.pruners.check import HOST, example_video
 from stts.pruners.flashvid import FlashVID, FlashVIDInner
 from stts.pruners.listing import EXAMPLE_HOST
@@ -36,6 +37,16 @@ def test_the_release_divides_by_direct_children_only() -> None:
 def test_too_few_roots_raise_the_limit() -> None:
     # Two tokens a frame are to stay, so nothing may join.
     assert trees(budget=2)[0] == [[True, True]] * 3
+
+
+def test_a_cpu_that_goes_frame_by_frame_keeps_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = FlashVID(min_segments=2, segment_tau=-1)
+    video = example_video(stage, Grid(6, 3, 4))
+    [whole] = stage([video], [Budget(1, 0.5)])
+    monkeypatch.setattr(ops, "CACHED", 1)
+    [by_frame] = stage([video], [Budget(1, 0.5)])
+    assert torch.equal(by_frame.index_K, whole.index_K)
+    torch.testing.assert_close(by_frame.x_KD, whole.x_KD)
 
 
 @pytest.mark.parametrize("scene", ["cuts", "still", "flat"])

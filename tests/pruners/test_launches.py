@@ -19,8 +19,8 @@ from tests.scripts import load_script
 
 GREEDY = {"divprune", "cdpruner"}  # one token after another: operators grow with the tokens chosen
 RECURRENT = {"heuristic"}  # a baseline: the reference of a frame depends on what was decided on the one before
-BRANCHES = 16
-"""`flashvid` finds roots of trees in log2 steps; an exact budget is trimmed or filled."""
+BRANCHES = 20
+"""`flashvid` finds roots of trees in log2 steps and pads sets of unequal size; exact budgets are trimmed or filled."""
 
 
 def launches_and_waits(name: str, frames: int) -> tuple[int, int]:

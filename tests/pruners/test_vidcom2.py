@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stts.pruners.check import HOST, example_video
+from stts.pruners.frames import share_out
 from stts.pruners.naive.vidcom2 import vidcom2
-from stts.pruners.ops import share_out
 from stts.pruners.vidcom2 import VidCom2
 from stts.tokens import Budget, Grid, Kept, VideoTokens
 
