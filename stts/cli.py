@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import stts
@@ -49,6 +50,8 @@ FORMS = {  # (verb, option) -> the function that does it where this option is gi
     ("compare", "--video"): "stts.report.one_clip:compare_clip",
     ("eval", "--rescore"): "stts.eval.evaluate:rescore",
 }
+NEEDS = {"app": "gradio"}
+"""Verb -> what only it needs, an extra of its name: looked for before a model's libraries are imported, for seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +98,10 @@ def _main(args: list[str]) -> int:
     if (text := help_of(args[0], args[1:])) is not None:
         print(text)
         return 0
+    if args[0] in NEEDS and find_spec(NEEDS[args[0]]) is None:
+        raise ValueError(
+            f"stts {args[0]} needs {NEEDS[args[0]]}, which is not installed: pip install 'stts-video[{args[0]}]'"
+        )
     from stts.command_line import run  # jsonargparse takes a third of a second, which `stts --help` need not wait for
     from stts_train.quiet import silence  # late too; every verb meets lines of Lightning
 

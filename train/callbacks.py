@@ -14,7 +14,7 @@ from stts.data.collate import Batch
 from stts.data.datasets import Skipped
 
 from .checkpoints import EXPORTED
-from .console import print_rank_zero
+from .console import TIE, print_rank_zero, print_wrapped
 
 
 class ProgressLines(pl.Callback):
@@ -44,18 +44,18 @@ class ProgressLines(pl.Callback):
         seconds = (time.perf_counter() - self._since) / (step - self._step)
         self._since, self._step = time.perf_counter(), step
         values = trainer.callback_metrics
-        losses = " ".join(f"{name[6:]} {values[name].item():.4f}" for name in values if name.startswith("train/"))
-        kept = f" kept {values['retention_measured'].item():.3f}" if "retention_measured" in values else ""
-        left = f"  {_span(seconds * (total - step))} left" if step < total < float("inf") else ""
-        print_rank_zero(
-            f"step {step}/{total:.0f}  {losses}{kept}  lr {max(rates.values()):.2e}  {seconds:.3f} s/step{left}"
+        losses = " ".join(f"{name[6:]}{TIE}{values[name].item():.4f}" for name in values if name.startswith("train/"))
+        kept = f" kept{TIE}{values['retention_measured'].item():.3f}" if "retention_measured" in values else ""
+        left = f"  {_span(seconds * (total - step))}{TIE}left" if step < total < float("inf") else ""
+        print_wrapped(
+            f"step {step}/{total:.0f}  {losses}{kept}  lr{TIE}{max(rates.values()):.2e}  {seconds:.3f}{TIE}s/step{left}"
         )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if values and not trainer.sanity_checking:
-            shown = "  ".join(f"{name[4:]} {value.item():.4f}" for name, value in values.items())
-            print_rank_zero(f"validation at step {trainer.global_step}:  {shown}")
+            shown = "  ".join(f"{name[4:]}{TIE}{value.item():.4f}" for name, value in values.items())
+            print_wrapped(f"validation at step {trainer.global_step}:  {shown}")
 
 
 def _span(seconds: float) -> str:

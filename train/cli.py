@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from . import strategies  # noqa: F401  (its short names)
 from .callbacks import Export, ProgressLines, SkipList
 from .checkpoints import Checkpoints, Stopped, check_fits, check_model, check_size, choose, settings_of
-from .console import one_line, print_rank_zero
+from .console import one_line, print_rank_zero, print_wrapped
 from .data_module import VideoData
 from .dry_run import not_rehearsed, rehearsal
 from .loggers import make_loggers
@@ -95,7 +95,7 @@ class FitCLI(LightningCLI):
         if started is not None:  # torchrun has started so many; another number in a config is that of other machines
             trainer["devices"], trainer["num_nodes"] = started.devices, started.nodes
         for line in high_rates(self.config["model"]):
-            print_rank_zero(line)
+            print_wrapped(line)
         self.settings = settings_of(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         self.saved, self.why = choose(self.config["resume"], Path(self.config["out"]), self.settings)
         devices = trainer["devices"]
@@ -197,11 +197,11 @@ def fit(argv: Sequence[str]) -> int:
             config = read_config(argv)
             if all(Path(str(source["path"])).exists() for source in sources_of(config["data"])):
                 for line in check_rows(config["data"]).lines:
-                    print_rank_zero(f"rows: {line}")
+                    print_wrapped(f"rows: {line}")
             with tempfile.TemporaryDirectory() as scratch:
                 code = fit(rehearsal(argv, config, Path(scratch)))
             if code == 0:
-                print_rank_zero(f"rehearsed, and removed; {not_rehearsed(config)}")
+                print_wrapped(f"rehearsed, and removed; {not_rehearsed(config)}")
             return code
         cli = make_cli(argv)
         if cli.saved is not None:

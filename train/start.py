@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from . import cli
-from .console import print_rank_zero
+from .console import print_wrapped
 from .parser import translate
 from .plan import GIB, make_plan
 from .plan_config import Run, run_of
@@ -61,12 +61,11 @@ def complete(words: Sequence[str]) -> list[str]:
     run = run_of(config, model_config, gpus=ranks)
     more = for_rows(words, recipe, ranks, rows.number, make_plan(run).tokens["samples per batch"])
     whole += _words(more)
-    print_rank_zero(f"recipe   {path.name}; fitted to machine and rows: {' '.join(_words(fitted | more)) or 'nothing'}")
-    for line in rows.lines:
-        print_rank_zero(f"rows     {line}")
+    told = [f"recipe   {path.name}; fitted to machine and rows: {' '.join(_words(fitted | more)) or 'nothing'}"]
+    told += [f"rows     {line}" for line in rows.lines]
     run = replace(run, accumulate=int(value_of(whole, "--trainer.accumulate_grad_batches") or 1))
-    for line in _costs(run, int(value_of(whole, "--trainer.max_steps") or 1), machine):
-        print_rank_zero(line)
+    for line in told + _costs(run, int(value_of(whole, "--trainer.max_steps") or 1), machine):
+        print_wrapped(line, indent=9)
     return whole
 
 

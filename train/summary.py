@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from textwrap import fill
 from typing import Any
 
 import lightning.pytorch as pl
 
 from .checkpoints import strategy_name
-from .console import print_rank_zero
+from .console import print_wrapped
 from .parts import PARTS, part_of
 from .plan import GIB, make_plan
 from .plan_config import run_of
-
-_WIDTH = 100
-"""Columns, as of the tables."""
 
 
 class Summary(pl.Callback):
@@ -59,7 +55,7 @@ class Summary(pl.Callback):
             f"{strategy_name(trainer)} on {ranks} rank(s), {trainer.precision}; {self.memory}",
         )
         for line in lines:
-            print_rank_zero(fill(line, _WIDTH, subsequent_indent="  "))
+            print_wrapped(line)
 
 
 def _short(number: int) -> str:

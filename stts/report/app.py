@@ -124,10 +124,8 @@ def app(
         host: address to listen at; 0.0.0.0 lets other machines in, and nobody is asked for a password.
         port: of the page.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("stts app needs gradio, which is not installed: pip install 'stts-video[app]'") from error
+    import gradio  # an extra: `stts.cli` looks for it before it imports this file
+
     page = make_page(Demo(model or str(SMALL_VLM), num_frames), video, question or "")
     page.launch(server_name=host, server_port=port, share=False, theme=gradio.themes.Default(font=["system-ui"]))
     return "closed"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from stts.cli import main
 from stts.models.checkpoints.hub import PrunedVLM
 from stts.report.app import SMALL_VLM, Demo, make_page
 from tests.report.browser import Page, find_browser
@@ -47,9 +48,11 @@ def test_what_cannot_be_asked_is_said(demo: Demo, clip: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed")
-def test_without_gradio_the_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["app"]) == 2
-    assert "pip install 'stts-video[app]'" in capsys.readouterr().err
+def test_without_gradio_the_extra_is_named_before_anything_is_imported() -> None:
+    code = "import sys; from stts.cli import main; n = main(['app']); assert 'torch' not in sys.modules; sys.exit(n)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "stts app needs gradio, which is not installed: pip install 'stts-video[app]'" in ended.stderr
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")

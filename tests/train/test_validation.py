@@ -15,6 +15,7 @@ from stts.data.shapes.files import write_shapes
 from stts.eval.compare import CompareConfig, run_compare
 from stts_train.batches import Phase
 from stts_train.callbacks import ProgressLines
+from stts_train.console import TIE, print_wrapped
 from stts_train.data_module import VideoData
 from stts_train.module import VideoFinetune
 
@@ -75,3 +76,14 @@ def test_clips_without_labels_are_not_counted(tiny_folder: Path, data: Path, tmp
     other.write_text(data.read_text())
     values = validate(tiny_folder, VideoData("jsonl", str(other), str(other), **READING), tmp_path)
     assert "val/accuracy" in values and "val/evidence_kept" not in values
+
+
+def test_lines_of_progress_fit_a_terminal_and_keep_names_with_their_values(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = "  ".join(f"loss_number_{number}{TIE}0.1234" for number in range(12))
+    print_wrapped(f"validation at step 480:  {losses}")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) <= 100 and all(line.startswith("  ") for line in lines[1:])
+    assert all("loss_number_" not in line or line.endswith("0.1234") for line in lines), "no value alone on a line"
+    path = "/data/" + "a" * 120
+    print_wrapped(f"recipe   model.yaml; fitted: --data.val=null --data.train={path} --trainer.max_steps=4", indent=9)
+    assert f"--data.train={path}" in capsys.readouterr().out.splitlines()[1].split(), "a path can be copied"
