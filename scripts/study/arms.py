@@ -34,7 +34,7 @@ _TAUGHT = (
     "--model.pruner_options.answer_gradient", "false",
 )  # fmt: skip
 _PLAIN = ("--model.retention_ratio", str(TRAINED_AT))
-_RULE = ("--model.pruner", "evs", "--model.pruner_options", "null")
+_TOWER = ("--model.vit_lr", "0")
 _ELASTIC = f"low: 0.1, high: 0.5, eval_ratio: {TRAINED_AT}"
 _SCHEDULE = f"target: {TRAINED_AT}, dense_first: 32, dense_every: 10"
 _SCORER_ALONE = f"{{{_SCHEDULE}, dense_trains: scorer}}"
@@ -44,10 +44,15 @@ _NO_TEMPORAL = ("--model.loss_weights", "{answer: 1.0, temporal: 0.0}")
 _LONGER = ("--data.phases", "[{num_clips: 3840, questions_per_clip: 20}]")  # 480 steps
 
 
+def _rule(method: str) -> tuple[str, ...]:
+    return "--model.pruner", method, "--model.pruner_options", "null"
+
+
 def _teacher(options: str, schedule: str = _SCORER_ALONE) -> tuple[str, ...]:
     return ("--model.retention_ratio", schedule, "--model.pruner_options.teacher", options, *_TAUGHT)
 
 
+_RULE = _rule("evs")
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {  # those that `Scale.arms` does not name have not been run
         "evs": Arm("evs (a rule)", "evs", (*_PLAIN, *_RULE)),
@@ -99,6 +104,10 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             "the teacher, 480 steps, dense steps train the VLM too", "stts",
             (*_teacher("{share: 0.1}", f"{{{_SCHEDULE}}}"), *_LONGER), further=True,
         ),
+        "evs-tower": Arm("evs (a rule), the tower frozen", "evs", (*_PLAIN, *_RULE, *_TOWER)),
+        "teacher-tower": Arm("STTS with the teacher, the tower frozen", "stts", (*_teacher("{share: 0.1}"), *_TOWER)),
+        "tango": Arm("tango (a rule)", "tango", (*_PLAIN, *_rule("tango")), once=True),
+        "random": Arm("random tokens", "random", (*_PLAIN, *_rule("random")), once=True),
         "teacher-share": Arm("the teacher, share 0.2", "stts", _teacher("{share: 0.2}"), once=True),
         "teacher-loss": Arm(
             "the teacher, the loss as objective", "stts", _teacher("{share: 0.1, objective: log_prob}"), once=True
@@ -117,7 +126,8 @@ class ArmsStudy(Study):
     """The steps of a scale that has arms."""
 
     def steps(self) -> list[Step]:
-        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._worlds()]
+        return [*self._data(), *self._pretrain(), *self._finetune(), *self._compare(), *self._worlds(),
+                *self._scaling()]  # fmt: skip
 
     def seeds(self, arm: str) -> tuple[int, ...]:
         return self.scale.seeds[:1] if ARMS[arm].once else self.scale.seeds
@@ -174,4 +184,18 @@ class ArmsStudy(Study):
             for who, (model, method) in self._main().items():
                 name, data = self.world_name(world, who), f"world-{world}/test"
                 steps.append(self._against("compare", name, model, [method], self.scale.ratios, data=data))
+        return steps
+
+    @staticmethod
+    def scaling_name(frames: int, who: str) -> str:
+        return f"long-{frames}-{who}"
+
+    def _scaling(self) -> list[Step]:
+        """The same on long clips: more frames at the tokens that 16 dense ones have."""
+        steps = []
+        for frames in self.scale.frames:
+            for who, (model, method) in self._main().items():
+                name, ratio = self.scaling_name(frames, who), self.scaling_ratio(frames)
+                more = ("--num_frames", str(frames))
+                steps.append(self._against("compare", name, model, [method], [ratio], *more, data="long/long"))
         return steps

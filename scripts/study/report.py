@@ -44,7 +44,7 @@ def write_report(study: Study, out: Path) -> Path:
         sections.append(_ablations(study, results))
     if study.scale.frames:
         sections.append(_scaling(study, results, out))
-    return write_page(study, out, [_TITLE, *_other_world(out), *_finding(study, results)], sections)
+    return write_page(study, out, [_TITLE, *_other_worlds(out), *_finding(study, results)], sections)
 
 
 def write_page(study: Study, out: Path, begin: Sequence[str], sections: Sequence[Section]) -> Path:
@@ -62,14 +62,16 @@ def write_page(study: Study, out: Path, begin: Sequence[str], sections: Sequence
     return out / "README.md"
 
 
-def _other_world(out: Path) -> list[str]:
-    """What the page of the other world says first, with its figure, and a title for what follows."""
-    page = out / "distractors" / "README.md"
-    if not page.exists():
-        return []
-    title, rest = page.read_text(encoding="utf-8").split("\n", 1)
-    first = re.sub(r"\]\((?=[\w.]+\))", "](distractors/", rest.partition("\nMade by ")[0].strip())
-    return [f"#{title}", first, "## Where change is what matters"]
+def _other_worlds(out: Path) -> list[str]:
+    """What the pages of the worlds with distractors say first, with their figures, and a title for what follows."""
+    parts = []
+    for scale in ("frozen_tower", "distractors"):
+        page = out / scale / "README.md"
+        if page.exists():
+            title, rest = page.read_text(encoding="utf-8").split("\n", 1)
+            first = re.sub(r"\]\((?=[\w.]+\))", f"]({scale}/", rest.partition("\nMade by ")[0].strip())
+            parts += [f"#{title}", first]
+    return [*parts, "## Where change is what matters"] if parts else []
 
 
 def _finding(study: Study, results: Results) -> list[str]:

@@ -19,12 +19,10 @@ from cells import (
     spread,
 )
 from report import Section, as_table, dense_and_controls, steps_of, write_page
-from report_worlds import further_section, retention_panels, worlds_section, write_figure
+from report_worlds import further_section, retention_panels, scaling_section, worlds_section, write_figure
 
 from stts.eval.results.result import ComparisonResult
 from stts.eval.results.table import DENSE, Row
-
-_TITLE = "# Where change is not relevance"
 
 
 def write_arms(study: ArmsStudy, out: Path) -> Path:
@@ -32,12 +30,14 @@ def write_arms(study: ArmsStudy, out: Path) -> Path:
     results = {step.name: read_comparison(step.done) for step in study.steps() if step.done.name == "comparison.json"}
     sections = [_at_equal_tokens(study, results), _paired(study, results), _families(study, results)]
     sections.append(dense_and_controls(study, results))
-    begin = [_TITLE, *_finding(study, results)]
+    begin = [f"# {study.scale.title}", *_finding(study, results)]
     if study.scale.further:
         sections.append(further_section(study, results))
         begin += write_figure(out / "retention.png", retention_panels(study, results), "accuracy and evidence kept")
     if study.scale.worlds:
         sections.append(worlds_section(study, results, out))
+    if study.scale.frames:
+        sections.append(scaling_section(study, results))
     return write_page(study, out, begin, sections)
 
 
@@ -132,7 +132,7 @@ def _at_equal_tokens(study: ArmsStudy, results: Results) -> Section:
         "otherwise, for 160 steps; below it pruners "
         "on the VLM as it is. Evidence and distractors in percent of their cells beyond the first frame."
     )
-    apart = ("one_frame", "nothing", "world-", "further-")
+    apart = ("one_frame", "nothing", "world-", "further-", "long-")
     steps = [*steps_of(study, "finetune"), *steps_of(study, "compare", lambda name: not name.startswith(apart))]
     return Section("Accuracy and evidence at equal tokens", text, as_table(["method", *head], rows), steps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -79,6 +79,8 @@ class Scale:
     """Name -> what differs there in the form of the clips: the main arms of the first seed answer there too."""
     form: Mapping[str, str] = field(default_factory=SMALL.copy)
     """Of the clips that are tested."""
+    title: str = ""
+    """Of the page of a scale with arms."""
 
 
 FROZEN = (  # what is compared: chosen, not the whole zoo, so that a new method does not reopen a finished study
@@ -95,6 +97,23 @@ def trained_on(form: Mapping[str, str]) -> tuple[str, ...]:
 
 
 SCALED = ("uniform", "random", "novelty", "visionzip", "fastvid", "stop-holitom", "tango")  # of the long clips
+_FIT = (
+    "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]", "--data.num_val_clips", "50", "--data.batch_size",
+    "8", "--data.num_workers", "0", "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20",
+    "--progress_every", "20",
+)  # fmt: skip
+_DISTRACTORS = Scale(
+    title="Where change is not relevance, and the tower has learned what is",
+    num_test=120, num_long=0, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(),
+    pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
+    further=(0.5, 0.25, 0.15, 0.103), given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, worlds=WORLDS,
+    batch_size=30,
+    arms=("evs", "stts", "teacher", "evs-longer", "teacher-longer", "evs-elastic", "evs-elastic-even",
+          "teacher-elastic", "teacher-elastic-even", "teacher-trains", "teacher-half", "teacher-rest",
+          "teacher-loss", "teacher-share", "teacher-seldom", "temporal", "attention", "noise-gate", "scale-gate",
+          "straight-through", "gumbel"),
+    fit=(*trained_on(DISTRACTORS), *_FIT),
+)  # fmt: skip
 SCALES = {
     "cpu": Scale(
         num_test=250, num_long=100, seeds=(0, 1, 2), ratios=(0.7, 0.5, 0.3, 0.2, 0.1), frames=(8, 16, 32, 64),
@@ -114,18 +133,16 @@ SCALES = {
                  "fastv", "dart", "vidcom2"),
         given=Path("stts/assets/shapes_vlm36"), form=WIDE,
     ),
-    "distractors": Scale(
-        num_test=120, num_long=0, seeds=(0, 1, 2), ratios=(0.25, 0.15), frames=(), ablations=(),
-        pruners=("random", "uniform", "evs", "novelty", "visionzip", "fastvid", "holitom", "tango", "fastv"),
-        further=(0.5, 0.25, 0.15, 0.103), given=Path("stts/assets/shapes_vlm_world"), form=DISTRACTORS, worlds=WORLDS,
-        batch_size=30,
-        arms=("evs", "stts", "teacher", "evs-longer", "teacher-longer", "evs-elastic", "evs-elastic-even",
-              "teacher-elastic", "teacher-elastic-even", "teacher-trains", "teacher-half", "teacher-rest",
-              "teacher-loss", "teacher-share", "teacher-seldom", "temporal", "attention", "noise-gate", "scale-gate",
-              "straight-through", "gumbel"),
-        fit=(*trained_on(DISTRACTORS), "--data.phases", "[{num_clips: 1280, questions_per_clip: 20}]",
-             "--data.num_val_clips", "50", "--data.batch_size", "8", "--data.num_workers", "0",
-             "--trainer.val_check_interval", "80", "--trainer.log_every_n_steps", "20", "--progress_every", "20"),
+    "distractors": _DISTRACTORS,
+    "frozen_tower": replace(
+        _DISTRACTORS, title="Where change is not relevance, and the tower does not know it",
+        given=Path("stts/assets/shapes_vlm_frozen_tower"), num_long=60, frames=(16, 32, 64),
+        arms=("evs", "stts", "teacher", "evs-longer", "teacher-longer", "evs-tower", "teacher-tower", "tango", "random",
+              "teacher-rest", "noise-gate", "scale-gate", "temporal"),
+    ),
+    "calm": replace(
+        _DISTRACTORS, title="Where change is relevance", given=Path("stts/assets/shapes_vlm"), form=SMALL, worlds={},
+        arms=("evs", "stts", "teacher"), fit=(*trained_on(SMALL), *_FIT),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0,), ratios=(0.5, 0.2), frames=(16,), pruners=("random", "fastv"),
