@@ -71,6 +71,27 @@ def test_a_click_sorts_both_ways_and_rows_without_value_stay_last(page: Page) ->
     assert page.js("document.activeElement.textContent") == "FLOPs", "the keyboard stays where it was"
 
 
+def test_what_decoding_costs_stands_beside_dense(page: Page, compared: Path) -> None:
+    heads = page.js("[...document.querySelectorAll('thead button')].map(one => one.textContent)")
+    lines = page.js(
+        "[...document.querySelectorAll('#table tbody tr')].map(row => [...row.children].map(one => one.textContent))"
+    )
+    shown = {(line[0], line[1]): line for line in lines}
+    rows = [row for row in run_data(compared, 0)["rows"] if row["decode"]]
+    assert len(rows) == 6, "dense, and all that was run"
+    for row in rows:
+        line = shown[row["method"], f"{row['retention_configured']:g}"]
+        for head, name, share, size in (
+            ("decode MFLOPs", "flops", "flops_share", 1e6),
+            ("cache MiB", "cache_bytes", "cache_share", 2**20),
+        ):
+            value, part = line[heads.index(head)].split(" ", 1)
+            assert float(value) == pytest.approx(row["decode"][name] / size, rel=5e-3)
+            assert part == f"[{100 * row['decode'][share]:.1f} %]" and (part == "[100.0 %]") == (
+                row["method"] == "dense"
+            )
+
+
 def test_arrows_move_the_scrubber_and_the_picture(page: Page) -> None:
     page.js("document.querySelector('#frame').focus()")
     assert page.js("document.querySelector('#time').textContent").startswith("4 of 6"), "opened at the middle"

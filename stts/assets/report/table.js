@@ -14,6 +14,11 @@ const FRAMES = { name: "frames", value: (row) => (run.points ? row.num_frames : 
   cell: (row) => [row.parts > 1 ? `${row.parts} x ${row.num_frames / row.parts}` : String(row.num_frames)] };
 const TOKENS = { name: "tokens", value: (row) => (run.points ? row.tokens : null), write: (value) => value.toFixed(0),
   hint: "visual tokens at the LLM", optional: true };
+// While an answer is decoded: a value, and beside it the share of dense.
+const decoding = (name, field, size, share, hint) => ({ name, hint, optional: true,
+  value: (row) => row.decode?.[field] ?? null,
+  cell: (row) => [short(row.decode[field] / size),
+    ...(row.decode[share] === undefined ? [] : [" ", el("small", {}, `[${percent(row.decode[share])} %]`)])] });
 const COLUMNS = [METHOD, FRAMES, KEPT, ACCURACY, difference, TOKENS,
     { name: "measured", value: (row) => row.retention_measured, write: (value) => value.toFixed(3) },
     { name: "tokens/frame", value: (row) => row.kept_per_frame, write: short },
@@ -26,6 +31,10 @@ const COLUMNS = [METHOD, FRAMES, KEPT, ACCURACY, difference, TOKENS,
     { name: "ms/sample", value: (row) => row.ms_per_sample, write: (value) => value.toFixed(1) },
     { name: "TTFT ms", value: (row) => row.time_ms?.ttft ?? null, write: (value) => value.toFixed(1),
       hint: "time to first token: ViT, pruner, connector and prefill", optional: true },
+    decoding("decode MFLOPs", "flops", 1e6, "flops_share",
+      "attention to the videos for each new token, per video; in brackets: share of dense"),
+    decoding("cache MiB", "cache_bytes", 2 ** 20, "cache_share",
+      "keys and values of a video that stay in memory; in brackets: share of dense"),
     { name: "peak GiB", value: (row) => row.peak_gib ?? null, write: (value) => value.toFixed(2), optional: true },
     { name: "retained %", value: (row) => row.retained, write: percent, hint: "mean headline score over that of dense", optional: true },
     { name: "p", value: (row) => row.p_value, write: (value) => (value < 0.001 ? "<0.001" : value.toFixed(3)),
