@@ -1,7 +1,7 @@
 """PruneVid: what stands still in a scene becomes one token, what moves is clustered frame by frame; then the question.
 
 Shape suffixes beside those of `stts.tokens`: W = segments, B = sets of tokens (one of the static places of each
-segment, one of the moving places of each frame).
+segment, one of the moving places of each frame), M = tokens of all sets, A = means of places, C = cluster centres.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import density, ops
@@ -24,12 +23,13 @@ from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 class Sets(NamedTuple):
     """Static places of every segment, then moving places of every frame."""
 
-    x_BPD: Tensor
-    """fp32; static places hold means over the frames of the segment."""
-    member_BP: Tensor
-    """bool: places that belong to the set."""
-    frame_B: Tensor
-    """int64 frame in which tokens of the set are placed: the first of a segment, or the frame itself."""
+    mean_AD: Tensor
+    """fp32 means of all places over the frames of each segment."""
+    row_M: Tensor
+    """int64 rows of the tokens of the sets, one set behind the other, in the video and behind it in `mean_AD`."""
+    cell_M: Tensor
+    """int64 cell at which each of them is placed: static ones in the first frame of their segment."""
+    sizes: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +81,33 @@ class PruneVid(ByHost):
         x_TPD = video.x_ND.float().view(video.grid.t, video.grid.per_frame, -1)
         segments = refine(self.frame_clusters(x_TPD))
         segment_T = torch.tensor(segments, device=x_TPD.device)
-        similarity_WP = pair_similarity(x_TPD.detach(), segment_T, segments[-1] + 1)
+        similarity_WP = pair_similarity(x_TPD.detach(), segment_T, segments[-1] + 1, video.norm_N)
         tau, share = self.tau, self.cluster_share
         if budget.exact:
             tau, share = self._settle(similarity_WP, segment_T, budget.num_kept)
         sets = static_and_moving(x_TPD, segment_T, similarity_WP > tau)
-        centre_BP, merged_BPD, score_BP = self.merge(sets, share)
-        kept = self._in_order(video, sets, centre_BP, merged_BPD, score_BP)
+        counts = [self._kept(size, share) for size in sets.sizes]
+        x_ND = x_TPD.flatten(0, 1)
+        found = density.cluster(
+            x_ND.detach(), sets.row_M, sets.sizes, counts, self.num_neighbours, extra_AD=sets.mean_AD.detach()
+        )
+        order_C = self._order(video, sets, counts, found)
+        place_C = torch.empty_like(order_C).scatter_(0, order_C, torch.arange(len(order_C), device=order_C.device))
+        cluster_R = sets.row_M.new_full((len(x_ND) + len(sets.mean_AD),), -1)
+        cluster_R = cluster_R.index_copy_(0, sets.row_M, place_C[found.cluster_M])  # no set loses all of its tokens
+        x_CD, _ = ops.cluster_mean(x_ND, cluster_R, len(order_C), sets.mean_AD)
+        cell_C, score_C = sets.cell_M[found.centre_C][order_C], found.score_C[order_C]
+        kept = Kept(index_K=cell_C, x_KD=x_CD.to(video.x_ND.dtype))
         if not budget.exact:
             return kept
-        big_B1 = sets.member_BP.sum(1, keepdim=True) > self.smallest
-        cell_BP = sets.frame_B[:, None] * video.grid.per_frame + torch.arange(x_TPD.shape[1], device=x_TPD.device)
-        spot_N = torch.where(centre_BP, cell_BP, video.num_groups).flatten()  # the last entry takes what is no centre
-        rank_N, merged_N = (
-            torch.full((video.num_groups + 1,), torch.inf, device=x_TPD.device).scatter_(0, spot_N, value_BP.flatten())
-            for value_BP in (score_BP, score_BP.masked_fill(~big_B1, torch.inf))
-        )
-        return ops.fit_count(video, kept, budget.num_kept, rank_N[:-1], merged_N[kept.index_K])
+        big_M = torch.tensor([size > self.smallest for size in sets.sizes for _ in range(size)], device=cell_C.device)
+        merged_C = score_C.masked_fill(~big_M[found.centre_C][order_C], torch.inf)
+        rank_N = torch.full((video.num_groups,), torch.inf, device=cell_C.device).scatter_(0, cell_C, score_C)
+        return ops.fit_count(video, kept, budget.num_kept, rank_N, merged_C)
 
     def frame_clusters(self, x_TPD: Tensor) -> list[int]:
         """Cluster of every frame, numbered by the rank of its centre; one host synchronisation."""
-        frame_1TD = x_TPD.detach().mean(1)[None]
+        frame_1TD = (x_TPD.new_ones(len(x_TPD), 1, x_TPD.shape[1]) @ x_TPD.detach() / x_TPD.shape[1]).transpose(0, 1)
         distance_1TT = density.distances(frame_1TD) / math.sqrt(x_TPD.shape[-1])
         num_centres = max(1, int(len(x_TPD) * self.segment_share))
         score_1T = density.density_peaks(distance_1TT, self.num_neighbours, count_self=True)
@@ -131,47 +137,24 @@ class PruneVid(ByHost):
         return tau, shares[low]
 
     def _count(self, sizes: Sequence[int], share: float) -> int:
-        return sum(max(1, int(size * share)) if size > self.smallest else size for size in sizes)
+        return sum(self._kept(size, share) for size in sizes)
 
-    def merge(self, sets: Sets, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Centres of every set, bool (B, S); means of their clusters, (B, S, D); density scores, (B, S)."""
-        num_sets, num_places, width = sets.x_BPD.shape
-        with torch.no_grad():
-            distance_BPP = density.distances(sets.x_BPD) / math.sqrt(width)
-            score_BP = density.density_peaks(
-                distance_BPP, self.num_neighbours, count_self=True, valid_BN=sets.member_BP
-            )
-            size_B = sets.member_BP.sum(1)
-            count_B = torch.where(size_B > self.smallest, (size_B.double() * share).long().clamp_min(1), size_B)
-            order_BP = ops.top(score_BP, num_places)
-            first_BP = torch.arange(num_places, device=order_BP.device) < count_B[:, None]
-            centre_BP = torch.zeros_like(first_BP).scatter_(1, order_BP, first_BP)
-            nearest_BP = distance_BPP.masked_fill(~centre_BP[:, None, :], torch.inf).argmin(-1)
-            place_P = torch.arange(num_places, device=order_BP.device)
-            nearest_BP = torch.where(centre_BP, place_P, nearest_BP)
-            cluster_BP = nearest_BP + num_places * torch.arange(num_sets, device=order_BP.device)[:, None]
-            cluster_BP = torch.where(sets.member_BP, cluster_BP, -1)
-        mean_ND, _ = ops.cluster_mean(sets.x_BPD.flatten(0, 1), cluster_BP.flatten(), num_sets * num_places)
-        return centre_BP, mean_ND.view(num_sets, num_places, width), score_BP
+    def _kept(self, size: int, share: float) -> int:
+        """Tokens that become of a set of `size`."""
+        return max(1, int(size * share)) if size > self.smallest else size
 
-    def _in_order(
-        self, video: VideoTokens, sets: Sets, centre_BP: Tensor, merged_BPD: Tensor, score_BP: Tensor
-    ) -> Kept:
-        """In video order, or as released: static tokens before the moving ones of the segment, each set by its rank."""
-        per_frame, device = video.grid.per_frame, centre_BP.device
-        set_K, place_K = centre_BP.nonzero(as_tuple=True)
-        index_K = sets.frame_B[set_K] * per_frame + place_K
-        x_KD = merged_BPD[set_K, place_K].to(video.x_ND.dtype)
-        order_K = index_K.argsort()
-        if self.compat == "official":
-            rank_BP = torch.empty_like(score_BP, dtype=torch.long)
-            number_BP = torch.arange(per_frame, device=device).expand_as(rank_BP)
-            rank_BP.scatter_(1, ops.top(score_BP, per_frame), number_BP)
-            rank_BP = torch.where(sets.member_BP.sum(1, keepdim=True) > self.smallest, rank_BP, number_BP)
-            moving_B = torch.arange(len(sets.frame_B), device=device) >= len(sets.frame_B) - video.grid.t
-            key_B = 2 * sets.frame_B + moving_B
-            order_K = (key_B[set_K] * per_frame + rank_BP[set_K, place_K]).argsort()
-        return Kept(index_K=index_K[order_K], x_KD=x_KD[order_K])
+    def _order(self, video: VideoTokens, sets: Sets, counts: Sequence[int], found: density.Clusters) -> Tensor:
+        """Centres in video order, or as released: static tokens before the moving ones of the segment, each set by its
+        rank."""
+        cell_C = sets.cell_M[found.centre_C]
+        if self.compat != "official":
+            return cell_C.argsort()
+        first, device = len(counts) - video.grid.t, cell_C.device  # of the sets of moving places
+        set_C = torch.tensor([n for n, count in enumerate(counts) for _ in range(count)], device=device)
+        small_C = torch.tensor([size <= self.smallest for size in sets.sizes], device=device)[set_C]
+        by_score_C = found.score_C.masked_fill(small_C, 0).argsort(descending=True, stable=True)
+        key_C = 2 * (cell_C // video.grid.per_frame) + (set_C >= first)
+        return by_score_C[key_C[by_score_C].argsort(stable=True)]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         """Unit tokens, their sum and its square; distances of frames, and those inside every frame."""
@@ -205,26 +188,33 @@ def _run(labels: Sequence[int | None]) -> int:
     return next((n for n, label in enumerate(labels) if label != labels[0]), len(labels))
 
 
-def pair_similarity(x_TPD: Tensor, segment_T: Tensor, num_segments: int) -> Tensor:
-    """(W, S) fp32 mean cosine of each place over all pairs of different frames of a segment; -inf for one frame."""
-    unit_TN = F.normalize(x_TPD, dim=-1).flatten(1)
+def pair_similarity(x_TPD: Tensor, segment_T: Tensor, num_segments: int, norm_N: Tensor | None = None) -> Tensor:
+    """(W, S) fp32 mean cosine of each place over all pairs of different frames of a segment; -inf for one frame.
+
+    norm_N: `VideoTokens.norm_N`, computed where it is None."""
+    norm_TP = (ops.lengths(x_TPD) if norm_N is None else norm_N).view(x_TPD.shape[:2])
     member_WT = (segment_T == torch.arange(num_segments, device=segment_T.device)[:, None]).float()
-    sum_WPD = (member_WT @ unit_TN).view(len(member_WT), *x_TPD.shape[1:])
+    sum_PWD = (member_WT / norm_TP.T[:, None]) @ x_TPD.transpose(0, 1)
     length_W1 = member_WT.sum(1, keepdim=True)
-    similarity_WP: Tensor = (sum_WPD.square().sum(-1) - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
+    square_WP = torch.linalg.vector_norm(sum_PWD, dim=-1).T.square()
+    similarity_WP: Tensor = (square_WP - length_W1) / (length_W1 * (length_W1 - 1)).clamp_min(1)
     return similarity_WP.masked_fill(length_W1 == 1, -torch.inf)
 
 
 def static_and_moving(x_TPD: Tensor, segment_T: Tensor, static_WP: Tensor) -> Sets:
-    """The sets that are merged, each on its own."""
-    member_WT = (segment_T == torch.arange(len(static_WP), device=x_TPD.device)[:, None]).float()
-    mean_WPD = (member_WT @ x_TPD.flatten(1) / member_WT.sum(1, keepdim=True)).view(-1, *x_TPD.shape[1:])
-    frame_T = torch.arange(len(x_TPD), device=x_TPD.device)
-    return Sets(
-        torch.cat([mean_WPD, x_TPD]),
-        torch.cat([static_WP, ~static_WP[segment_T]]),
-        torch.cat([member_WT.argmax(1), frame_T]),
-    )
+    """The sets that are merged, each on its own; one host synchronisation."""
+    (num_frames, num_places, _), device = x_TPD.shape, x_TPD.device
+    member_WT = (segment_T == torch.arange(len(static_WP), device=device)[:, None]).float()
+    mean_WN = member_WT @ x_TPD.flatten(1) / member_WT.sum(1, keepdim=True)
+    member_BP = torch.cat([static_WP, ~static_WP[segment_T]])
+    sizes: list[int] = member_BP.sum(1).tolist()
+    frame_B = torch.cat([member_WT.argmax(1), torch.arange(num_frames, device=device)])
+    number_B = torch.arange(len(sizes), device=device)  # static sets stand behind the frames of the video
+    row_B = torch.where(number_B < len(static_WP), number_B + num_frames, number_B - len(static_WP))
+    token_M = member_BP.flatten().nonzero_static(size=sum(sizes))[:, 0]
+    set_M, place_M = token_M // num_places, token_M % num_places
+    row_M, cell_M = row_B[set_M] * num_places + place_M, frame_B[set_M] * num_places + place_M
+    return Sets(mean_WN.view(-1, x_TPD.shape[2]), row_M, cell_M, sizes)
 
 
 def asked_tokens(attention_HQN: Tensor, sizes: Sequence[int], share: float) -> Tensor:
