@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -270,7 +271,35 @@ def tango_inner(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
     return kept
 
 
+def framefusion_call(video: VideoTokens, budget: Budget, stage: Any) -> Tensor:
+    """Sorts the tokens by place, merges run by run, and prunes by attention where too many would be left."""
+    assert video.num_before is None, "the first call of a row"
+    place = video.cell_G % video.grid.per_frame
+    order = place.argsort(stable=True)
+    x = video.x_ND[order].float()
+    similar = F.pad(F.cosine_similarity(x[1:], x[:-1], dim=-1), (1, 0), value=-2)
+    similar[1:][place[order][1:] != place[order][:-1]] = -2
+    most = torch.zeros_like(similar, dtype=torch.bool)
+    most[similar.topk(len(x) - budget.num_kept).indices] = True
+
+    def merged(joins: Tensor) -> Tensor:
+        starts = [*(~joins).nonzero()[:, 0].tolist(), len(x)]
+        for start, end in pairwise(starts):
+            if end - start > 1:
+                x[start] = x[start:end].mean(0)
+        return order[~joins].sort().values
+
+    left = merged(most & (similar >= stage.method.threshold))
+    if len(left) <= max(budget.num_kept, stage._most(budget.num_kept)):
+        return left
+    if not stage.layer:
+        left = merged(most & (similar > -2))
+        return left[((torch.arange(budget.num_kept) + 0.5) * len(left) / budget.num_kept).long()]
+    assert video.salience_G is not None
+    return video.salience_G.topk(budget.num_kept).indices.sort().values
+
+
 RIVALS: dict[str, Rival] = {
     "FlashVID": flashvid, "PruneVid": prunevid, "SToP": stop, "ToMe": tome, "EarlyTom": earlytom,
-    "HoliTomInner": holitom_inner, "TangoInner": tango_inner,
+    "HoliTomInner": holitom_inner, "TangoInner": tango_inner, "Call": framefusion_call,
 }  # fmt: skip

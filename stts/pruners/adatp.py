@@ -88,6 +88,7 @@ class Cut(PerVideo):
     needs_time: ClassVar[str] = "its tokens compete inside segments of similar frames"
     signals: ClassVar[frozenset[Signal]] = frozenset({"last_row", "frame", "text"})
     positions: ClassVar[Positions] = "original"
+    reads_features: ClassVar[bool] = False
 
     layer: int
     method: AdaTP

@@ -273,3 +273,14 @@ def keep_top(video: VideoTokens, scores_G: Tensor, num_kept: int) -> Kept:
     if not 1 <= num_kept <= num_groups:
         raise ValueError(f"num_kept={num_kept} is outside [1, {num_groups}]; see budget.plan")
     return Kept(index_K=ops.highest(scores_G.detach(), num_kept), scores_G=scores_G.float())
+
+
+def most_alike(video: VideoTokens, index_K: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, D) fp32 copy of the groups that are not in `index_K`, and for each the number of the kept group most like it.
+
+    Cosine, the first on ties; int64 (R,). No host synchronisation."""
+    dropped_G = torch.ones_like(video.cell_G, dtype=torch.bool).index_fill_(0, index_K, False)
+    x_RD = video.x_ND[dropped_G.nonzero_static(size=video.num_groups - len(index_K))[:, 0]].float()
+    x_KD = video.x_ND.detach()[index_K].float()
+    norm_K = ops.lengths(x_KD) if video.norm_N is None else video.norm_N[index_K]
+    return x_RD, ops.nearest(x_RD.detach()[None], x_KD[None], norm_BC=norm_K[None])[0]

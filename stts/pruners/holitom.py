@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import density, ops
-from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top
+from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top, most_alike
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 
@@ -219,22 +218,17 @@ class HoliTomInner(PerVideo):
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         salience_G = ops.need(video.salience_G, "last_row", video).float()
-        index_K = keep_top(video, salience_G, budget.num_kept).index_K
-        dropped_G = torch.ones_like(video.cell_G, dtype=torch.bool)
-        dropped_G[index_K] = False
-        index_R = dropped_G.nonzero_static(size=video.num_groups - budget.num_kept)[:, 0]
-        x_GD = video.x_ND.float()
-        unit_GD = F.normalize(x_GD.detach(), dim=-1)
-        target_R = ops.nearest(unit_GD[index_R][None], unit_GD[index_K][None])[0]
+        kept = keep_top(video, salience_G, budget.num_kept)
+        x_RD, target_R = most_alike(video, kept.index_K)
         sorted_R, order_R = target_R.sort(stable=True)
         to_come_R = torch.empty_like(order_R)  # sources, this one included, that the same target has yet to take
         to_come_R[order_R] = torch.searchsorted(sorted_R, sorted_R, right=True) - torch.arange(
             len(order_R), device=order_R.device
         )
-        weighted_RD = x_GD[index_R] * torch.exp2(-to_come_R.float())[:, None]
-        mean_KD, count_K = ops.cluster_mean(weighted_RD, target_R, len(index_K))
-        x_KD = x_GD[index_K] * torch.exp2(-count_K.float())[:, None] + mean_KD * count_K[:, None]
-        return Kept(index_K=index_K, x_KD=x_KD.to(video.x_ND.dtype), scores_G=salience_G)
+        count_K = torch.zeros_like(kept.index_K).scatter_add_(0, target_R, torch.ones_like(target_R))
+        x_KD = video.x_ND[kept.index_K].float() * torch.exp2(-count_K.float())[:, None]
+        x_KD = ops.add_rows(x_KD, target_R, x_RD.mul_(torch.exp2(-to_come_R.float())[:, None]))
+        return replace(kept, x_KD=x_KD.to(video.x_ND.dtype))
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         present = min(

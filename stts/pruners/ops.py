@@ -268,8 +268,9 @@ def static_places(static_TP: Tensor, windows: Sequence[tuple[int, int]]) -> Tens
 # --- clusters ------------------------------------------------------------------------------------------------------
 
 
-def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) -> Tensor:
-    """(B, N) int64 number of the centre with the largest x . c, less `less_BC` where given; the first on ties.
+def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None, norm_BC: Tensor | None = None) -> Tensor:
+    """(B, N) int64 number of the centre with the largest x . c / norm_BC, less `less_BC`, where given; the first on
+    ties.
 
     In blocks of rows where the products of all would be larger than the tokens; fp32."""
     num_sets, num_centres, _ = centre_BCD.shape
@@ -277,6 +278,8 @@ def nearest(x_BND: Tensor, centre_BCD: Tensor, less_BC: Tensor | None = None) ->
     numbers = []
     for x_BRD in torch.split(x_BND, block, dim=1):
         product_BRC = torch.matmul(x_BRD.float(), centre_BCD.transpose(1, 2))
+        if norm_BC is not None:
+            product_BRC /= norm_BC[:, None, :]
         if less_BC is not None:
             product_BRC -= less_BC[:, None, :]
         numbers.append(product_BRC.argmax(-1))

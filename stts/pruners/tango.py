@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
-from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top
+from stts.pruners.base import ByHost, HostInfo, Newlines, PerVideo, Positions, keep_top, most_alike
 from stts.pruners.st_rope import st_rope
 from stts.pruners.tango_pools import Part, divide, merge_context, pool_rows, rows_of, select_salient
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
@@ -191,13 +190,13 @@ class TangoInner(PerVideo):
 
     def prune(self, video: VideoTokens, budget: Budget) -> Kept:
         kept = keep_top(video, ops.need(video.salience_G, "last_row", video).float(), budget.num_kept)
-        unit_GD = F.normalize(video.x_ND.detach().float(), dim=-1)
-        target_G = ops.nearest(unit_GD[None], unit_GD[kept.index_K][None])[0]
-        target_G[kept.index_K] = torch.arange(budget.num_kept, device=target_G.device)
-        mean_KD, _ = ops.cluster_mean(video.x_ND, target_G, budget.num_kept)
-        x_KD = torch.lerp(mean_KD, video.x_ND[kept.index_K].float(), self.beta)
+        x_RD, target_R = most_alike(video, kept.index_K)
+        count_K = torch.ones_like(kept.index_K).scatter_add_(0, target_R, torch.ones_like(target_R))
+        share_K1 = (1 - self.beta) / count_K[:, None]
+        x_KD = video.x_ND[kept.index_K].float() * (self.beta + share_K1)
+        x_KD = ops.add_rows(x_KD, target_R, x_RD.mul_(share_K1[target_R]))
         return replace(kept, x_KD=x_KD.to(video.x_ND.dtype))
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
         present = min(grid.num_groups, round(num_kept / self.share))
-        return 2 * present * width * (num_kept + 2)  # cosines with every kept token, norm, mean of the cluster
+        return 2 * width * ((present - num_kept) * num_kept + 2 * present)  # cosines; norms and means of the clusters

@@ -19,15 +19,24 @@ from stts.pruners.scorer import Fp32Linear
 from stts.tokens import Budget, Grid, Kept, Signal, Site, VideoTokens
 
 
+class Queries(Fp32Linear):
+    """A linear layer whose outputs are only needed as products with a few keys, so that it is applied to those."""
+
+    def forward(self, x_ND: Tensor, k_VE: Tensor) -> Tensor:  # type: ignore[override]  # nobody else calls it
+        """(N, V) fp32: (W x_i + b) . k_v = x_i . (W^T k_v) + b . k_v."""
+        w_VD = k_VE @ self.weight.float()
+        return torch.addmm(k_VE @ self.bias.float(), x_ND.float(), w_VD.T)
+
+
 class ImportanceScorer(nn.Module):
     """s_i = q_i . mean_j k_j / sqrt(E): the attention of a token to all keys of its video, without a softmax.
 
-    The release builds all q_i . k_j; their mean over j is the product with the mean key, and the key of the mean
-    token. fp32. A constant on all queries changes no ranking, so the bias of `q_proj` has no gradient."""
+    The release builds all q_i . k_j; their mean over j is the product with the mean key, the key of the mean token.
+    fp32. A constant on all queries changes no ranking, so the bias of `q_proj` has no gradient."""
 
     def __init__(self, dim: int, width: int, std: float) -> None:
         super().__init__()
-        self.q_proj, self.k_proj = Fp32Linear(dim, width), Fp32Linear(dim, width)
+        self.q_proj, self.k_proj = Queries(dim, width), Fp32Linear(dim, width)
         for layer in (self.q_proj, self.k_proj):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -36,9 +45,9 @@ class ImportanceScorer(nn.Module):
         """(N,) fp32; video_N: int64 pool of each token."""
         with torch.autocast(x_ND.device.type, enabled=False):
             mean_VD, _ = ops.cluster_mean(x_ND, video_N, num_videos)
-            k_VE, q_NE = self.k_proj(mean_VD), self.q_proj(x_ND)
-            score_N: Tensor = torch.linalg.vecdot(q_NE, k_VE[video_N]) / math.sqrt(q_NE.shape[-1])
-            return score_N
+            k_VE = self.k_proj(mean_VD)
+            score_NV: Tensor = self.q_proj(x_ND, k_VE) / math.sqrt(k_VE.shape[-1])
+            return score_NV.gather(1, video_N[:, None])[:, 0]
 
 
 class VisionSelector(nn.Module):
@@ -110,7 +119,8 @@ class VisionSelector(nn.Module):
         video_N = torch.arange(len(videos), device=device).repeat_interleave(torch.tensor(sizes, device=device))
         pooled = self.compat == "official"
         pool_N = torch.zeros_like(video_N) if pooled else video_N
-        x_ND = torch.cat([video.x_ND.detach().float() for video in videos])
+        rows = [video.x_ND.detach().float() for video in videos]
+        x_ND = torch.cat(rows) if len(rows) > 1 else rows[0]  # a copy of a long video takes as long as its scores
         score_N = self.importance_scorer(x_ND, pool_N, 1 if pooled else len(videos))
         scores = torch.split(score_N, sizes)
         if not (self.training and torch.is_grad_enabled()):
@@ -159,5 +169,5 @@ class VisionSelector(nn.Module):
         return [replace(row[0], losses={"sharpen": loss}), *row[1:]]
 
     def flops(self, grid: Grid, width: int, num_kept: int) -> int:
-        """Queries of all tokens, one key, one product per token; the release pays for N x N of them."""
-        return 2 * self.width * (grid.num_groups * (width + 1) + width)
+        """One key, what it weighs each feature by, and one product per token; the release pays for N x N of them."""
+        return 2 * (self.width * (2 * width + 1) + grid.num_groups * width)

@@ -358,5 +358,5 @@ def test_both_stages_together_cost_the_ratio():
 
 
 def test_flops_inside_by_hand():
-    # 3 kept of 6 present, width 4: cosines 6 x 3, and two passes over 6.
-    assert TangoInner().flops(Grid(2, 2, 3), 4, 3) == 2 * 4 * 6 * (3 + 2)
+    # 3 kept of 6 present, width 4: cosines 3 x 3, and two passes over 6.
+    assert TangoInner().flops(Grid(2, 2, 3), 4, 3) == 2 * 4 * (3 * 3 + 2 * 6)

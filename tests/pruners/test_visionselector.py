@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stts.pruners.base import soft_in_training
 from stts.pruners.check import HOST, example_video
@@ -27,7 +28,7 @@ BUDGETS = [Budget(5, 5 / 12, True), Budget(20, 1.0, True)]
 def test_scores_equal_the_product_of_all_queries_and_keys() -> None:
     stage = stage_of().eval()
     scorer, x_ND = stage.importance_scorer, VIDEOS[0].x_ND
-    pairs_NN = scorer.q_proj(x_ND) @ scorer.k_proj(x_ND).T / 2  # width 4
+    pairs_NN = F.linear(x_ND, scorer.q_proj.weight, scorer.q_proj.bias) @ scorer.k_proj(x_ND).T / 2  # width 4
     [kept] = stage(VIDEOS[:1], BUDGETS[:1])
     torch.testing.assert_close(kept.scores_G, pairs_NN.mean(1), atol=1e-5, rtol=0)
     assert kept.index_K.tolist() == pairs_NN.mean(1).topk(5).indices.sort().values.tolist()
@@ -91,6 +92,6 @@ def test_the_host_sizes_it() -> None:
     stage = VisionSelector.for_host(HOST)
     assert (stage.dim, stage.width, stage.positions) == (8, 4, "compact")
     assert VisionSelector.for_host(replace(HOST, mrope=True)).positions == "original"
-    assert stage.flops(Grid(2, 2, 3), 8, 5) == 2 * 4 * (12 * 9 + 8)
+    assert stage.flops(Grid(2, 2, 3), 8, 5) == 2 * (4 * (2 * 8 + 1) + 12 * 8)
     with pytest.raises(ValueError, match="compat='offical'"):
         VisionSelector(8, compat="offical")  # type: ignore[arg-type]
