@@ -47,11 +47,12 @@ class EarlyTom(AtPruneBlock):
 
     **Our arrangement:** frames are merged once, on the output of block `prune_block` + 1, and tokens selected there by
     that block's attention, so both leave the tower at one drop, where STTS drops. The release merges behind three
-    blocks (8, 21 and 23 of 26, tuned per benchmark), each time frames that the one before left, and selects behind the
-    connector; its third part is HoliTom's stage inside the LLM. One drop a pass is what the tower, its FLOPs and the
-    tokens of a class head are counted by, and what lets `exact` bring tokens of merged frames back where too few are
-    left: it drops the least attended tokens or adds the most attended ones. So the blocks between drops, which the
-    release spares by degrees, are spared here from the one drop on, and frames merge less often.
+    blocks (such as 8, 21 and 23 of 26, tuned per benchmark), each time the frames that the one before left, selects
+    behind the connector by the attention of the last of the three, and has HoliTom's stage inside the LLM as its third
+    part. So here frames merge once instead of three times, all blocks behind the drop are spared instead of more and
+    more, and the attention is that of an early block. A pass has one drop in the tower (`split_sites`), by which its
+    FLOPs are counted, and from which `exact` brings tokens of merged frames back where too few are left: it drops the
+    least attended tokens or adds the most attended ones.
 
     **Differs** from the release: in its segments of four frames or more the last frame between the ends never counts;
     here it stays, or is the other half of the last pair (compat="official"). A video is segmented alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -77,8 +76,9 @@ class FrameFusionInner:
     `threshold` to the one before it at its place. Calls go on, on the embeddings and then layer after layer, until one
     merges less than `least` of what is there; the next one prunes. Every call knows how many tokens, kept to the end,
     make the mean over the LLM's layers what was asked (rho of the release): where enough are alike, the most similar
-    are merged down to that number and nothing more happens. So the count of the calls, and of tokens in each layer
-    before the last call, depend on the video; the mean over all layers does not.
+    are merged down to that number and nothing more happens (on the embeddings: this is `framefusion` then). So the
+    count of the calls, and of tokens in each layer before the last call, depend on the video; the mean over all layers
+    does not.
 
     **Differs:** a call stands before layer k, where the release has it between attention and MLP of layer k - 1: it
     reads the same attention, and merges hidden states that have one MLP more behind them, which makes its count of
@@ -203,18 +203,3 @@ def merge_runs(x_ND: Tensor, place_N: Tensor, merged_N: Tensor) -> tuple[Tensor,
     rank_N[number_N[index_K]] = torch.arange(len(index_K), device=order_N.device)
     x_KD, _ = ops.cluster_mean(x_ND, rank_N[number_N], len(index_K))
     return index_K, x_KD
-
-
-def left_to_remove(removed: Sequence[float], cost: float, num_layers: int) -> float:
-    """Share of the present tokens to remove now so that the layers see `cost` of all on average (rho of the release).
-
-    removed: shares removed so far, each of what was there; every entry counts as one layer. ValueError where the layers
-    before have used up the cost."""
-    present, used = 1.0, 0.0
-    for share in removed:
-        present *= 1 - share
-        used += present
-    remain = num_layers * cost - used
-    if remain < 0:
-        raise ValueError(f"cost={cost} of {num_layers} layers is used up by the first {len(removed)}; raise it")
-    return max(0.0, 1 - remain / ((num_layers - len(removed)) * present))

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from stts.pruners.check import HOST, example_video
-from stts.pruners.framefusion import (
-    NO_PREDECESSOR,
-    FrameFusion,
-    FrameFusionInner,
-    chain_similarity,
-    left_to_remove,
-)
+from stts.pruners.framefusion import NO_PREDECESSOR, FrameFusion, FrameFusionInner, chain_similarity
+from stts.pruners.naive.framefusion import left_to_remove
 from stts.tokens import Budget, Grid, VideoTokens
 
 # Two places, three frames. Place 0 stays, then turns by 90 degrees; place 1 turns by 90 degrees, then stays.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from stts.pruners.framefusion import left_to_remove
 from stts.tokens import Budget, Kept, VideoTokens
 
 
@@ -79,3 +79,18 @@ def _merge(x_ND: Tensor, places: list[int], merged: set[int]) -> tuple[list[int]
         else:
             runs[n], head[place] = [n], n
     return list(runs), torch.stack([x_ND[run].float().mean(0) for run in runs.values()])
+
+
+def left_to_remove(removed: Sequence[float], cost: float, num_layers: int) -> float:
+    """Share of the present tokens to remove now so that the layers see `cost` of all on average (rho of the release).
+
+    removed: shares removed so far, each of what was there; every entry counts as one layer. ValueError where the layers
+    before have used up the cost."""
+    present, used = 1.0, 0.0
+    for share in removed:
+        present *= 1 - share
+        used += present
+    remain = num_layers * cost - used
+    if remain < 0:
+        raise ValueError(f"cost={cost} of {num_layers} layers is used up by the first {len(removed)}; raise it")
+    return max(0.0, 1 - remain / ((num_layers - len(removed)) * present))
