@@ -25,7 +25,18 @@ INSIDE = {
 FORBIDDEN_IN_LIBRARY = {"lightning", "pytorch_lightning", "deepspeed", "wandb"}
 # Files of these rooms stand alone: each may import the shared parts, and only the doors may import everything.
 SHARED = {
-    "pruners": {"base", "density", "ops", "scorer", "simple", "st_rope", "tango_pools", "teacher", "temporal"},
+    "pruners": {
+        "base",
+        "density",
+        "frames",
+        "ops",
+        "scorer",
+        "simple",
+        "st_rope",
+        "tango_pools",
+        "teacher",
+        "temporal",
+    },
     "models/families": {"base", "visual", "attention", "qwen_vl", "llava_layout"},
 }
 DOORS = {
