@@ -85,19 +85,29 @@ def most_diverse(x_ND: Tensor, weight_N: Tensor, num_kept: int) -> Tensor:
     Cholesky rows grow with every token chosen: c = (K_j - sum_k c_k[j] c_k) / sqrt(w_j), w -= c^2. K stands in one
     matrix while this is at most twice as large as the tokens, else each row is computed when its token is chosen: that
     reads all tokens for each one chosen. No host synchronisation."""
-    unit_ND = F.normalize(x_ND.float(), dim=-1) * weight_N[:, None]
+    unit_ND = F.normalize(x_ND.float(), dim=-1).mul_(weight_N[:, None])
     # Not the sum of squares: equal weights must tie exactly, and then the earlier token is chosen.
-    variance_N = weight_N.square() * (unit_ND != 0).any(-1)
-    whole_NN = unit_ND @ unit_ND.T if len(unit_ND) <= 2 * unit_ND.shape[1] else None
+    variance_N = weight_N.square() * (torch.linalg.vector_norm(unit_ND, dim=-1) > 0)
+    whole_NN = products(unit_ND) if len(unit_ND) <= 2 * unit_ND.shape[1] else None
     row_KN = unit_ND.new_zeros(num_kept, len(unit_ND))
     taken_N = torch.zeros_like(variance_N, dtype=torch.bool)
     chosen = []
-    for step in range(num_kept):
+    for row_N, step in zip(row_KN, range(num_kept), strict=True):
         pick_1 = variance_N.argmax(keepdim=True)
         chosen.append(pick_1)
-        known_N = row_KN[:step, pick_1][:, 0] @ row_KN[:step]
-        kernel_N = (unit_ND[pick_1] @ unit_ND.T if whole_NN is None else whole_NN[pick_1])[0]
-        row_N = torch.sub(kernel_N, known_N, out=row_KN[step]).div_(variance_N[pick_1].clamp_min(1e-12).sqrt())
-        variance_N = (variance_N - row_N.square()).clamp_min_(0)  # rounding; chosen ones are not chosen again
-        variance_N = variance_N.masked_fill_(taken_N.index_fill_(0, pick_1, True), -torch.inf)
+        kernel_1N = unit_ND[pick_1] @ unit_ND.T if whole_NN is None else whole_NN[pick_1]
+        torch.addmv(kernel_1N[0], row_KN[:step].T, row_KN[:step, pick_1][:, 0], alpha=-1, out=row_N)
+        row_N.div_(variance_N[pick_1].clamp_min_(1e-12).sqrt_())
+        variance_N.addcmul_(row_N, row_N, value=-1).clamp_min_(0)  # rounding; chosen ones are not chosen again
+        variance_N.masked_fill_(taken_N.index_fill_(0, pick_1, True), -torch.inf)
     return torch.cat(chosen)
+
+
+def products(x_ND: Tensor, block: int = 512) -> Tensor:
+    """(N, N) x x^T by blocks of rows; what lies below the diagonal is copied from above it."""
+    product_NN = x_ND.new_empty(len(x_ND), len(x_ND))
+    for start in range(0, len(x_ND), block):
+        end = start + block
+        torch.mm(x_ND[start:end], x_ND[start:].T, out=product_NN[start:end, start:])
+        product_NN[end:, start:end] = product_NN[start:end, end:].T
+    return product_NN
