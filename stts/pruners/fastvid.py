@@ -200,7 +200,7 @@ class FastVID(PerVideo):
         x_TPD, place_P = video.x_ND.view(*salient_TP.shape, -1), torch.arange(places, device=device)
         with torch.no_grad():
             free_BP = ~salient_TP[frame_B]
-            score_BP = density_scores(video, x_TPD[frame_B], free_BP, self.num_neighbours, scratch=True)
+            score_BP = density_scores(video, x_TPD.detach(), free_BP, self.num_neighbours, frame_B)
         # Once more in longer segments, as the release of SToP does; nothing changes without a sink penalty.
         score_BP = torch.where(length_B[:, None] > 1, ops.rank_density(video, score_BP, place_P), score_BP)
         most = max(own.number for own in anchors)
@@ -283,14 +283,18 @@ def frame_similarity(video: VideoTokens) -> Tensor:
 
 
 def density_scores(
-    video: VideoTokens, x_BPD: Tensor, free_BP: Tensor, num_neighbours: int, *, scratch: bool = False
+    video: VideoTokens, x_TPD: Tensor, free_BP: Tensor, num_neighbours: int, frame_B: Tensor | None = None
 ) -> Tensor:
     """(B, S) density peak scores of each frame's free tokens among themselves, -inf at the others.
 
-    scratch: `x_BPD` may be overwritten."""
-    distance_BPP = density.distances(x_BPD, scratch=scratch).div_(math.sqrt(x_BPD.shape[-1]))
+    frame_B: int64 frames to score; all where it is None."""
+    num_places = x_TPD.shape[1]
+    frame_B = torch.arange(len(x_TPD), device=x_TPD.device) if frame_B is None else frame_B
+    place_P = torch.arange(num_places, device=x_TPD.device)
+    distance_BPP = density.distances_of(x_TPD.flatten(0, 1), frame_B[:, None] * num_places + place_P)
+    distance_BPP.div_(math.sqrt(x_TPD.shape[-1]))
     score_BP = density.density_peaks(distance_BPP, num_neighbours, count_self=True, valid_BN=free_BP)
-    return ops.rank_density(video, score_BP, torch.arange(x_BPD.shape[1], device=x_BPD.device))
+    return ops.rank_density(video, score_BP, place_P)
 
 
 def share_out(total: int, num_parts: int) -> list[int]:

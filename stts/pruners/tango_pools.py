@@ -111,7 +111,7 @@ def select_salient(
     salience_BP = tokens.salience_R[row_BP].masked_fill(number_P >= size_B1, -torch.inf)
     candidate_BN, valid_BN = ops.top(salience_BP, widest), number_N < wide_B1
 
-    distance_BNN = density.distances(tokens.z_ND[tokens.cell_R[row_BP.gather(1, candidate_BN)]], scratch=True)
+    distance_BNN = density.distances_of(tokens.z_ND, tokens.cell_R[row_BP.gather(1, candidate_BN)])
     score_BN = density.density_peaks(distance_BNN, num_neighbours, count_self=False, valid_BN=valid_BN)
     centre_BN = torch.zeros_like(valid_BN).scatter_(1, ops.top(score_BN, widest), number_N < num_B1) & valid_BN
     nearest_BN = distance_BNN.masked_fill_(~centre_BN[:, None, :], torch.inf).argmin(-1)
