@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -232,22 +232,51 @@ class FastVID(PerVideo):
             own_BP.scatter_(1, place_BM, True)
         sum_CD = x_TPD.new_zeros(num_sets * most + 1, width, dtype=torch.float32)  # the last row: outside the pool
         count_C = torch.zeros(num_sets * most + 1, dtype=torch.int64, device=x_TPD.device)
+        for x_EPD, target_EP in self._targets(x_TPD, salient_TP, anchors, unit_BMD, own_BP, valid_BM):
+            sum_CD = ops.add_rows(sum_CD, target_EP.flatten(), x_EPD.flatten(0, 1))
+            count_C.scatter_add_(0, target_EP.flatten(), torch.ones_like(target_EP.flatten()))
+        count_BM1 = count_C[:-1].view(num_sets, most, 1)
+        mean_BMD = sum_CD[:-1].view(num_sets, most, width).div_(count_BM1.clamp_min(1))
+        return mean_BMD.lerp_(centre_BMD, (1 / (count_BM1 + 1)).clamp_min(self.beta))
+
+    @staticmethod
+    def _targets(
+        x_TPD: Tensor,
+        salient_TP: Tensor,
+        anchors: Sequence[Anchors],
+        unit_BMD: Tensor,
+        own_BP: Tensor,
+        valid_BM: Tensor,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Frames, and for each of their tokens the anchor it joins for one anchor frame: b M + m, or B M outside the
+        pool. A CPU goes segment by segment, as it reads the tokens once for all anchor frames of one."""
+        num_sets, most, _ = unit_BMD.shape
+        if ops.frame_block(x_TPD) < len(x_TPD):
+            for _, group in groupby(enumerate(anchors), key=lambda pair: pair[1].segment.start):
+                numbers = [number for number, _ in group]
+                sets, segment = slice(numbers[0], numbers[-1] + 1), anchors[numbers[0]].segment
+                step = max(1, x_TPD.numel() // 4 // (x_TPD.shape[1] * len(numbers) * most))  # as many similarities
+                for frames in (segment[start : start + step] for start in range(0, len(segment), step)):
+                    x_LPD = x_TPD[frames.start : frames.stop]
+                    similarity = x_LPD.detach().flatten(0, 1).float() @ unit_BMD[sets].flatten(0, 1).T
+                    similarity_LPAM = similarity.view(*x_LPD.shape[:2], -1, most)
+                    nearest_LPA = similarity_LPAM.masked_fill_(~valid_BM[sets], -torch.inf).argmax(-1)
+                    for place, number in enumerate(numbers):
+                        outside_LP = salient_TP[frames.start : frames.stop].clone()
+                        if anchors[number].frame in frames:
+                            outside_LP[anchors[number].frame - frames.start] |= own_BP[number]
+                        target_LP = nearest_LPA[..., place] + most * number
+                        yield x_LPD, target_LP.masked_fill_(outside_LP, num_sets * most)
+            return
         unit_EMD = torch.empty_like(unit_BMD[:0])  # one buffer for all blocks: new memory takes as long as the copy
         for pairs, is_whole in blocks(anchors, len(x_TPD), ops.CACHED // x_TPD[0].numel()):
             set_E, frame_E, own_E, none_E = torch.tensor(pairs, device=x_TPD.device).unbind(1)
             x_EPD = x_TPD if is_whole else x_TPD.index_select(0, frame_E)
-            with torch.no_grad():
-                torch.index_select(unit_BMD, 0, set_E, out=unit_EMD.resize_(len(set_E), most, width))
-                similarity_EPM = x_EPD.float() @ unit_EMD.transpose(1, 2)
-                nearest_EP = similarity_EPM.masked_fill_(~valid_BM[set_E][:, None, :], -torch.inf).argmax(-1)
-                outside_EP = salient_TP[frame_E] | own_BP[set_E] & own_E[:, None].bool() | none_E[:, None].bool()
-                target_N = (nearest_EP + most * set_E[:, None]).masked_fill_(outside_EP, num_sets * most).flatten()
-            sum_CD = ops.add_rows(sum_CD, target_N, x_EPD.flatten(0, 1))
-            count_C.scatter_add_(0, target_N, torch.ones_like(target_N))
-        count_BM1 = count_C[:-1].view(num_sets, most, 1)
-        mean_BMD = sum_CD[:-1].view(num_sets, most, width) / count_BM1.clamp_min(1)
-        weight_BM1 = (1 / (count_BM1 + 1)).clamp_min(self.beta)
-        return weight_BM1 * centre_BMD + (1 - weight_BM1) * mean_BMD
+            torch.index_select(unit_BMD, 0, set_E, out=unit_EMD.resize_(len(set_E), most, unit_BMD.shape[2]))
+            similarity_EPM = x_EPD.detach().float() @ unit_EMD.transpose(1, 2)
+            nearest_EP = similarity_EPM.masked_fill_(~valid_BM[set_E][:, None, :], -torch.inf).argmax(-1)
+            outside_EP = salient_TP[frame_E] | own_BP[set_E] & own_E[:, None].bool() | none_E[:, None].bool()
+            yield x_EPD, (nearest_EP + most * set_E[:, None]).masked_fill_(outside_EP, num_sets * most)
 
 
 def blocks(anchors: Sequence[Anchors], num_frames: int, few: int) -> list[tuple[list[Pair], bool]]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from stts.pruners import ops
 from stts.pruners.base import HostInfo
+from stts.pruners.check import example_video
 from stts.pruners.fastvid import FastVID
 from stts.pruners.naive.fastvid import fastvid
 from stts.tokens import Budget, Grid, SinkPenalty, VideoTokens
@@ -257,3 +259,14 @@ def test_missing_signals_and_partial_grids_are_refused():
     partial = replace(video, x_ND=video.x_ND[:9], cell_G=video.cell_G[:9], salience_G=video.salience_G[:9])
     with pytest.raises(ValueError, match="9 of 16 groups"):
         FastVID().prune(partial, budget)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cpu_that_goes_segment_by_segment_keeps_the_same(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = FastVID(variant=variant, min_segments=3)
+    video = example_video(stage, Grid(20, 4, 4), width=16)
+    [whole] = stage([video], [Budget(1, 0.4)])
+    monkeypatch.setattr(ops, "CACHED", 1)
+    [by_segment] = stage([video], [Budget(1, 0.4)])
+    assert torch.equal(by_segment.index_K, whole.index_K)
+    assert_close(by_segment.x_KD, whole.x_KD)
