@@ -210,10 +210,11 @@ class STTS(nn.Module):
 
     def _change(self, batch: _Batch, *, with_grad: bool = False) -> Tensor:
         """(G,) fp32: how much every group changed since the frame before, in [0, 2]."""
-        with torch.autocast(batch.x_ND.device.type, enabled=False), torch.set_grad_enabled(with_grad):
-            feature_GE = temporal.window_features(
-                batch.x_ND, batch.group_GW, missing_is_first=self.compat == "official"
-            )
+        first = self.compat == "official"
+        with torch.autocast(batch.x_ND.device.type, enabled=False):
+            if not with_grad:
+                return temporal.window_change(batch.x_ND, batch.group_GW, batch.previous_G, missing_is_first=first)
+            feature_GE = temporal.window_features(batch.x_ND, batch.group_GW, missing_is_first=first)
             return temporal.temporal_target(feature_GE, batch.previous_G)
 
     def _watches(

@@ -19,8 +19,7 @@ from stts.tokens import Site, VideoTokens
 
 def gather_windows(x_ND: Tensor, group_GW: Tensor) -> Tensor:
     """(G, W, D) rows of `x_ND` per window; zeros where `group_GW` is -1 (outside the grid)."""
-    padded_ND = torch.cat([x_ND, x_ND.new_zeros(1, x_ND.shape[1])])
-    return padded_ND[torch.where(group_GW < 0, len(x_ND), group_GW)]
+    return x_ND[group_GW.clamp_min(0)].masked_fill_((group_GW < 0)[..., None], 0)  # in place: a longer x is a copy
 
 
 def window_features(x_ND: Tensor, group_GW: Tensor, *, missing_is_first: bool = False) -> Tensor:
@@ -28,8 +27,12 @@ def window_features(x_ND: Tensor, group_GW: Tensor, *, missing_is_first: bool = 
 
     Slots outside the grid are zeros, so they add nothing to a cosine; with `missing_is_first` they repeat row 0 of
     `x_ND`, as the STTS release does. fp32, because in bf16 near-identical frames round to equal cosines."""
+    return F.normalize(_windows(x_ND, group_GW, missing_is_first), dim=-1)
+
+
+def _windows(x_ND: Tensor, group_GW: Tensor, missing_is_first: bool) -> Tensor:
     x_GWD = x_ND[group_GW.clamp_min(0)] if missing_is_first else gather_windows(x_ND, group_GW)
-    return F.normalize(x_GWD.flatten(1).float(), dim=-1)
+    return x_GWD.flatten(1).float()
 
 
 def temporal_target(feature_GE: Tensor, previous_G: Tensor) -> Tensor:
@@ -38,6 +41,12 @@ def temporal_target(feature_GE: Tensor, previous_G: Tensor) -> Tensor:
     `previous_G` int64 is that group's number, -1 where there is none (target 1: nothing like it came before)."""
     similarity_G = (feature_GE * feature_GE[previous_G.clamp_min(0)]).sum(-1)
     return 1 - similarity_G * (previous_G >= 0)
+
+
+def window_change(x_ND: Tensor, group_GW: Tensor, previous_G: Tensor, *, missing_is_first: bool = False) -> Tensor:
+    """`temporal_target` of `window_features`, without gradient and without a copy of unit length."""
+    x_GE = _windows(x_ND.detach(), group_GW, missing_is_first)
+    return 1 - ops.similarity_to(x_GE, previous_G.clamp_min(0)) * (previous_G >= 0)
 
 
 def temporal_loss(scores_G: Tensor, target_G: Tensor, counted_G: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def test_temporal_loss_by_hand():
     feature_GE = temporal.window_features(x_ND, torch.arange(3)[:, None])
     target_G = temporal.temporal_target(feature_GE, torch.tensor([-1, 0, 1]))
     assert target_G.tolist() == [1.0, 0.0, 2.0]
+    assert temporal.window_change(x_ND, torch.arange(3)[:, None], torch.tensor([-1, 0, 1])).tolist() == [1.0, 0.0, 2.0]
     scores_G = torch.tensor([0.5, 0.25, 0.5])
     loss = temporal.temporal_loss(scores_G, target_G, torch.tensor([False, True, True]))
     assert loss.item() == (0.25**2 + 1.5**2) / 2
