@@ -48,7 +48,9 @@ class WindowPooling(nn.Module):
         k_GWHE = self.key(x_GWD).unflatten(-1, (self.num_heads, -1))
         v_GWHE = self.value(x_GWD).unflatten(-1, (self.num_heads, -1))
         with torch.autocast(x_ND.device.type, enabled=False):  # logits and softmax in fp32, as in the release
-            logits_GHW = torch.einsum("ghe,gwhe->ghw", q_GHE.float(), k_GWHE.float()) / math.sqrt(q_GHE.shape[-1])
+            # Not by einsum, which would copy all keys into another order.
+            logits_GWH = torch.linalg.vecdot(q_GHE.float()[:, None], k_GWHE.float()) / math.sqrt(q_GHE.shape[-1])
+            logits_GHW = logits_GWH.transpose(1, 2)
             weight_GHW = logits_GHW.masked_fill(~valid_GW[:, None], float("-inf")).softmax(-1)
             pooled_GD = torch.einsum("ghw,gwhe->ghe", weight_GHW, v_GWHE.float()).flatten(1)
         out: Tensor = self.out(pooled_GD.to(v_GWHE.dtype))

@@ -317,7 +317,7 @@ def _flatten(videos: Sequence[VideoTokens], budgets: Sequence[Budget], *, across
         num_groups += grid.num_groups
     prunable = [budget.num_kept < video.grid.num_groups for video, budget in zip(videos, budgets, strict=True)]
     return _Batch(
-        x_ND=torch.cat([video.x_ND for video in videos]),
+        x_ND=torch.cat([video.x_ND for video in videos]) if len(videos) > 1 else videos[0].x_ND,
         group_GW=torch.cat(windows),
         previous_G=torch.cat(previous).clamp_min(-1),
         first_G=torch.cat(first),
