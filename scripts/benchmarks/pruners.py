@@ -47,8 +47,10 @@ RIVALS = {**rival_pruners.RIVALS, **rival_mergers.RIVALS, **rival_learned.RIVALS
 """The authors' way by the class of a stage."""
 WHOLE_CLIP = ("divprune", "cdpruner")
 """Their loops compare every pair of tokens of a clip, one by one: hours at 6272 tokens, so they are left out there."""
-# The reference of HoliTom takes no threshold from a table.
-OPTIONS: dict[str, dict[str, Any]] = {"holitom": {"tau": 0.8}, "holitom+inner": {"tau": 0.8}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "holitom": {"tau": 0.8}, "holitom+inner": {"tau": 0.8},  # its reference takes no threshold from a table
+    "vcast": {"compat": "official"}, "cacovid": {"compat": "official"},  # else frames share the budget otherwise
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,17 @@ from tests.scripts import load_script
 
 PLAIN = {"random", "uniform", "novelty", "random-vit", "easy", "heuristic"}
 """Rules without authors, and two whose release fails."""
-OPTIONS = {
-    "holitom": {"tau": 0.8},
-    "holitom+inner": {"tau": 0.8},
-    "vcast": {"compat": "official"},  # what is left of the budget goes to frames otherwise than in their releases
-    "cacovid": {"compat": "official"},
-}
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none" and name not in PLAIN])
 def test_the_authors_way_keeps_the_same_tokens(name):
     """Every stage that is not a plain rule has a rival, which keeps what ours keeps by the release's own counts."""
     torch.manual_seed(0)
-    rivals = load_script("benchmarks/pruners").RIVALS
+    bench = load_script("benchmarks/pruners")
     host = replace(HOST, llm_width=256, vit_width=256, vit_heads=4, llm_heads=4, llm_kv_heads=2, patches_per_frame=729)
-    for stage in make_pruner(name, host, **OPTIONS.get(name, {})).stages[:3]:  # AdaTP: cuts that differ in their layer
+    for stage in make_pruner(name, host, **bench.OPTIONS.get(name, {})).stages[
+        :3
+    ]:  # AdaTP: cuts that differ in their layer
         if isinstance(stage, torch.nn.Module):
             stage.eval()
         in_llm, grid = stage.site.kind == "llm", Grid(14, 8, 8)
@@ -41,7 +37,7 @@ def test_the_authors_way_keeps_the_same_tokens(name):
             [[budget]] = plan([site], 0.5 if in_llm else 0.2, [place], 2, exact=False)
             with torch.no_grad():
                 [kept] = stage([video], [budget])
-                theirs_K = rivals[type(stage).__name__](video, budget, stage)
+                theirs_K = bench.RIVALS[type(stage).__name__](video, budget, stage)
             assert torch.isin(theirs_K, kept.index_K).all()
             assert len(theirs_K) == len(kept.index_K) or name in ("framefusion", "dart")
 
