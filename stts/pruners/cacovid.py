@@ -1,7 +1,7 @@
 """CaCoVID: a policy of one transformer layer before the LLM, taught by the reward of answers (arXiv 2602.01649).
 
-Shape suffixes beside those of `stts.tokens`: V = videos, L = words and tokens of a prompt, H = heads, Q = samples,
-F = samples of frames, P = places of a frame, G = groups of places of similar rank.
+Shape suffixes beside those of `stts.tokens`: V = videos, L = words and tokens of a prompt, H = heads, Q = samples, B =
+samples of frames, J = groups of places of similar rank.
 """
 
 from __future__ import annotations
@@ -273,9 +273,9 @@ def token_samples(
     The first holds the best of each frame. The others draw, frame by frame, one of the groups of similar rank
     (`group_odds`) and inside it without replacement, where no odds are above twice or below half of the mean.
     token_N2: logits at the first step on this video. arXiv 2602.01649, `sample_token` of `compression_policy.py`."""
-    odds_TP, order_TP, group_P, odds_TG = group_odds(token_N2, grid, rate)
-    size, num_kept = grid.per_frame // odds_TG.shape[1], max(1, round(rate * grid.per_frame))
-    group_TQ = torch.multinomial(odds_TG, number, replacement=True, generator=generator)
+    odds_TP, order_TP, group_P, odds_TJ = group_odds(token_N2, grid, rate)
+    size, num_kept = grid.per_frame // odds_TJ.shape[1], max(1, round(rate * grid.per_frame))
+    group_TQ = torch.multinomial(odds_TJ, number, replacement=True, generator=generator)
     inside_TQP = group_P == group_TQ[..., None]
     odds_TQP = (odds_TP.gather(1, order_TP)[:, None] * inside_TQP).clamp_min(1e-12)
     odds_TQP = (odds_TQP / odds_TQP.sum(-1, keepdim=True)).clamp(0.5 / size, 2 / size) * inside_TQP
@@ -300,9 +300,9 @@ def group_odds(token_N2: Tensor, grid: Grid, rate: float) -> tuple[Tensor, Tenso
     length, longer = divmod(grid.per_frame, num_groups)
     sizes = torch.tensor([length + (group < longer) for group in range(num_groups)], device=odds_TP.device)
     group_P = torch.arange(num_groups, device=odds_TP.device).repeat_interleave(sizes)
-    odds_TG = odds_TP.new_zeros(grid.t, num_groups).index_add_(1, group_P, odds_TP.gather(1, order_TP))
+    odds_TJ = odds_TP.new_zeros(grid.t, num_groups).index_add_(1, group_P, odds_TP.gather(1, order_TP))
     most = max(min(2 / num_groups, 0.9), 0.1) if num_groups > 1 else 1.0
-    return odds_TP, order_TP, group_P, capped(odds_TG, most)
+    return odds_TP, order_TP, group_P, capped(odds_TJ, most)
 
 
 def frame_samples(
@@ -312,11 +312,11 @@ def frame_samples(
     """bool (number, T): frames that each sample keeps, ceil(share T); the first holds the best.
 
     Inside them the tokens are the `centres` of the frames kept. **Differs:** `frame_odds`."""
-    odds_FT = frame_odds(frame_T2, number, compat)
-    num_kept = math.ceil(share * odds_FT.shape[1])
-    frame_FK = torch.multinomial(odds_FT, num_kept, generator=generator)
-    frame_FK[0] = ops.top(frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP], num_kept)
-    return torch.zeros_like(odds_FT, dtype=torch.bool).scatter_(1, frame_FK, True)
+    odds_BT = frame_odds(frame_T2, number, compat)
+    num_kept = math.ceil(share * odds_BT.shape[1])
+    frame_BK = torch.multinomial(odds_BT, num_kept, generator=generator)
+    frame_BK[0] = ops.top(frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP], num_kept)
+    return torch.zeros_like(odds_BT, dtype=torch.bool).scatter_(1, frame_BK, True)
 
 
 def frame_odds(frame_T2: Tensor, number: int, compat: Literal["official"] | None = None) -> Tensor:
@@ -324,11 +324,11 @@ def frame_odds(frame_T2: Tensor, number: int, compat: Literal["official"] | None
 
     **Differs:** the release takes floor and cap over all rows together, so no frame is capped and none of few samples
     has other odds than the rest (compat="official"); here a row is capped alone."""
-    odds_FT = (frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP]).float().softmax(0).expand(number, -1)
+    odds_BT = (frame_T2[:, KEEP] - frame_T2[:, 1 - KEEP]).float().softmax(0).expand(number, -1)
     if compat == "official":
-        odds_FT = odds_FT.clamp_min(1 / number**2)
-        return odds_FT / odds_FT.sum()
-    return capped(odds_FT, 3 / odds_FT.shape[1])
+        odds_BT = odds_BT.clamp_min(1 / number**2)
+        return odds_BT / odds_BT.sum()
+    return capped(odds_BT, 3 / odds_BT.shape[1])
 
 
 def capped(odds_BM: Tensor, most: float) -> Tensor:
@@ -362,7 +362,7 @@ def advantages(reward_Q: Tensor) -> Tensor:
 
 def policy_loss(
     token_N2: Tensor, frame_T2: Tensor, old_token_N2: Tensor, old_frame_T2: Tensor, sampled_QN: Tensor,
-    frames_FT: Tensor, advantage_Q: Tensor, advantage_F: Tensor, *, low: float = 0.2, high: float = 0.28,
+    frames_BT: Tensor, advantage_Q: Tensor, advantage_B: Tensor, *, low: float = 0.2, high: float = 0.28,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The losses of tokens and of frames, which are added: a clipped policy gradient.
 
@@ -370,7 +370,7 @@ def policy_loss(
         tokens: mean over samples of sum(w l) / (sum w + 1e-7),   w = 1 - mu where kept, mu elsewhere, mu = share kept
         frames: the plain mean of l
 
-    token_N2, frame_T2: logits now; old_*: log probabilities at the first step on this video; sampled_QN, frames_FT:
+    token_N2, frame_T2: logits now; old_*: log probabilities at the first step on this video; sampled_QN, frames_BT:
     bool, what each sample kept; all samples of this video so far take part. arXiv 2602.01649, `compute_loss` of
     `CPOTrainer`; no penalty on the distance from the old policy, as released."""
 
@@ -385,4 +385,4 @@ def policy_loss(
     share_Q1 = sampled_QN.float().mean(1, keepdim=True)
     weight_QN = torch.where(sampled_QN, 1 - share_Q1, share_Q1)
     token_loss = ((weight_QN * loss_QN).sum(1) / (weight_QN.sum(1) + 1e-7)).mean()
-    return token_loss, per_choice(frame_T2, old_frame_T2, frames_FT, advantage_F).mean()
+    return token_loss, per_choice(frame_T2, old_frame_T2, frames_BT, advantage_B).mean()
