@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # waiting threads sleep: ot
 export CUDA_VISIBLE_DEVICES="" # two processes fit two cores; one GPU would be too few
 export HF_HUB_DISABLE_PROGRESS_BARS=1 # nothing is downloaded, and loading 4 MB needs no bar
 stts="$VENV/bin/stts"
-vlm="stts/assets/shapes_vlm_world" # pretrained by configs/shapes_pretrain_world.yaml
+vlm="stts/assets/shapes_vlm_frozen_tower" # pretrained by configs/shapes_pretrain_world.yaml
 out="runs/quickstart"
 
 step "1/4 drawing ShapesQA with distractors, MP4 clips with questions, into $out/data"

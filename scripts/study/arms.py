@@ -26,6 +26,8 @@ class Arm:
     """With the first seed only."""
     further: bool = False
     """Compared at all of `Scale.further`."""
+    begins: str = ""
+    """The arm whose model of the same seed it goes on from; none: the pretrained VLM."""
 
 
 TRAINED_AT = 0.25
@@ -34,6 +36,8 @@ _TAUGHT = (
     "--model.pruner_options.answer_gradient", "false",
 )  # fmt: skip
 _PLAIN = ("--model.retention_ratio", str(TRAINED_AT))
+_MORE_FRAMES = ("--data.phases", "[{num_clips: 960, questions_per_clip: 20, num_sampled: 64}]")
+_FURTHER_ON = f"target: {TRAINED_AT}, dense_first: 0, dense_every: 10"
 _TOWER = ("--model.vit_lr", "0")
 _ELASTIC = f"low: 0.1, high: 0.5, eval_ratio: {TRAINED_AT}"
 _SCHEDULE = f"target: {TRAINED_AT}, dense_first: 32, dense_every: 10"
@@ -106,6 +110,13 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         ),
         "evs-tower": Arm("evs (a rule), the tower frozen", "evs", (*_PLAIN, *_RULE, *_TOWER)),
         "teacher-tower": Arm("STTS with the teacher, the tower frozen", "stts", (*_teacher("{share: 0.1}"), *_TOWER)),
+        "evs-frames": Arm(
+            "evs, 120 more steps of 64 frames", "evs", (*_PLAIN, *_RULE, *_MORE_FRAMES), once=True, begins="evs-longer"
+        ),
+        "teacher-frames": Arm(
+            "the teacher, 120 more steps of 64 frames", "stts",
+            (*_teacher("{share: 0.1}", f"{{{_FURTHER_ON}}}"), *_MORE_FRAMES), once=True, begins="teacher-longer",
+        ),
         "tango": Arm("tango (a rule)", "tango", (*_PLAIN, *_rule("tango")), once=True),
         "random": Arm("random tokens", "random", (*_PLAIN, *_rule("random")), once=True),
         "teacher-share": Arm("the teacher, share 0.2", "stts", _teacher("{share: 0.2}"), once=True),
@@ -120,6 +131,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
 )  # fmt: skip
 RIVAL, OURS = "evs", "teacher"
 FROZEN = "frozen"
+OF_MORE_FRAMES = ("teacher-frames", "evs-frames")
 
 
 class ArmsStudy(Study):
@@ -140,7 +152,9 @@ class ArmsStudy(Study):
         for arm in self.scale.arms:
             for seed in self.seeds(arm):
                 seeds = ["--seed_everything", str(seed), "--data.seed", str(100 + seed)]
-                steps.append(self._fit("finetune", self.run_name(arm, seed), [*ARMS[arm].options, *seeds]))
+                begins = ARMS[arm].begins
+                start = self.path(self.run_name(begins, seed)) / "model" if begins else None
+                steps.append(self._fit("finetune", self.run_name(arm, seed), [*ARMS[arm].options, *seeds], start))
         return steps
 
     def _compare(self) -> list[Step]:
@@ -157,10 +171,10 @@ class ArmsStudy(Study):
     def further_name(who: str) -> str:
         return f"further-{who}"
 
-    def _main(self) -> dict[str, tuple[Path, str]]:
-        """Models and pruners of the rule and the teacher, fine-tuned with the first seed, and of the rule frozen."""
-        seed = self.scale.seeds[0]
-        arms = {arm: (self.path(self.run_name(arm, seed)) / "model", ARMS[arm].method) for arm in (RIVAL, OURS)}
+    def _main(self, *more: str) -> dict[str, tuple[Path, str]]:
+        """Models and pruners of the rule, the teacher and `more`, of the first seed, and of the rule frozen."""
+        names = {arm: self.run_name(arm, self.scale.seeds[0]) for arm in (RIVAL, OURS, *more)}
+        arms = {arm: (self.path(name) / "model", ARMS[arm].method) for arm, name in names.items()}
         return arms | {FROZEN: (self.pretrained, ARMS[RIVAL].method)}
 
     def _further(self) -> list[Step]:
@@ -194,7 +208,7 @@ class ArmsStudy(Study):
         """The same on long clips: more frames at the tokens that 16 dense ones have."""
         steps = []
         for frames in self.scale.frames:
-            for who, (model, method) in self._main().items():
+            for who, (model, method) in self._main(*OF_MORE_FRAMES).items():
                 name, ratio = self.scaling_name(frames, who), self.scaling_ratio(frames)
                 more = ("--num_frames", str(frames))
                 steps.append(self._against("compare", name, model, [method], [ratio], *more, data="long/long"))

@@ -100,8 +100,8 @@ def _in_pairs(study: ArmsStudy, results: Results, arms: tuple[str, str], words: 
     their paired difference, by seed."""
     told = []
     for ratio in study.scale.further:
-        rows = [_rows(study, results, arm, ratio) for arm in arms]
-        if all(rows):
+        rows = [_rows(study, results, arm, ratio) for arm in arms if arm in study.scale.arms]
+        if len(rows) == len(arms) and all(rows):
             means = (spread(found).split()[0] for found in rows)
             told.append(f"{' and '.join(means)} % at {ratio:.0%} ({_minus(study, results, *arms, ratio)})")
     return [f"{words} the teacher and the rule `{ARMS[RIVAL].method}` answer {', '.join(told)}."] if told else []

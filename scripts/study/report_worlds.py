@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from arms import ARMS, FROZEN, OURS, RIVAL, TRAINED_AT, ArmsStudy
+from arms import ARMS, FROZEN, OF_MORE_FRAMES, OURS, RIVAL, TRAINED_AT, ArmsStudy
 from cells import NOT_RUN, Results, by_families, find_row, paired_points, percent
 from plots import Panel, Seeds, draw_panels
 from report import Section, as_table, steps_of
@@ -177,16 +177,17 @@ def worlds_section(study: ArmsStudy, results: Results, out: Path) -> Section:
 
 def scaling_section(study: ArmsStudy, results: Results) -> Section:
     """More frames of long clips at the tokens of 16 dense ones."""
-    head = ["frames", "tokens kept", "every token, frozen", *_MAIN.values(), "teacher minus evs"]
+    names = _MAIN | {arm: ARMS[arm].title for arm in OF_MORE_FRAMES}
+    head = ["frames", "tokens kept", "every token, frozen", *names.values(), "the last two, teacher minus evs"]
     rows = []
     for frames in study.scale.frames:
         ratio = study.scaling_ratio(frames)
-        found = {who: results[study.scaling_name(frames, who)] for who in _MAIN}
-        cells = {who: f"{ARMS[RIVAL if who == FROZEN else who].method}@{ratio:g}" for who in _MAIN}
-        right = (percent(find_row(found[who], cells[who].split("@")[0], ratio)) for who in _MAIN)
-        dense = percent(find_row(found[FROZEN], DENSE))
-        minus = paired_points([found[OURS]], cells[OURS], found[RIVAL], cells[RIVAL])
-        rows.append([str(frames), f"{ratio:.0%}", dense, *right, minus])
+        found = {who: results[study.scaling_name(frames, who)] for who in names}
+        methods = {who: ARMS[RIVAL if who == FROZEN else who].method for who in names}
+        right = (percent(find_row(found[who], methods[who], ratio)) for who in names)
+        ours, rival = ((found[who], f"{methods[who]}@{ratio:g}") for who in OF_MORE_FRAMES)
+        minus = paired_points([ours[0]], ours[1], *rival)
+        rows.append([str(frames), f"{ratio:.0%}", percent(find_row(found[FROZEN], DENSE)), *right, minus])
     text = (
         f"{study.scale.num_long} clips of 30 s to 5 min, models of the first seed. Every column but `every token` "
         "spends the tokens of 16 frames."

@@ -138,7 +138,7 @@ SCALES = {
         _DISTRACTORS, title="Where change is not relevance, and the tower does not know it",
         given=Path("stts/assets/shapes_vlm_frozen_tower"), num_long=60, frames=(16, 32, 64),
         arms=("evs", "stts", "teacher", "evs-longer", "teacher-longer", "evs-tower", "teacher-tower", "tango", "random",
-              "teacher-rest", "noise-gate", "scale-gate", "temporal"),
+              "teacher-rest", "noise-gate", "scale-gate", "temporal", "evs-frames", "teacher-frames"),
     ),
     "calm": replace(
         _DISTRACTORS, title="Where change is relevance", given=Path("stts/assets/shapes_vlm"), form=SMALL, worlds={},
