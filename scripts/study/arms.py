@@ -85,6 +85,10 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             "the teacher, half the change weight", "stts", _teacher("{share: 0.1, weight: 0.5}"), once=True
         ),
         "teacher-rest": Arm("the teacher, no change weight", "stts", _teacher("{share: 0.1, weight: none}"), once=True),
+        "teacher-temporal": Arm(
+            "STTS with the teacher, and the temporal loss", "stts",
+            (*_teacher("{share: 0.1}"), "--model.loss_weights.temporal", "0.5"), once=True,
+        ),
         "attention": Arm(
             "attention of LLM layer 4 as the teacher", "stts",
             _teacher("{share: 0.1, signal: attention, layer: 4}"), once=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -81,10 +81,11 @@ def _finding(study: ArmsStudy, results: Results) -> list[str]:
         )
     elastic = "teacher-elastic-even", "evs-elastic-even"
     lines += _in_pairs(study, results, elastic, "Fine-tuned at ratios from 0.1 to 0.5 for 209 steps,")
+    kept = [", ".join(_share(rows, name) for rows in (ours, rule, plain)) for name in ("evidence", "distractors")]
+    distractors = "" if "-" in kept[1] else f", and of the distractors {kept[1]} %"
     lines.append(
-        f"Of the evidence the teacher's scorer keeps {_share(ours, 'evidence')} % at {ratio:.0%}, the rule "
-        f"{_share(rule, 'evidence')} %, STTS as published {_share(plain, 'evidence')} %; of the distractors "
-        f"{_share(ours, 'distractors')}, {_share(rule, 'distractors')} and {_share(plain, 'distractors')} %."
+        f"At {ratio:.0%} the teacher's scorer, the rule and STTS as published keep, in this order, {kept[0]} % of the "
+        f"evidence{distractors}."
     )
     number = len(study.scale.seeds)
     lines.append(
@@ -107,10 +108,10 @@ def _in_pairs(study: ArmsStudy, results: Results, arms: tuple[str, str], words: 
     return [f"{words} the teacher and the rule `{ARMS[RIVAL].method}` answer {', '.join(told)}."] if told else []
 
 
-def _share(rows: Iterable[Row | None], name: str) -> str:
+def _share(rows: Sequence[Row | None], name: str) -> str:
     values = [getattr(row, f"{name}_kept") for row in rows if row is not None]
     known = [100 * value for value in values if value is not None]
-    return f"{fmean(known):.1f}" if known else NOT_RUN
+    return f"{fmean(known):.1f}" if known else "-" if rows else NOT_RUN
 
 
 def _at_equal_tokens(study: ArmsStudy, results: Results) -> Section:

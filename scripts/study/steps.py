@@ -142,7 +142,8 @@ SCALES = {
     ),
     "calm": replace(
         _DISTRACTORS, title="Where change is relevance", given=Path("stts/assets/shapes_vlm"), form=SMALL, worlds={},
-        arms=("evs", "stts", "teacher"), fit=(*trained_on(SMALL), *_FIT),
+        arms=("evs", "stts", "teacher", "evs-longer", "teacher-longer", "teacher-temporal"),
+        fit=(*trained_on(SMALL), *_FIT),
     ),
     "tiny": Scale(
         num_test=1, num_long=1, seeds=(0,), ratios=(0.5, 0.2), frames=(16,), pruners=("random", "fastv"),
