@@ -74,6 +74,31 @@ def test_arms_differ_in_the_choice_of_tokens_alone(tmp_path: Path, capsys: pytes
     assert page.read_text().count("not run") > 20 and not re.search(r"\d \[", page.read_text())
 
 
+def test_an_arm_of_more_frames_goes_on_from_one_that_is_there(tmp_path: Path) -> None:
+    arms, steps = load_script("study/arms"), load_script("study/steps")
+    study = arms.ArmsStudy(tmp_path, steps.SCALES["frozen_tower"])
+    by_name = {step.name: step for step in reversed(study.steps())}
+    for arm, begins in (("teacher-frames", "teacher-longer"), ("evs-frames", "evs-longer")):
+        fit = by_name[f"{arm}-s0"]
+        assert fit.needs(by_name[f"{begins}-s0"]) and "num_sampled: 64" in " ".join(fit.argv)
+        long = by_name[f"long-64-{arm}"]
+        assert long.needs(fit) and long.argv[long.argv.index("--retention_ratios") + 1] == "[0.25]"
+
+
+def test_the_frozen_tower_is_that_of_the_vlm_it_began_with() -> None:
+    """What the scale `frozen_tower` claims: its tower never saw the world of its questions; its LLM did."""
+    from safetensors.torch import load_file
+
+    before, after = (
+        load_file(ROOT / "stts" / "assets" / name / "model.safetensors")
+        for name in ("shapes_vlm", "shapes_vlm_frozen_tower")
+    )
+    same = {name: after[name].equal(tensor) for name, tensor in before.items()}
+    tower = {name for name in same if "vision_tower" in name}
+    assert tower and all(same[name] for name in tower)
+    assert not any(same[name] for name in same if "layers" in name and name not in tower and "proj" in name)
+
+
 def test_results_that_are_not_there_are_called_not_run(tmp_path: Path) -> None:
     study, report = load_script("study/steps"), load_script("study/report")
     page = report.write_report(study.Study(tmp_path / "runs", study.SCALES["cpu"]), tmp_path / "results").read_text()
@@ -146,7 +171,7 @@ def test_dense_of_a_fine_tuned_model_is_not_the_model_before() -> None:
 
 
 RESULTS = {"cpu": ROOT / "docs" / "results"} | {
-    scale: ROOT / "docs" / "results" / scale for scale in ("wide", "distractors")
+    scale: ROOT / "docs" / "results" / scale for scale in ("wide", "distractors", "frozen_tower", "calm")
 }
 
 

@@ -96,9 +96,8 @@ def further_section(study: ArmsStudy, results: Results) -> Section:
     def cell(rows: Sequence[Row]) -> str:
         if not rows:
             return NOT_RUN
-        three = (fmean(100 * (getattr(row, name) or 0) for row in rows)
-                 for name in ("accuracy", "evidence_kept", "distractors_kept"))  # fmt: skip
-        return " / ".join(f"{value:.1f}" for value in three)
+        values = [[getattr(row, name) for row in rows] for name in ("accuracy", "evidence_kept", "distractors_kept")]
+        return " / ".join("-" if None in three else f"{100 * fmean(three):.1f}" for three in values)
 
     by_ratio = _by_ratio(study, results)
     rows = [[name, *(cell(by_ratio[name][ratio]) for ratio in study.scale.further)] for name in by_ratio]
