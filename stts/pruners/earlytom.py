@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stts.pruners import ops
@@ -30,6 +29,12 @@ class Mix(NamedTuple):
     """fp32; a row sums to 1."""
     place_M: Tensor
     """int64: the frame of largest weight in each, whose time and place it takes."""
+    places: Sequence[int]
+    """The same for the host."""
+    mixed: Sequence[int]
+    """Rows of more than one frame: the others are frames as they were."""
+    cosine: Sequence[Sequence[float]]
+    """Of every pair of frames before merging."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +84,16 @@ class EarlyTom(AtPruneBlock):
         x_TUD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
         mix = self.merge(x_TUD.detach())
-        merged_MUD = (mix.weight_MT @ x_TUD.flatten(1)).view(-1, *x_TUD.shape[1:])
+        cosine = mix.cosine
+        if mix.mixed:  # no other frame is read or written again
+            rows = torch.tensor(mix.mixed, device=x_TUD.device)
+            merged_CUD = (mix.weight_MT[rows] @ x_TUD.flatten(1)).view(-1, *x_TUD.shape[1:])
+            x_TUD = x_TUD.index_copy(0, mix.place_M[rows], merged_CUD)
+            cosine = frame_cosines(x_TUD.detach())
         attention_MP = mix.weight_MT @ attention_TP
-        groups = self.segments(frame_cosines(merged_MUD.detach()))
+        groups = self.segments([[cosine[a][b] for b in mix.places] for a in mix.places])
         keep_MP, static_MP = select(attention_MP, groups, grid.t, budget.retention_ratio)
         index_K = (mix.place_M[:, None] * grid.per_frame + torch.arange(grid.per_frame, device=keep_MP.device))[keep_MP]
-        x_TUD = x_TUD.index_copy(0, mix.place_M, merged_MUD)
         kept = Kept(index_K=index_K, x_ND=x_TUD.flatten(0, 1).to(video.x_ND.dtype))
         if not budget.exact:
             return kept
@@ -98,8 +107,9 @@ class EarlyTom(AtPruneBlock):
         rows = [row for span in self.segments(cosine) for row in self._rows(span, cosine)]
         weights = [[row.get(frame, 0.0) for frame in range(len(x_TUD))] for row in rows]
         weight_MT = torch.tensor(weights, device=x_TUD.device)
-        place = [max(row, key=lambda frame: row[frame]) for row in rows]
-        return Mix(weight_MT, torch.tensor(place, device=x_TUD.device))
+        places = [max(row, key=lambda frame: row[frame]) for row in rows]
+        mixed = [number for number, row in enumerate(rows) if len(row) > 1]
+        return Mix(weight_MT, torch.tensor(places, device=x_TUD.device), places, mixed, cosine)
 
     def segments(self, cosine: Sequence[Sequence[float]]) -> list[Span]:
         """Spans of frames; cosine: of every pair of them."""
@@ -142,8 +152,10 @@ class EarlyTom(AtPruneBlock):
 
 def frame_cosines(x_TUD: Tensor) -> list[list[float]]:
     """[a][b] mean over places of cos(x[a, p], x[b, p]); one host synchronisation."""
-    unit_TN = F.normalize(x_TUD.float(), dim=-1).flatten(1)
-    rows: list[list[float]] = (unit_TN @ unit_TN.T / x_TUD.shape[1]).tolist()
+    x_UTD = x_TUD.float().transpose(0, 1)
+    length_UT = torch.linalg.vector_norm(x_UTD, dim=-1).clamp_min(1e-12)
+    dot_UTT = x_UTD @ x_UTD.mT
+    rows: list[list[float]] = (dot_UTT / (length_UT[:, :, None] * length_UT[:, None, :])).mean(0).tolist()
     return rows
 
 
