@@ -18,6 +18,7 @@ from typing import Any
 from stts.models.families.published import config_of
 from stts.models.families.tiny import write_tiny
 
+from .console import TIE
 from .row_check import sources_of
 
 STEPS, _BATCH, _FRAMES = 2, 2, 8
@@ -91,6 +92,7 @@ def not_rehearsed(config: Any) -> str:
     if not isinstance(strategy, str):
         strategy = strategy["class_path"].rpartition(".")[2]
     files = [file for file in (*(source["path"] for source in sources_of(data)), data.get("val")) if file]
-    named = [f"{file}{'' if Path(str(file)).exists() else ' (missing)'}" for file in files if data["kind"] != "shapes"]
+    missing = {file: "" if Path(str(file)).exists() else f"{TIE}(missing)" for file in files}
+    named = [f"{file}{missing[file]}" for file in files if data["kind"] != "shapes"]
     machine = [f"trainer.strategy={strategy}"] if ranks() == 1 else []
     return "left out: " + ", ".join([f"the weights of {config['model']['model']}", *named, *machine])
