@@ -163,15 +163,16 @@ def worlds_section(study: ArmsStudy, results: Results, out: Path) -> Section:
             row.append(paired_points([ours[0]], f"{ours[1]}@{ratio:g}", rival[0], f"{rival[1]}@{ratio:g}"))
         rows.append(row)
     text = (
-        "The models of the first seed, fine-tuned among 3 to 5 distractors, on the same scenes with none to five, and "
-        "on clips of `--scale cpu`; nothing is fine-tuned anew. Percent right; in count / flash / order; evidence / "
-        "distractors kept. The last column is paired by question, in points."
+        "The models of the first seed, fine-tuned among 3 to 5 distractors, on the same scenes with none to five, on "
+        "clips of `--scale cpu`, and with a background that shakes (by up to 2 pixels) or drifts (by 1 a frame) or an "
+        "exposure that flickers (by up to 20 %); nothing is fine-tuned anew. Percent right; in count / flash / order; "
+        "evidence / distractors kept. The last column is paired by question, in points."
     )
     shown = write_figure(out / "worlds.png", world_panels(study, results), "accuracy as distractors grow")
     text = "\n\n".join([text, *shown])
     steps = [*steps_of(study, "data", lambda name: name.startswith("world")),
              *steps_of(study, "compare", lambda name: name.startswith("world"))]  # fmt: skip
-    return Section("As distractors grow", text, as_table(head, rows), steps)
+    return Section("As distractors grow, and in other worlds", text, as_table(head, rows), steps)
 
 
 def scaling_section(study: ArmsStudy, results: Results) -> Section:

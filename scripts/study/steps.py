@@ -16,10 +16,13 @@ SMALL = {  # form of the clips; configs/shapes_pretrain_small.yaml says the same
 }  # fmt: skip
 WIDE = SMALL | {"frame_size": "96"}  # configs/shapes_pretrain.yaml says the same
 DISTRACTORS = SMALL | {"num_glares": "0", "distractors": "[3,5]"}  # configs/shapes_pretrain_world.yaml: 2 to 5
-WORLDS = {  # numbers of distractors on the same scenes, and the world of the scale `cpu`
+WORLDS = {  # numbers of distractors on the same scenes, the world of the scale `cpu`, background and exposure
     "0": {"distracted_share": "0"},
     **{str(number): {"distractors": f"[{number},{number}]"} for number in (1, 2, 3, 5)},
     "old": SMALL | {"distractors": "[0,0]"},
+    "shaking": {"camera_shake": "2"},
+    "drifting": {"camera_drift": "1.0"},
+    "flickering": {"flicker": "0.2"},
 }
 RIVAL = "novelty-elastic"
 LONG = "stts-long"
