@@ -85,7 +85,7 @@ class EarlyTom(AtPruneBlock):
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
         mix = self.merge(x_TUD.detach())
         cosine = mix.cosine
-        if mix.mixed:  # no other frame is read or written again
+        if mix.mixed:  # where no frame merges, nothing is copied or compared again
             rows = torch.tensor(mix.mixed, device=x_TUD.device)
             merged_CUD = (mix.weight_MT[rows] @ x_TUD.flatten(1)).view(-1, *x_TUD.shape[1:])
             x_TUD = x_TUD.index_copy(0, mix.place_M[rows], merged_CUD)
