@@ -1,6 +1,7 @@
 """EarlyTom: frames that repeat are merged inside the ViT, and tokens selected in those that are left.
 
-Shape suffixes beside those of `stts.tokens`: M = frames after merging, W = windows of a frame.
+Shape suffixes beside those of `stts.tokens`: M = frames after merging, C = those of them that more than one frame
+became, W = windows of a frame.
 """
 
 from __future__ import annotations
@@ -84,12 +85,16 @@ class EarlyTom(AtPruneBlock):
         x_TUD = video.x_ND.float().view(grid.t, -1, video.x_ND.shape[-1])
         attention_TP = ops.need(video.salience_G, "attn", video).detach().float().view(grid.t, -1)
         mix = self.merge(x_TUD.detach())
-        cosine = mix.cosine
+        cosine = [list(row) for row in mix.cosine]
         if mix.mixed:  # where no frame merges, nothing is copied or compared again
             rows = torch.tensor(mix.mixed, device=x_TUD.device)
             merged_CUD = (mix.weight_MT[rows] @ x_TUD.flatten(1)).view(-1, *x_TUD.shape[1:])
             x_TUD = x_TUD.index_copy(0, mix.place_M[rows], merged_CUD)
-            cosine = frame_cosines(x_TUD.detach())
+            anew = frame_cosines(x_TUD.detach(), mix.place_M[rows])
+            for place, row in zip([mix.places[number] for number in mix.mixed], anew, strict=True):
+                cosine[place] = row
+                for frame, value in enumerate(row):
+                    cosine[frame][place] = value
         attention_MP = mix.weight_MT @ attention_TP
         groups = self.segments([[cosine[a][b] for b in mix.places] for a in mix.places])
         keep_MP, static_MP = select(attention_MP, groups, grid.t, budget.retention_ratio)
@@ -150,12 +155,13 @@ class EarlyTom(AtPruneBlock):
         return (2 + 4 * grid.t) * grid.num_groups * width
 
 
-def frame_cosines(x_TUD: Tensor) -> list[list[float]]:
-    """[a][b] mean over places of cos(x[a, p], x[b, p]); one host synchronisation."""
+def frame_cosines(x_TUD: Tensor, frame_C: Tensor | None = None) -> list[list[float]]:
+    """[a][b] mean over places of cos(x[a, p], x[b, p]), a of `frame_C` or of all; one host synchronisation."""
     x_UTD = x_TUD.float().transpose(0, 1)
     length_UT = torch.linalg.vector_norm(x_UTD, dim=-1).clamp_min(1e-12)
-    dot_UTT = x_UTD @ x_UTD.mT
-    rows: list[list[float]] = (dot_UTT / (length_UT[:, :, None] * length_UT[:, None, :])).mean(0).tolist()
+    x_UCD, length_UC = (x_UTD, length_UT) if frame_C is None else (x_UTD[:, frame_C], length_UT[:, frame_C])
+    dot_UCT = x_UCD @ x_UTD.mT
+    rows: list[list[float]] = (dot_UCT / (length_UC[:, :, None] * length_UT[:, None, :])).mean(0).tolist()
     return rows
 
 
